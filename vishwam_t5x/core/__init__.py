@@ -1,0 +1,1 @@
+"""Floor 0: batches, sequences, errors, random numbers, hardware facts; imports no other room."""

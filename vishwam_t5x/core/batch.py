@@ -1,0 +1,177 @@
+"""What a batch is: its arrays and their shapes, and where in the data it begins and ends.
+
+A row holds many examples of several modalities. Each modality keeps its own arrays of a fixed
+capacity; `<side>/row/index` says which slot of their concatenation goes to which column of the row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vishwam_t5x.core.errors import UserError
+
+Batch = Mapping[str, Any]
+"""Flat dictionary of arrays, keys like 'inputs/text/tokens' and 'targets/image/targets'."""
+
+MAX_CARRIED = 32
+"""A batch is done when this many examples have been found that fit in none of its rows."""
+
+MODALITIES = ("text", "image", "audio")
+"""The order in which modalities stand in a row."""
+
+
+def modality_order(names: Any) -> tuple[str, ...]:
+    """Returns `names` in row order: text, image, audio, then others by name."""
+    rank = {name: index for index, name in enumerate(MODALITIES)}
+    return tuple(sorted(names, key=lambda name: (rank.get(name, len(rank)), name)))
+
+
+class FeatureSpec(NamedTuple):
+    """Shape (with the batch dimension) and dtype of one array of a batch."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class ModalityLengths(NamedTuple):
+    """Slots one example takes, by modality: encoder side and decoder side."""
+
+    inputs: dict[str, int]
+    targets: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPosition:
+    """The whole position in the data: it knows neither hosts nor rows.
+
+    Attributes:
+        next_example: the first example number never yet looked at.
+        carried: numbers of examples below `next_example` that fitted in no row so far, oldest
+            first, at most `MAX_CARRIED`.
+    """
+
+    next_example: int = 0
+    carried: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.next_example >= 0, self.next_example
+        assert len(self.carried) <= MAX_CARRIED, len(self.carried)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Returns {'next_example': int64 [], 'carried': int64 [MAX_CARRIED], padded with -1}."""
+        carried = np.full((MAX_CARRIED,), -1, np.int64)
+        carried[:len(self.carried)] = self.carried
+        return {"next_example": np.asarray(self.next_example, np.int64), "carried": carried}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> DataPosition:
+        """The inverse of `to_arrays`."""
+        carried = np.asarray(arrays["carried"], np.int64)
+        return cls(int(np.asarray(arrays["next_example"])),
+                   tuple(int(number) for number in carried if number >= 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """The static shapes of a batch.
+
+    Attributes:
+        batch_size: rows of the global batch.
+        input_length: columns of an encoder row, in slots (tokens or patches).
+        target_length: columns of a decoder row, in slots.
+        input_capacities: slots each input modality may use in one row.
+        target_capacities: slots each target modality may use in one row.
+        patch_dims: floats per patch of each continuous input modality.
+        packed: several examples a row (with row indices and segment ids); False: one a row.
+    """
+
+    batch_size: int
+    input_length: int
+    target_length: int
+    input_capacities: Mapping[str, int]
+    target_capacities: Mapping[str, int]
+    patch_dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    packed: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "input_length", "target_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a positive whole number", got=repr(value))
+        for side in (self.input_capacities, self.target_capacities):
+            for name, value in side.items():
+                if not isinstance(value, int) or value < 1:
+                    raise UserError(f"the capacity of modality '{name}' must be positive",
+                                    got=repr(value), fix="set it in TASK_FEATURE_LENGTHS")
+        if not self.target_capacities:
+            raise UserError("a batch needs at least one target modality")
+
+    @classmethod
+    def from_feature_lengths(cls, batch_size: int, lengths: Mapping[str, int],
+                             input_modalities: tuple[str, ...], target_modalities: tuple[str, ...],
+                             patch_dims: Mapping[str, int], packed: bool = True) -> BatchSpec:
+        """Builds the shapes from TASK_FEATURE_LENGTHS.
+
+        Args:
+            batch_size: rows of the global batch.
+            lengths: {'inputs': columns, 'targets': columns, 'inputs/image': capacity, …};
+                capacities not named are as long as the row.
+            input_modalities: modalities the encoder reads.
+            target_modalities: modalities the decoder writes.
+            patch_dims: floats per patch of each continuous input modality.
+            packed: several examples a row.
+
+        Raises:
+            UserError: a row length is missing, a name is unknown, a capacity exceeds its row.
+        """
+        known = {"inputs", "targets"} | {f"inputs/{m}" for m in input_modalities} | {
+            f"targets/{m}" for m in target_modalities}
+        for name in lengths:
+            if name not in known:
+                raise UserError("TASK_FEATURE_LENGTHS names a feature the model does not have",
+                                got=name, fix="known: " + ", ".join(sorted(known)))
+        for side in ("inputs", "targets"):
+            if side not in lengths:
+                raise UserError(f"TASK_FEATURE_LENGTHS lacks '{side}'", got=dict(lengths),
+                                fix="e.g. TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 114}")
+
+        def capacities(side: str, modalities: tuple[str, ...]) -> dict[str, int]:
+            out = {}
+            for modality in modality_order(modalities):
+                out[modality] = lengths.get(f"{side}/{modality}", lengths[side])
+                if out[modality] > lengths[side]:
+                    raise UserError(
+                        f"TASK_FEATURE_LENGTHS['{side}/{modality}'] is longer than the row",
+                        got=f"{out[modality]} > {lengths[side]}",
+                        fix=f"raise '{side}' or lower '{side}/{modality}'")
+            return out
+
+        return cls(batch_size, lengths["inputs"], lengths["targets"],
+                   capacities("inputs", input_modalities), capacities("targets", target_modalities),
+                   dict(patch_dims), packed)
+
+    def arrays(self) -> dict[str, FeatureSpec]:
+        """Returns the shape and dtype of every array of the batch."""
+        rows, ints = self.batch_size, np.dtype(np.int32)
+        out: dict[str, FeatureSpec] = {}
+        segments = ("segment_ids",) if self.packed else ()
+        for modality, slots in self.input_capacities.items():
+            prefix = f"inputs/{modality}"
+            if modality in self.patch_dims:
+                out[f"{prefix}/input"] = FeatureSpec(
+                    (rows, slots, self.patch_dims[modality]), np.dtype(np.float32))
+            else:
+                out[f"{prefix}/tokens"] = FeatureSpec((rows, slots), ints)
+            for name in ("mask", "pos_ids", *segments):
+                out[f"{prefix}/{name}"] = FeatureSpec((rows, slots), ints)
+        for modality, slots in self.target_capacities.items():
+            for name in ("inputs", "targets", "mask", "loss_mask", "pos_ids", *segments):
+                out[f"targets/{modality}/{name}"] = FeatureSpec((rows, slots), ints)
+        if self.packed:
+            out["inputs/row/index"] = FeatureSpec((rows, self.input_length), ints)
+            out["targets/row/index"] = FeatureSpec((rows, self.target_length), ints)
+        return out

@@ -1,0 +1,73 @@
+"""What goes wrong, in the words of the person who can mend it, and the exit codes that say so."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again and it goes on.
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: printed as problem, got, fix on one screen; exit code 2.
+
+    Attributes:
+        problem: what is wrong, one sentence.
+        got: what was found instead (any object, shown by `str`), or None.
+        fix: what to do about it, or None when the problem says it.
+    """
+
+    def __init__(self, problem: str, got: object = None, fix: str | None = None) -> None:
+        self.problem, self.got, self.fix = problem, got, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.problem]
+        if self.got is not None:
+            lines.append(f"  got: {self.got}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.problem, self.got, self.fix)
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved, and can be resumed; exit code 75."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        self.step, self.reason = step, reason
+        super().__init__(f"stopped at step {step} ({reason}); run the same command to resume")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.step, self.reason)
+
+
+def did_you_mean(word: str, choices: Iterable[str], limit: int = 3) -> str:
+    """Returns "did you mean 'x' or 'y'?" for the names nearest to `word`, or ""."""
+    by_lower = {str(choice).lower(): str(choice) for choice in choices}
+    near = difflib.get_close_matches(str(word).lower(), by_lower, n=limit, cutoff=0.6)
+    if not near:
+        return ""
+    return "did you mean " + " or ".join(repr(by_lower[name]) for name in near) + "?"
+
+
+def one_of(word: str, choices: Iterable[str], what: str) -> str:
+    """Returns `word` if it is among `choices`; otherwise raises `UserError` naming them.
+
+    Args:
+        word: the name given by the user.
+        choices: the names that exist.
+        what: what is being chosen, e.g. "remat policy".
+    """
+    names = list(choices)
+    if word not in names:
+        hint = did_you_mean(word, names)
+        raise UserError(
+            f"unknown {what}", got=repr(word),
+            fix=(hint + " " if hint else "") + "one of: " + ", ".join(sorted(map(str, names))))
+    return word
