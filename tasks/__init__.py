@@ -1,0 +1,1 @@
+"""SeqIO Tasks and Mixtures, installed as `vishwam_t5x_tasks`."""

@@ -1,0 +1,1 @@
+"""Floor 2: saving and restoring the training state."""

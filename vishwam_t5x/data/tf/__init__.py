@@ -1,0 +1,1 @@
+"""The only room besides tasks/ that may import TensorFlow and SeqIO."""

@@ -1,0 +1,1 @@
+"""Floor 3: metrics over predictions of a checkpoint."""

@@ -1,0 +1,1 @@
+"""Floor 2: the encoder-decoder and the layers it is made of (Flax Linen)."""

@@ -1,0 +1,1 @@
+"""One module per input modality, all behind one interface."""

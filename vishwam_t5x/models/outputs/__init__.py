@@ -1,0 +1,1 @@
+"""One module per output modality, all behind one interface."""

@@ -1,0 +1,1 @@
+"""Floor 1: denoisers, losses and metrics, in NumPy and JAX only."""

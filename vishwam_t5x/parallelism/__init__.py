@@ -1,0 +1,1 @@
+"""Floor 1: meshes, logical axis rules, shardings and rematerialisation policies."""

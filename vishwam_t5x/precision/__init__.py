@@ -1,0 +1,1 @@
+"""Floor 1: number formats by name and loss scaling."""
