@@ -9,8 +9,9 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import helpers
 import pytest
+
+import helpers
 
 
 @pytest.fixture

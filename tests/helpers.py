@@ -1,4 +1,4 @@
-"""What several tests share: code run in a process of its own, with its own devices and environment."""
+"""What tests share: code run in a process with its own devices and environment."""
 
 from __future__ import annotations
 
