@@ -1,0 +1,348 @@
+"""The training objective: what the encoder sees of a clean example, and what must be predicted.
+
+The multimodal mixture of denoisers of Unified-IO 2 (Lu et al. 2023, arXiv:2312.17172) on top of
+UL2's (Tay et al. 2022, arXiv:2205.05131): [R] restores hidden spans or patches, [S] continues,
+[X] restores much more than it is given. The rules of Unified-IO 2's own mixture are not public;
+every number here is a field, and `gin/objectives/` says which is published and which is a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from vishwam_t5x.core.batch import ModalityLengths
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.rng import example_generator
+from vishwam_t5x.objectives import augmentation, masking, model_example, span_corruption
+from vishwam_t5x.objectives.choices import ChoiceTable, Denoiser, choice_table, two_uniforms
+from vishwam_t5x.objectives.features import FeatureRoles, feature_roles
+from vishwam_t5x.objectives.settings import check_settings
+from vishwam_t5x.objectives.vocabulary import VocabularyLayout
+
+CHOICE_STREAM = "objective/choice"
+
+
+class Objective(Protocol):
+    """What the data pipeline asks of an objective.
+
+    Both methods are pure functions of their arguments, and the lengths of what `apply` returns are
+    those `lengths` promised for the same (seed, example): batches are packed by the promise.
+    """
+
+    input_modalities: tuple[str, ...]
+    target_modalities: tuple[str, ...]
+
+    def lengths(self, clean_lengths: Mapping[str, int], *, seed: int,
+                example: int) -> ModalityLengths:
+        """Returns the slots each modality will take."""
+
+    def apply(self, clean: Mapping[str, np.ndarray], *, seed: int,
+              example: int) -> dict[str, np.ndarray]:
+        """Returns the model example, keys like 'inputs/text/tokens'."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureOfDenoisers:
+    """Supervised examples as they are; self-supervised ones through a denoiser drawn for each.
+
+    Supervised (`*_inputs`, `*_targets`): the encoder reads `[Modality] [S]` for each target
+    modality, the input text, EOS, and the input patches.
+    Self-supervised (`text`, `image` with `image_codes`, `audio` with `audio_codes`): a target
+    modality is drawn, then one of its denoisers; the other modalities are given whole.
+    - text [R], [X]: T5 span corruption. [S]: the end of the text is generated from its beginning.
+    - image or audio [R]: masked patches are withheld, codes are restored. [S]: all codes are
+      generated from the other modalities; drawn only if there are others, or [R] is impossible.
+    An empty text is not drawn as the target if another modality can be; alone, its target is EOS.
+    A text of one token cannot be span-corrupted: it is given whole and the target is EOS.
+
+    Attributes:
+        vocabulary: text ids of sentinels and prefix tokens.
+        input_modalities: what the encoder of the model reads.
+        target_modalities: what its decoder writes; 'audio' needs examples with `audio_codes`.
+        image: how images are cut into patches.
+        audio: how log-mel spectrograms [frames, mel bins] are cut into patches.
+        text_weights: relative chance of 'R', 'S', 'X' for a text target; {} for never a text.
+        text_r: [R] denoisers, each (mean span in tokens, hidden share), equally likely.
+        text_x: [X] denoisers, likewise.
+        text_s_fraction: share of the text that [S] generates; with a uniform split its mean.
+        text_s_split: 'fixed': the last `text_s_fraction`; 'uniform': a share drawn uniformly
+            between 0 and twice `text_s_fraction` (at least one token).
+        image_weights: relative chance of 'R', 'S' for an image target; {} for never an image.
+        image_mask_rate: share of the patches that image [R] withholds.
+        audio_weights: relative chance of 'R', 'S' for an audio target.
+        audio_mask_rate: share of the patches that audio [R] withholds.
+        target_weights: relative chance of each modality as the target, among those possible.
+        masked_loss: image and audio [R] weigh 'masked' codes only, or 'all'.
+        image_shift: largest random shift of an image given as input, in pixels; 0 for none. The
+            image that [R] must restore is never changed.
+        image_augmentations: further callables (image, rng) -> image for images given as input.
+        mode_tokens: put the prefix token before the input text (False: plain T5 text to text).
+        supervised_only: refuse self-supervised examples.
+        ignored_features: features of the examples to leave out on purpose.
+    """
+
+    vocabulary: VocabularyLayout = dataclasses.field(default_factory=VocabularyLayout)
+    input_modalities: Sequence[str] = ("text", "image", "audio")
+    target_modalities: Sequence[str] = ("text", "image")
+    image: masking.PatchSpec = masking.PatchSpec(16, channels=3)
+    audio: masking.PatchSpec = masking.PatchSpec(16, channels=1)
+    text_weights: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"R": 2.0, "S": 1.0, "X": 4.0})
+    text_r: Sequence[Sequence[float]] = ((3.0, 0.15), (8.0, 0.15))
+    text_x: Sequence[Sequence[float]] = ((3.0, 0.5), (8.0, 0.5), (64.0, 0.15), (64.0, 0.5))
+    text_s_fraction: float = 0.25
+    text_s_split: Literal["fixed", "uniform"] = "fixed"
+    image_weights: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"R": 1.0, "S": 1.0})
+    image_mask_rate: float = 0.75
+    audio_weights: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"R": 1.0, "S": 1.0})
+    audio_mask_rate: float = 0.75
+    target_weights: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"text": 1.0, "image": 1.0, "audio": 1.0})
+    masked_loss: Literal["masked", "all"] = "masked"
+    image_shift: int = 0
+    image_augmentations: Sequence[augmentation.ImageAugmentation] = ()
+    mode_tokens: bool = True
+    supervised_only: bool = False
+    ignored_features: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("input_modalities", "target_modalities", "text_r", "text_x",
+                     "image_augmentations", "ignored_features"):
+            value = getattr(self, name)
+            frozen = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+            object.__setattr__(self, name, frozen)
+        check_settings(self)
+        object.__setattr__(self, "_plans", {})
+
+    @functools.cached_property
+    def augmentations(self) -> tuple[augmentation.ImageAugmentation, ...]:
+        """The steps every image given as input goes through, in order."""
+        shift = (augmentation.RandomShift(self.image_shift),) if self.image_shift else ()
+        return (*shift, *self.image_augmentations)
+
+    # -- which denoiser ------------------------------------------------------------------------
+
+    def choose(self, clean_lengths: Mapping[str, int], *, seed: int,
+               example: int) -> Denoiser | None:
+        """Returns the denoiser drawn for a self-supervised example; None for a supervised one.
+
+        Args:
+            clean_lengths: length of each feature: tokens, codes, or patches.
+            seed: seed of the run.
+            example: number of the example in the mixture.
+
+        Raises:
+            UserError: the features do not form an example (see `feature_roles`), or no denoiser
+                with a positive weight can use them.
+        """
+        roles, tables = self._plan(tuple(clean_lengths))
+        if roles.supervised:
+            return None
+        return self._draw(tables, clean_lengths, seed, example)[0]
+
+    def _plan(self, names: tuple[str, ...]) -> tuple[FeatureRoles, tuple[ChoiceTable, ...]]:
+        """Roles of these features, and the choices with and without an empty text."""
+        plan = self._plans.get(names)
+        if plan is None:
+            roles = feature_roles(names, self.input_modalities, self.target_modalities,
+                                  self.ignored_features)
+            plan = self._plans[names] = (roles, self._tables(roles, names))
+        return plan
+
+    def _tables(self, roles: FeatureRoles, names: tuple[str, ...]) -> tuple[ChoiceTable, ...]:
+        if roles.supervised:
+            return ()
+        if self.supervised_only:
+            raise UserError("this objective takes supervised examples only", got=", ".join(names),
+                            fix="name features *_inputs and *_targets, or set "
+                                "MixtureOfDenoisers.supervised_only = False")
+        offers = {modality: self._denoisers(modality, roles) for modality in roles.targets}
+        table = choice_table(offers, self.target_weights)
+        if not table.denoisers:
+            raise UserError("no denoiser with a positive weight can use an example",
+                            got=", ".join(names),
+                            fix="raise text_weights, image_weights, audio_weights or "
+                                "target_weights for one of: " + ", ".join(roles.targets))
+        others = choice_table({m: d for m, d in offers.items() if m != "text"},
+                              self.target_weights)
+        return table, others if others.denoisers else table
+
+    def _denoisers(self, modality: str, roles: FeatureRoles) -> list[tuple[Denoiser, float]]:
+        """The denoisers of one target modality with their relative weights."""
+        if modality == "text":
+            weights = self.text_weights
+            out = [(Denoiser("text", "S", self.text_s_fraction), weights.get("S", 0.0))]
+            for paradigm, spans in (("R", self.text_r), ("X", self.text_x)):
+                share = weights.get(paradigm, 0.0) / max(len(spans), 1)
+                out += [(Denoiser("text", paradigm, rate, mean), share) for mean, rate in spans]
+            return out
+        weights = getattr(self, f"{modality}_weights")
+        out = []
+        if modality in roles.inputs and weights.get("R", 0.0) > 0:
+            out.append((Denoiser(modality, "R", getattr(self, f"{modality}_mask_rate")),
+                        weights["R"]))
+        # With nothing to generate from, [S] is unconditional: only if [R] is out of the question.
+        if not out or any(other != modality for other in roles.inputs):
+            out.append((Denoiser(modality, "S", 1.0), weights.get("S", 0.0)))
+        return out
+
+    def _draw(self, tables: tuple[ChoiceTable, ...], clean_lengths: Mapping[str, int],
+              seed: int, example: int) -> tuple[Denoiser, float]:
+        table = tables[clean_lengths.get("text", 1) == 0]
+        choice, split = example_generator(seed, example, CHOICE_STREAM).random(2)
+        return table.pick(choice), split
+
+    # -- lengths -------------------------------------------------------------------------------
+
+    def lengths(self, clean_lengths: Mapping[str, int], *, seed: int,
+                example: int) -> ModalityLengths:
+        """Returns the slots the example will take, by modality; absent modalities are left out.
+
+        Args:
+            clean_lengths: length of each feature: tokens, codes, or patches.
+            seed: seed of the run.
+            example: number of the example in the mixture.
+
+        Raises:
+            UserError: as `choose`, and if the text would have more spans than there are sentinels.
+        """
+        roles, tables = self._plan(tuple(clean_lengths))
+        inputs = {m: clean_lengths[name] for m, name in roles.inputs.items()}
+        if roles.supervised:
+            text = inputs.pop("text", 0) + 1 + (len(roles.targets) if self.mode_tokens else 0)
+            targets = {m: clean_lengths[name] + (m == "text") for m, name in roles.targets.items()}
+            return ModalityLengths({"text": text, **inputs}, targets)
+        denoiser, split = self._draw(tables, clean_lengths, seed, example)
+        text, target = inputs.pop("text", 0), clean_lengths[roles.targets[denoiser.modality]]
+        if denoiser.modality == "text":
+            text, target = self._text_lengths(denoiser, text, split)
+            target += 1
+        elif denoiser.paradigm == "R":
+            patches = inputs[denoiser.modality]
+            inputs[denoiser.modality] = patches - masking.num_masked(patches, denoiser.rate)
+        else:
+            inputs.pop(denoiser.modality, None)
+        text += 1 + self.mode_tokens
+        return ModalityLengths({"text": text, **inputs}, {denoiser.modality: target})
+
+    def _text_lengths(self, denoiser: Denoiser, length: int, split: float) -> tuple[int, int]:
+        """(input, target) tokens of a corrupted text, without prefix token and EOS."""
+        if denoiser.paradigm == "S":
+            suffix = span_corruption.suffix_length(length, self.text_s_share(split))
+            return length - suffix, suffix
+        noise, spans = span_corruption.num_noise_and_spans(
+            length, denoiser.rate, denoiser.mean_span)
+        if spans > self.vocabulary.num_sentinels:
+            raise span_corruption.too_many_spans(spans, self.vocabulary.num_sentinels, length)
+        return length - noise + spans, noise + spans
+
+    def text_s_share(self, split: Any) -> Any:
+        """Returns the share of a text that [S] generates, given a uniform number (or an array)."""
+        return 2.0 * self.text_s_fraction * split if self.text_s_split == "uniform" else (
+            self.text_s_fraction + 0.0 * split)
+
+    def lengths_many(self, clean_lengths: Mapping[str, np.ndarray], examples: np.ndarray, *,
+                     seed: int) -> ModalityLengths:
+        """`lengths` of many examples that have the same features, in array operations.
+
+        Args:
+            clean_lengths: for each feature the length in each example, [n].
+            examples: example numbers, [n].
+            seed: seed of the run.
+
+        Returns:
+            For each modality an int64 array [n]; 0 where an example does not use the modality.
+
+        Raises:
+            UserError: as `lengths`.
+        """
+        roles, tables = self._plan(tuple(clean_lengths))
+        inputs = {m: np.array(clean_lengths[name], np.int64) for m, name in roles.inputs.items()}
+        text = inputs.pop("text", np.zeros((len(examples),), np.int64))
+        if roles.supervised:
+            text = text + 1 + (len(roles.targets) if self.mode_tokens else 0)
+            return ModalityLengths({"text": text, **inputs}, {
+                m: np.array(clean_lengths[name], np.int64) + (m == "text")
+                for m, name in roles.targets.items()})
+        uniforms = two_uniforms(seed, examples, CHOICE_STREAM)
+        targets = {m: np.zeros_like(text) for m in roles.targets}
+        empty = np.asarray(clean_lengths.get("text", np.ones_like(text))) == 0
+        for table, rows in ((tables[0], ~empty), (tables[1], empty)):
+            picks = table.pick_many(uniforms[:, 0])
+            for index, denoiser in enumerate(table.denoisers):
+                at = np.flatnonzero((picks == index) & rows)
+                target = np.asarray(clean_lengths[roles.targets[denoiser.modality]])[at]
+                if denoiser.modality == "text":
+                    text[at], target = self._text_lengths_many(denoiser, text[at],
+                                                               uniforms[at, 1])
+                    target = target + 1
+                elif denoiser.paradigm == "R":
+                    inputs[denoiser.modality][at] -= masking.num_masked_many(
+                        inputs[denoiser.modality][at], denoiser.rate)
+                elif denoiser.modality in inputs:
+                    inputs[denoiser.modality][at] = 0
+                targets[denoiser.modality][at] = target
+        return ModalityLengths({"text": text + 1 + self.mode_tokens, **inputs}, targets)
+
+    def _text_lengths_many(self, denoiser: Denoiser, lengths: np.ndarray, splits: np.ndarray
+                           ) -> tuple[np.ndarray, np.ndarray]:
+        if denoiser.paradigm == "S":
+            suffix = span_corruption.suffix_length_many(lengths, self.text_s_share(splits))
+            return lengths - suffix, suffix
+        noise, spans = span_corruption.num_noise_and_spans_many(
+            lengths, denoiser.rate, denoiser.mean_span)
+        if spans.size and spans.max() > self.vocabulary.num_sentinels:
+            worst = int(spans.argmax())
+            raise span_corruption.too_many_spans(
+                int(spans[worst]), self.vocabulary.num_sentinels, int(lengths[worst]))
+        return lengths - noise + spans, noise + spans
+
+    def check_text_length(self, longest: int) -> None:
+        """Raises `UserError` now if some denoiser would need more sentinels than there are.
+
+        Args:
+            longest: tokens of the longest self-supervised text.
+        """
+        for paradigm, spans in (("R", self.text_r), ("X", self.text_x)):
+            for mean, rate in spans if self.text_weights.get(paradigm, 0.0) > 0 else ():
+                self._text_lengths(Denoiser("text", paradigm, rate, mean), longest, 0.0)
+
+    # -- the example ---------------------------------------------------------------------------
+
+    def apply(self, clean: Mapping[str, np.ndarray], *, seed: int,
+              example: int) -> dict[str, np.ndarray]:
+        """Returns the model example: unbatched, unpadded arrays by batch key.
+
+        - inputs/text/tokens [n] int32: prefix token, text, EOS;
+        - inputs/<m>/input [n, patch_dim] and inputs/<m>/pos_ids [n] int32 (place in the patch
+          grid, row-major) for patches;
+        - targets/text/targets [m] int32, with EOS;
+        - targets/<m>/targets, loss_mask, task_mask [m] int32 for codes: targets are code + 2;
+          task_mask is 1 where [R] hid the code from the encoder (all 0 for [S], which is plain
+          left-to-right generation); loss_mask is 1 where the loss counts.
+
+        Args:
+            clean: features of one example, as cached.
+            seed: seed of the run.
+            example: number of the example in the mixture.
+
+        Raises:
+            UserError: as `lengths`, and if an array has a shape that cannot be used.
+        """
+        roles, tables = self._plan(tuple(clean))
+        if roles.supervised:
+            return model_example.supervised(self, roles, clean, seed, example)
+        denoiser, split = self._draw(
+            tables, {"text": len(clean["text"])} if "text" in clean else {}, seed, example)
+        return model_example.denoised(self, roles, clean, denoiser, split, seed, example)
+
+    def without_augmentation(self) -> MixtureOfDenoisers:
+        """Returns the objective for evaluation: no image is shifted or changed."""
+        return dataclasses.replace(self, image_shift=0, image_augmentations=())

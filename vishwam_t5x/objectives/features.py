@@ -1,0 +1,95 @@
+"""What the features of a clean example are for, told from their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from vishwam_t5x.core.batch import modality_order
+from vishwam_t5x.core.errors import UserError, did_you_mean
+
+SUPERVISED_INPUTS = {"text_inputs": "text", "image_inputs": "image", "audio_inputs": "audio"}
+SUPERVISED_TARGETS = {"text_targets": "text", "image_target_codes": "image",
+                      "audio_target_codes": "audio"}
+SUPERVISED_SOURCES = {"image_targets": "image_target_codes", "audio_targets": "audio_target_codes"}
+"""Pixels kept beside their codes, for people to look at; the trainer reads the codes."""
+NEUTRAL_INPUTS = {"text": "text", "image": "image", "audio": "audio"}
+NEUTRAL_TARGETS = {"text": "text", "image_codes": "image", "audio_codes": "audio"}
+
+_SUPERVISED = {**SUPERVISED_INPUTS, **SUPERVISED_TARGETS,
+               **{name: codes.split("_")[0] for name, codes in SUPERVISED_SOURCES.items()}}
+_NEUTRAL = {**NEUTRAL_INPUTS, **NEUTRAL_TARGETS}
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureRoles:
+    """Which feature feeds which modality.
+
+    Attributes:
+        supervised: the example says what to predict from what; otherwise a denoiser decides.
+        inputs: modality -> feature the encoder can be given, in row order.
+        targets: modality -> feature the decoder can be asked for, in row order.
+    """
+
+    supervised: bool
+    inputs: dict[str, str]
+    targets: dict[str, str]
+
+
+def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
+                  target_modalities: tuple[str, ...],
+                  ignored: tuple[str, ...] = ()) -> FeatureRoles:
+    """Sorts the features of a clean example by role.
+
+    Args:
+        names: feature names of one example; `meta_*` are skipped.
+        input_modalities: what the encoder can read.
+        target_modalities: what the decoder can write.
+        ignored: features to leave out on purpose.
+
+    Raises:
+        UserError: an unknown feature, supervised and neutral features mixed, a feature whose
+            modality the model does not have, pixels to predict without their codes, or nothing
+            to predict.
+    """
+    names = [name for name in names if not name.startswith("meta_") and name not in ignored]
+    for name in names:
+        if name not in _SUPERVISED and name not in _NEUTRAL:
+            known = [*_SUPERVISED, *_NEUTRAL]
+            raise UserError("an example has a feature with no known role", got=name,
+                            fix=did_you_mean(name, known) or "known: " + ", ".join(known))
+    supervised = [name for name in names if name in _SUPERVISED]
+    if supervised and len(supervised) != len(names):
+        raise UserError(
+            "an example mixes supervised features with self-supervised ones",
+            got=", ".join(names),
+            fix="use *_inputs and *_targets, or text, image, audio and their codes, not both; "
+                "name what to leave out in ignored_features")
+    in_names, out_names = ((SUPERVISED_INPUTS, SUPERVISED_TARGETS) if supervised
+                           else (NEUTRAL_INPUTS, NEUTRAL_TARGETS))
+    inputs = {in_names[name]: name for name in names if name in in_names}
+    targets = {out_names[name]: name for name in names if name in out_names}
+    _check_modalities(inputs, input_modalities, "input_modalities")
+    if supervised:
+        _check_modalities(targets, target_modalities, "target_modalities")
+        for pixels, codes in SUPERVISED_SOURCES.items():
+            if pixels in names and codes not in names:
+                raise UserError(f"an example has '{pixels}' without '{codes}'",
+                                got=", ".join(names),
+                                fix="let the task write the codes: the trainer predicts codes")
+    else:
+        targets = {m: name for m, name in targets.items() if m in target_modalities}
+    if not targets:
+        raise UserError("an example has nothing to predict", got=", ".join(names) or "no features",
+                        fix=f"target_modalities is {target_modalities}; give one of "
+                            + ", ".join([*SUPERVISED_TARGETS, *NEUTRAL_TARGETS]))
+    return FeatureRoles(bool(supervised), {m: inputs[m] for m in modality_order(inputs)},
+                        {m: targets[m] for m in modality_order(targets)})
+
+
+def _check_modalities(found: dict[str, str], allowed: tuple[str, ...], field: str) -> None:
+    for modality, name in found.items():
+        if modality not in allowed:
+            raise UserError(f"an example has '{name}', but the objective has no {modality}",
+                            got=f"{field} = {allowed}",
+                            fix=f"add '{modality}' to {field}, or '{name}' to ignored_features")

@@ -1,0 +1,122 @@
+"""Builds the arrays of one model example from a clean example and the denoiser drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.rng import example_generator
+from vishwam_t5x.objectives import augmentation, masking, span_corruption
+from vishwam_t5x.objectives.choices import Denoiser
+from vishwam_t5x.objectives.features import FeatureRoles
+from vishwam_t5x.objectives.vocabulary import CODE_OFFSET, EOS_ID
+
+if TYPE_CHECKING:
+    from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
+
+NOISE_STREAM = "objective/noise"
+AUGMENT_STREAM = "objective/augment"
+
+Clean = Mapping[str, np.ndarray]
+Example = dict[str, np.ndarray]
+
+
+def supervised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean, seed: int,
+               example: int) -> Example:
+    """Returns the example that predicts its target features from its input features."""
+    out: Example = {}
+    text = _ids(clean, roles.inputs["text"]) if "text" in roles.inputs else _NO_IDS
+    _put_input_text(out, objective, [(modality, "S") for modality in roles.targets], text)
+    for modality, name in roles.inputs.items():
+        if modality != "text":
+            _put_patches(out, objective, modality, clean[name], None, seed, example)
+    for modality, name in roles.targets.items():
+        if modality == "text":
+            out["targets/text/targets"] = np.append(_ids(clean, name), np.int32(EOS_ID))
+        else:
+            _put_codes(out, modality, _ids(clean, name), None, "all")
+    return out
+
+
+def denoised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean, denoiser: Denoiser,
+             split: float, seed: int, example: int) -> Example:
+    """Returns the example that `denoiser` makes of a self-supervised one."""
+    out: Example = {}
+    rng = example_generator(seed, example, NOISE_STREAM)
+    text = _ids(clean, roles.inputs["text"]) if "text" in roles.inputs else _NO_IDS
+    masks: dict[str, np.ndarray] = {}
+    if denoiser.modality == "text":
+        text, target = _corrupt_text(objective, denoiser, text, split, rng)
+        out["targets/text/targets"] = np.append(target, np.int32(EOS_ID))
+    else:
+        hidden = None
+        modality, codes = denoiser.modality, _ids(clean, roles.targets[denoiser.modality])
+        if denoiser.paradigm == "R":
+            spec = getattr(objective, modality)
+            grid = spec.grid(clean[roles.inputs[modality]].shape)
+            mask = masking.patch_mask(grid[0] * grid[1], denoiser.rate, rng)
+            hidden = masking.code_mask(mask, grid, spec.codes_grid(grid, len(codes)))
+            masks[modality] = mask
+        _put_codes(out, modality, codes, hidden, objective.masked_loss)
+    _put_input_text(out, objective, [(denoiser.modality, denoiser.paradigm)], text)
+    for modality, name in roles.inputs.items():
+        generated = modality == denoiser.modality and modality not in masks
+        if modality != "text" and not generated:
+            _put_patches(out, objective, modality, clean[name], masks.get(modality), seed, example)
+    return out
+
+
+_NO_IDS = np.zeros((0,), np.int32)
+
+
+def _ids(clean: Clean, name: str) -> np.ndarray:
+    ids = np.asarray(clean[name])
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"the feature '{name}' must be a list of whole numbers",
+                        got=f"shape {ids.shape}, dtype {ids.dtype}",
+                        fix="tokenize it in the task's preprocessor")
+    return ids.astype(np.int32)
+
+
+def _corrupt_text(objective: MixtureOfDenoisers, denoiser: Denoiser, text: np.ndarray,
+                  split: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    if denoiser.paradigm == "S":
+        suffix = span_corruption.suffix_length(len(text), objective.text_s_share(split))
+        return text[:len(text) - suffix], text[len(text) - suffix:]
+    mask = span_corruption.noise_mask(len(text), denoiser.rate, denoiser.mean_span, rng)
+    return span_corruption.corrupt(text, mask, objective.vocabulary.sentinels)
+
+
+def _put_input_text(out: Example, objective: MixtureOfDenoisers,
+                    tasks: Sequence[tuple[str, str]], text: np.ndarray) -> None:
+    prefix = [objective.vocabulary.prefix(*task) for task in tasks] if objective.mode_tokens else []
+    out["inputs/text/tokens"] = np.concatenate(
+        [np.asarray(prefix, np.int32), text, np.asarray([EOS_ID], np.int32)])
+
+
+def _put_patches(out: Example, objective: MixtureOfDenoisers, modality: str, array: np.ndarray,
+                 mask: np.ndarray | None, seed: int, example: int) -> None:
+    """Gives the encoder the patches of an array; with a mask only those it leaves visible."""
+    # A masked image must stay where its codes are.
+    if modality == "image" and mask is None and objective.augmentations:
+        array = augmentation.augment(array, objective.augmentations,
+                                     example_generator(seed, example, AUGMENT_STREAM))
+    patches = masking.patchify(np.asarray(array), getattr(objective, modality))
+    positions = np.arange(len(patches), dtype=np.int32)
+    if mask is not None:
+        patches, positions = patches[~mask], positions[~mask]
+    out[f"inputs/{modality}/input"] = patches
+    out[f"inputs/{modality}/pos_ids"] = positions
+
+
+def _put_codes(out: Example, modality: str, codes: np.ndarray, hidden: np.ndarray | None,
+               masked_loss: str) -> None:
+    task_mask = np.zeros(codes.shape, np.int32) if hidden is None else hidden.astype(np.int32)
+    out[f"targets/{modality}/targets"] = codes + np.int32(CODE_OFFSET)
+    out[f"targets/{modality}/task_mask"] = task_mask
+    out[f"targets/{modality}/loss_mask"] = (
+        task_mask if hidden is not None and masked_loss == "masked"
+        else np.ones(codes.shape, np.int32))
