@@ -1,0 +1,178 @@
+"""The quickstart: five small Tasks on real input, and their Mixture `quickstart`.
+
+Importing this module registers them with SeqIO; nothing is read or fitted until a Task is used.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.tf.features import (
+    audio_feature,
+    codes_feature,
+    image_feature,
+    text_feature,
+)
+from vishwam_t5x.data.tf.multimodal_mixture import MultimodalMixture
+from vishwam_t5x.data.tf.text import LazyVocabulary, split_evenly
+from vishwam_t5x.evaluation.metrics.text import exact_match
+from vishwam_t5x_tasks import quickstart_fitted as fitted
+from vishwam_t5x_tasks import quickstart_metrics as metrics
+from vishwam_t5x_tasks import quickstart_sources as sources
+
+MAX_TEXT_TOKENS = 64
+"""Passages are cut into pieces of at most this many tokens."""
+IMAGE_PATCH = (2, 2)
+AUDIO_PATCH = (8, 8)
+RATES = {
+    "quickstart_text_denoise": 0.30,
+    "quickstart_image_to_text": 0.20,
+    "quickstart_text_to_image": 0.25,
+    "quickstart_audio_to_text": 0.10,
+    "quickstart_image_text_denoise": 0.15,
+}
+_PATCHES = (("image", IMAGE_PATCH), ("audio", AUDIO_PATCH))
+VOCABULARY = LazyVocabulary(fitted.vocabulary_path)
+
+
+def _passages(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed  # one in-memory source: there are no files to shuffle
+    return tf.data.Dataset.from_tensor_slices({"text": list(sources.passages(split))})
+
+
+def _image_to_text(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed
+    images, labels = sources.digits(split)
+    return tf.data.Dataset.from_tensor_slices({
+        "image_inputs": images,
+        "text_inputs": [sources.choose(sources.IMAGE_QUESTIONS, split, i, "question")
+                        for i in range(len(labels))],
+        "text_targets": [sources.caption(digit) for digit in labels],
+        "meta_digit": labels,
+    })
+
+
+def _text_to_image(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed
+    images, labels = sources.digits(split)
+    requests = [sources.choose(sources.DRAWING_REQUESTS, split, i, "request").format(
+        sources.DIGIT_NAMES[digit]) for i, digit in enumerate(labels)]
+    return tf.data.Dataset.from_tensor_slices({
+        "text_inputs": requests,
+        "image_targets": images,
+        "image_target_codes": fitted.codebook().encode(images),
+        "meta_digit": labels,
+    })
+
+
+def _audio_to_text(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed
+    spectrograms, labels = sources.tones(split)
+    return tf.data.Dataset.from_tensor_slices({
+        "audio_inputs": spectrograms,
+        "text_inputs": [sources.choose(sources.AUDIO_QUESTIONS, split, i, "audio question")
+                        for i in range(len(labels))],
+        "text_targets": [sources.caption(digit) for digit in labels],
+        "meta_digit": labels,
+    })
+
+
+def _image_text(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed
+    images, labels = sources.digits(split)
+    return tf.data.Dataset.from_tensor_slices({
+        "image": images,
+        "image_codes": fitted.codebook().encode(images),
+        "text": [sources.caption(digit) for digit in labels],
+        "meta_digit": labels,
+    })
+
+
+def _source(dataset_fn: Any, num_examples: dict[str, int] | None) -> seqio.FunctionDataSource:
+    return seqio.FunctionDataSource(dataset_fn, splits=sources.SPLITS,
+                                    num_input_examples=num_examples)
+
+
+_NUM_DIGITS = {"train": 1438, "validation": 179, "test": 180}
+_TOKENIZE = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
+
+seqio.TaskRegistry.add(
+    "quickstart_text_denoise",
+    source=_source(_passages, None),
+    preprocessors=[
+        _TOKENIZE,
+        functools.partial(split_evenly, feature="text", max_length=MAX_TEXT_TOKENS),
+    ],
+    output_features={"text": text_feature(VOCABULARY)},
+    metric_fns=[])
+
+seqio.TaskRegistry.add(
+    "quickstart_image_to_text",
+    source=_source(_image_to_text, _NUM_DIGITS),
+    preprocessors=[_TOKENIZE],
+    output_features={"image_inputs": image_feature(), "text_inputs": text_feature(VOCABULARY),
+                     "text_targets": text_feature(VOCABULARY)},
+    postprocess_fn=metrics.caption_text,
+    metric_fns=[exact_match])
+
+seqio.TaskRegistry.add(
+    "quickstart_text_to_image",
+    source=_source(_text_to_image, _NUM_DIGITS),
+    preprocessors=[_TOKENIZE],
+    output_features={"text_inputs": text_feature(VOCABULARY), "image_targets": image_feature(),
+                     "image_target_codes": codes_feature(fitted.NUM_CODES)},
+    postprocess_fn=metrics.digit_image,
+    metric_fns=[metrics.recognised])
+
+seqio.TaskRegistry.add(
+    "quickstart_audio_to_text",
+    source=_source(_audio_to_text, sources.NUM_TONES),
+    preprocessors=[_TOKENIZE],
+    output_features={"audio_inputs": audio_feature(), "text_inputs": text_feature(VOCABULARY),
+                     "text_targets": text_feature(VOCABULARY)},
+    postprocess_fn=metrics.caption_text,
+    metric_fns=[exact_match])
+
+seqio.TaskRegistry.add(
+    "quickstart_image_text_denoise",
+    source=_source(_image_text, _NUM_DIGITS),
+    preprocessors=[_TOKENIZE],
+    output_features={"image": image_feature(), "image_codes": codes_feature(fitted.NUM_CODES),
+                     "text": text_feature(VOCABULARY)},
+    metric_fns=[])
+
+seqio.MixtureRegistry.add("quickstart", list(RATES.items()), mixture_cls=MultimodalMixture)
+
+
+def task_metadata(task_name: str) -> dict[str, Any]:
+    """Returns what a cache's manifest records of a Task of this module beside its examples.
+
+    Returns:
+        'vocabulary' and, where codes occur, 'codebook': {'path', 'sha256', 'size'} (fitted now if
+        need be); 'patch_sizes': (rows, columns) of a patch by modality; 'metric_fns' and
+        'postprocess_fn' as 'module:name', importable without TensorFlow.
+
+    Raises:
+        UserError: the Task is not one of the quickstart's.
+    """
+    if task_name not in RATES:
+        raise UserError("this is not a Task of the quickstart", got=task_name,
+                        fix="one of: " + ", ".join(RATES))
+    task = seqio.TaskRegistry.get(task_name)
+    out: dict[str, Any] = {"vocabulary": fitted.describe(fitted.vocabulary_path())}
+    modalities = {name.split("_")[0] for name in task.output_features}
+    if any(name.endswith("_codes") for name in task.output_features):
+        out["codebook"] = {**fitted.describe(fitted.codebook_path()), "patch": fitted.PATCH}
+    out["patch_sizes"] = {modality: size for modality, size in _PATCHES if modality in modalities}
+    out["metric_fns"] = [_address(fn) for fn in task.metric_fns]
+    out["postprocess_fn"] = _address(task.postprocessor) if task.postprocessor else None
+    return out
+
+
+def _address(function: Any) -> str:
+    return f"{function.__module__}:{function.__qualname__}"

@@ -1,0 +1,1 @@
+"""Metrics in plain NumPy: functions of targets and predictions."""

@@ -1,0 +1,1 @@
+"""Decoding text, exporting and serving a trained model."""
