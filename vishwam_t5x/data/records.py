@@ -1,0 +1,417 @@
+"""Cached clean examples: ArrayRecord shards, a manifest, and a table of lengths, read without TF.
+
+A split of a task is one directory::
+
+    CACHE_DIR/tasks/<task>/<split>/shard-00000-of-00002.array_record …  one msgpack dict a record
+                                   lengths.npy    int32 [num_records, num_columns]
+                                   manifest.json  what the above must contain
+
+The lengths are all that packing needs, so a plan of a batch opens no shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.objectives.masking import PatchSpec
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+LENGTHS_NAME = "lengths.npy"
+META_PREFIX = "meta_"
+"""Features for metrics only (identifiers, reference strings): cached, never put in a batch."""
+
+
+class FeatureInfo(NamedTuple):
+    """Shape and dtype of one feature of a task.
+
+    Attributes:
+        shape: None where the size differs from record to record; () for scalars and strings.
+        dtype: a NumPy dtype name, or 'bytes' for one byte string.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+class DamagedRecord(Exception):
+    """One record cannot be used; training goes on without it.
+
+    Attributes:
+        task: the task's name.
+        record: the record's number in the split.
+        why: what is wrong with it.
+    """
+
+    def __init__(self, task: str, record: int, why: str) -> None:
+        self.task, self.record, self.why = task, record, why
+        super().__init__(f"{task} record {record}: {why}")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.task, self.record, self.why)
+
+
+class TaskRecords(Protocol):
+    """What a mixture asks of a task: a cache on disk, or records made up for a test."""
+
+    name: str
+
+    @property
+    def num_records(self) -> int: ...
+
+    @property
+    def features(self) -> Mapping[str, FeatureInfo]: ...
+
+    def clean_lengths(self, record: int) -> dict[str, int]: ...
+
+    def read(self, record: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardInfo:
+    """One shard as it was when the cache was finished: file name, records, bytes, sha256."""
+
+    file: str
+    num_records: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a cached split contains.
+
+    Attributes:
+        task: the task's name.
+        split: the split's name.
+        features: name -> shape and dtype.
+        length_columns: (feature, axis) of each column of lengths.npy.
+        shards: in record order.
+        lengths_sha256: of lengths.npy.
+        metadata: whatever the task wants remembered (vocabulary, codebook); JSON values.
+        bad_examples: [{'example': number, 'why': text}] left out when the cache was written.
+        format_version: of this layout.
+    """
+
+    task: str
+    split: str
+    features: dict[str, FeatureInfo]
+    length_columns: tuple[tuple[str, int], ...]
+    shards: tuple[ShardInfo, ...]
+    lengths_sha256: str
+    metadata: dict[str, Any]
+    bad_examples: tuple[dict[str, Any], ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_records(self) -> int:
+        return sum(shard.num_records for shard in self.shards)
+
+    def to_json(self) -> str:
+        """Returns the text of manifest.json."""
+        values = dataclasses.asdict(self)
+        values["features"] = {name: {"shape": list(info.shape), "dtype": info.dtype}
+                              for name, info in self.features.items()}
+        values["num_records"] = self.num_records
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: the text is no manifest.
+        """
+        values = json.loads(text)
+        num_records = values.pop("num_records")
+        values["features"] = {name: FeatureInfo(tuple(info["shape"]), info["dtype"])
+                              for name, info in values["features"].items()}
+        values["length_columns"] = tuple((name, axis) for name, axis in values["length_columns"])
+        values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
+        values["bad_examples"] = tuple(values["bad_examples"])
+        manifest = cls(**values)
+        if manifest.num_records != num_records:
+            raise ValueError(f"{num_records} records, but its shards hold {manifest.num_records}")
+        return manifest
+
+
+def length_columns(features: Mapping[str, FeatureInfo]) -> tuple[tuple[str, int], ...]:
+    """Returns the (feature, axis) pairs whose sizes lengths.npy holds.
+
+    One column for a feature of rank 1; two (height and width, or frames and mel bins) for a higher
+    rank, from which the number of patches follows.
+    """
+    return tuple((name, axis) for name, info in features.items()
+                 if not name.startswith(META_PREFIX) for axis in range(min(len(info.shape), 2)))
+
+
+def modality_of(feature: str) -> str:
+    """Returns 'image' for 'image', 'image_inputs', 'image_target_codes' and so on."""
+    return feature.split("_")[0]
+
+
+def explain_mismatch(example: Mapping[str, Any], features: Mapping[str, FeatureInfo]) -> str | None:
+    """Returns why `example` is not what `features` promise, or None if it is."""
+    if example.keys() != features.keys():
+        missing, extra = features.keys() - example.keys(), example.keys() - features.keys()
+        return f"features missing: {sorted(missing)}, not expected: {sorted(extra)}"
+    for name, (shape, dtype) in features.items():
+        value = example[name]
+        if dtype == "bytes":
+            if not isinstance(value, bytes):
+                return f"{name} is {type(value).__name__}, not bytes"
+            continue
+        if not isinstance(value, np.ndarray | np.generic):
+            return f"{name} is {type(value).__name__}, not an array"
+        if value.dtype != np.dtype(dtype):
+            return f"{name} has dtype {value.dtype}, not {dtype}"
+        if len(value.shape) != len(shape) or any(
+                want is not None and want != got
+                for want, got in zip(shape, value.shape, strict=True)):
+            return f"{name} has shape {value.shape}, not {shape}"
+    return None
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Returns the hexadecimal sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def task_directory(cache_dir: str | os.PathLike, task: str, split: str) -> pathlib.Path:
+    """Returns where a split of a task is cached."""
+    return pathlib.Path(cache_dir) / "tasks" / task / split
+
+
+def mixture_file(cache_dir: str | os.PathLike, name: str) -> pathlib.Path:
+    """Returns where the tasks and rates of a mixture are written down."""
+    return pathlib.Path(cache_dir) / "mixtures" / f"{name}.json"
+
+
+class TaskCache:
+    """The records of one split of one task, readable in any order from several threads."""
+
+    def __init__(self, directory: pathlib.Path, manifest: Manifest, lengths: np.ndarray,
+                 patch_specs: Mapping[str, PatchSpec]) -> None:
+        self.name = manifest.task
+        self.directory = directory
+        self.manifest = manifest
+        self._sizes, self._patch_specs = lengths, dict(patch_specs)
+        self._source: Any = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike,
+             patch_specs: Mapping[str, PatchSpec] | None = None) -> TaskCache:
+        """Opens a finished cache; shards are opened at the first read.
+
+        Args:
+            directory: CACHE_DIR/tasks/<task>/<split>.
+            patch_specs: how each modality with features of rank 2 and more is cut into patches;
+                without them such a cache can be read, but its lengths are not known.
+
+        Raises:
+            UserError: there is no finished cache, it is of another format, or a file of it is
+                missing or changed.
+        """
+        directory = pathlib.Path(directory)
+        path = directory / MANIFEST_NAME
+        if not path.is_file():
+            raise UserError("no finished cache here", got=directory,
+                            fix="write it with `vishwam cache --task_or_mixture=NAME`")
+        try:
+            manifest = Manifest.from_json(path.read_text())
+        except (ValueError, KeyError, TypeError) as error:
+            raise _broken(directory, f"{MANIFEST_NAME} cannot be read: {error}") from error
+        if manifest.format_version != FORMAT_VERSION:
+            raise _broken(directory, f"format version {manifest.format_version}; "
+                                     f"this program reads {FORMAT_VERSION}")
+        _check_files(directory, manifest)
+        lengths = np.load(directory / LENGTHS_NAME)
+        if lengths.shape != (manifest.num_records, len(manifest.length_columns)):
+            raise _broken(directory, f"{LENGTHS_NAME} has shape {lengths.shape}")
+        return cls(directory, manifest, lengths, patch_specs or {})
+
+    @property
+    def num_records(self) -> int:
+        return self.manifest.num_records
+
+    @property
+    def features(self) -> dict[str, FeatureInfo]:
+        return self.manifest.features
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self.manifest.metadata
+
+    def clean_lengths(self, record: int) -> dict[str, int]:
+        """Returns the length of each feature of a record: elements if 1-D, patches otherwise.
+
+        Raises:
+            UserError: a modality has no `PatchSpec`, or a size does not divide into its patches.
+        """
+        names, table = self.length_table
+        return dict(zip(names, table[record].tolist(), strict=True))
+
+    @functools.cached_property
+    def length_table(self) -> tuple[tuple[str, ...], Int[np.ndarray, "records features"]]:
+        """(feature names, int32 [num_records, num_features]) of `clean_lengths`."""
+        names = tuple(dict.fromkeys(name for name, _ in self.manifest.length_columns))
+        table = np.zeros((self.num_records, len(names)), np.int32)
+        columns = [name for name, _ in self.manifest.length_columns]
+        for index, name in enumerate(names):
+            sizes = self._sizes[:, columns.index(name):][:, :columns.count(name)]
+            table[:, index] = (sizes[:, 0] if sizes.shape[1] == 1
+                               else self._num_patches(name, sizes))
+        return names, table
+
+    def _num_patches(self, name: str, sizes: np.ndarray) -> np.ndarray:
+        spec = self._patch_specs.get(modality_of(name))
+        if spec is None:
+            raise UserError(
+                f"task '{self.name}' has a feature '{name}' of pixels or spectrogram values, but "
+                "it is not known how to cut it into patches",
+                got=f"patch specs of {sorted(self._patch_specs) or 'nothing'}",
+                fix=f"give a PatchSpec for '{modality_of(name)}', or leave the task out")
+        distinct, which = np.unique(sizes, axis=0, return_inverse=True)
+        rest = self.features[name].shape[2:]
+        try:
+            counts = [spec.num_patches((int(height), int(width), *rest))
+                      for height, width in distinct]
+        except UserError as error:
+            raise UserError(f"feature '{name}' of task '{self.name}': {error.problem}", error.got,
+                            error.fix) from error
+        return np.asarray(counts, np.int32)[which.reshape(-1)]
+
+    def read(self, record: int) -> dict[str, Any]:
+        """Returns the clean example of a record: arrays, and bytes for string features.
+
+        Raises:
+            DamagedRecord: the bytes cannot be read or decoded, or hold something else than the
+                manifest says.
+        """
+        source = self._open_shards()
+        try:
+            example = _decode(source[record])
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+            # RuntimeError: ArrayRecord's checksum; the others: msgpack on wrong bytes.
+            raise DamagedRecord(self.name, record, f"cannot be decoded: {error}") from error
+        why = explain_mismatch(example, self.features)
+        if why is None and self._sizes[record].tolist() != [
+                example[name].shape[axis] for name, axis in self.manifest.length_columns]:
+            why = f"its lengths differ from {LENGTHS_NAME}"
+        if why is not None:
+            raise DamagedRecord(self.name, record, why)
+        return example
+
+    def verify(self) -> None:
+        """Reads every shard and compares its sha256 with the manifest.
+
+        Raises:
+            UserError: a shard's contents have changed.
+        """
+        for shard in self.manifest.shards:
+            if file_sha256(self.directory / shard.file) != shard.sha256:
+                raise _broken(self.directory, f"{shard.file} has changed since it was written")
+
+    def _open_shards(self) -> Any:
+        with self._lock:
+            if self._source is None:
+                import grain  # 0.2 s and 30 MB on top of jax: only a process that reads pays.
+
+                paths = [str(self.directory / shard.file) for shard in self.manifest.shards]
+                try:
+                    self._source = grain.sources.ArrayRecordDataSource(paths)
+                except RuntimeError as error:
+                    raise _broken(self.directory, f"a shard cannot be opened: {error}") from error
+            return self._source
+
+
+def _check_files(directory: pathlib.Path, manifest: Manifest) -> None:
+    """Sizes of shards, hash of the lengths: cheap, so done at every opening."""
+    for shard in manifest.shards:
+        path = directory / shard.file
+        if not path.is_file():
+            raise _broken(directory, f"{shard.file} is missing")
+        if path.stat().st_size != shard.num_bytes:
+            raise _broken(directory, f"{shard.file} has {path.stat().st_size} bytes, "
+                                     f"{shard.num_bytes} were written")
+    path = directory / LENGTHS_NAME
+    if not path.is_file():
+        raise _broken(directory, f"{LENGTHS_NAME} is missing")
+    if file_sha256(path) != manifest.lengths_sha256:
+        raise _broken(directory, f"{LENGTHS_NAME} has changed since it was written")
+
+
+def _broken(directory: pathlib.Path, why: str) -> UserError:
+    task = directory.parent.name
+    return UserError(f"the cache of task '{task}' cannot be used: {why}", got=directory,
+                     fix=f"write it again: vishwam cache --task_or_mixture={task} --overwrite")
+
+
+def _decode(record: bytes) -> dict[str, Any]:
+    from flax import serialization
+
+    example = serialization.msgpack_restore(record)
+    if not isinstance(example, dict):
+        raise ValueError(f"holds a {type(example).__name__}, not a dict of features")
+    return example
+
+
+def encode(example: Mapping[str, Any]) -> bytes:
+    """Returns the bytes of a record: a msgpack dict as flax.serialization writes it."""
+    from flax import serialization
+
+    return serialization.msgpack_serialize(dict(example))
+
+
+def cached_names(cache_dir: str | os.PathLike) -> list[str]:
+    """Returns the names of the mixtures and tasks found in a cache directory."""
+    root = pathlib.Path(cache_dir)
+    mixtures = [path.stem for path in (root / "mixtures").glob("*.json")]
+    tasks = [path.parent.parent.name for path in (root / "tasks").glob(f"*/*/{MANIFEST_NAME}")]
+    return sorted({*mixtures, *tasks})
+
+
+def read_rates(cache_dir: str | os.PathLike, name: str) -> dict[str, float] | None:
+    """Returns {task: rate} of a cached mixture, {name: 1.0} of a cached task, None of neither.
+
+    Raises:
+        UserError: the mixture's file is not what `vishwam cache` writes.
+    """
+    path = mixture_file(cache_dir, name)
+    if path.is_file():
+        try:
+            return {task: float(rate)
+                    for task, rate in json.loads(path.read_text())["tasks"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"the mixture file cannot be read: {error}", got=path,
+                            fix=f"vishwam cache --task_or_mixture={name} --overwrite") from error
+    if any((pathlib.Path(cache_dir) / "tasks" / name).glob(f"*/{MANIFEST_NAME}")):
+        return {name: 1.0}
+    return None
+
+
+def available_splits(cache_dir: str | os.PathLike, task: str) -> list[str]:
+    """Returns the splits of a task whose cache is finished."""
+    root = pathlib.Path(cache_dir) / "tasks" / task
+    return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}"))
+
+
+def unknown_name(name: str, known: list[str], where: str) -> UserError:
+    """Returns the error for a task or mixture that is neither cached nor registered."""
+    hint = did_you_mean(name, known)
+    return UserError(f"unknown task or mixture {where}", got=repr(name),
+                     fix=(hint + " " if hint else "") + "known: " + (", ".join(known) or "none"))
