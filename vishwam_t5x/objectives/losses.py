@@ -217,7 +217,7 @@ def normalizers(batch: Batch, config: LossConfig) -> dict[str, Float[Array, ""]]
         return {m: jnp.ones((), jnp.float32) for m in sums}
     if config.normalization == "token":
         total = sum(sums.values(), jnp.zeros((), jnp.float32))
-        sums = {m: total for m in sums}
+        sums = dict.fromkeys(sums, total)
     return {m: jnp.maximum(weight, 1.0) for m, weight in sums.items()}
 
 
