@@ -1,0 +1,85 @@
+"""Where a gin file is found: folders given, the current one, the checkout, the installed data."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from vishwam_t5x.core.errors import UserError, did_you_mean
+
+PACKAGE = pathlib.Path(__file__).resolve().parent
+# What the checkout calls `gin/` is installed under this name (see pyproject.toml).
+INSTALLED = PACKAGE / "gin_files"
+
+
+def checkout() -> pathlib.Path | None:
+    """Returns the root of the source checkout this package runs from, or None when installed."""
+    root = PACKAGE.parent
+    return root if (root / "gin").is_dir() and (root / "pyproject.toml").is_file() else None
+
+
+def search_paths(extra: Iterable[str | os.PathLike] = ()) -> list[pathlib.Path]:
+    """Returns the folders a gin file is looked for in, first match wins.
+
+    Args:
+        extra: folders to look in before all others (`--gin_search_paths`).
+    """
+    paths = [pathlib.Path(path) for path in extra] + [pathlib.Path.cwd()]
+    paths += [root] if (root := checkout()) else [INSTALLED]
+    return list({path.resolve(): path for path in paths}.values())
+
+
+def find(name: str | os.PathLike, paths: Sequence[pathlib.Path]) -> pathlib.Path:
+    """Returns the path of the gin file called `name`.
+
+    Args:
+        name: an absolute path, or one relative to a folder of `paths`.
+        paths: as `search_paths` returns them.
+
+    Raises:
+        UserError: no such file; the message lists the folders and the nearest names.
+    """
+    wanted = pathlib.Path(name).expanduser()
+    for candidate in [wanted] if wanted.is_absolute() else _candidates(wanted, paths):
+        if candidate.is_file():
+            return candidate
+    looked_in = "\n       ".join(map(str, paths))
+    hint = _near(wanted, paths)
+    raise UserError(
+        f"no gin file {str(name)!r}",
+        got=f"nothing of that name in\n       {looked_in}",
+        fix=hint or "give its path, or add its folder with --gin_search_paths=FOLDER")
+
+
+def available(paths: Sequence[pathlib.Path]) -> list[str]:
+    """Returns the names of the gin files under `gin/` of every folder in `paths`, sorted."""
+    names = set()
+    for path in paths:
+        top = path if path == INSTALLED else path / "gin"
+        if top.is_dir():
+            names |= {f"gin/{file.relative_to(top).as_posix()}" for file in top.rglob("*.gin")}
+    return sorted(names)
+
+
+def _candidates(wanted: pathlib.Path, paths: Sequence[pathlib.Path]) -> Iterable[pathlib.Path]:
+    for path in paths:
+        if path == INSTALLED and wanted.parts[:1] == ("gin",):
+            yield path.joinpath(*wanted.parts[1:])
+        else:
+            yield path / wanted
+
+
+def _near(wanted: pathlib.Path, paths: Sequence[pathlib.Path]) -> str:
+    names = available(paths)
+    for path in _candidates(wanted.parent, paths):
+        if path.is_dir():
+            names += [str(wanted.parent / file.name) for file in path.glob("*.gin")]
+    same = sorted({name for name in names if pathlib.PurePath(name).stem == wanted.stem})
+    if same:
+        return "did you mean " + " or ".join(map(repr, same[:3])) + "?"
+    by_stem = {pathlib.PurePath(name).stem: name for name in names}
+    hint = did_you_mean(wanted.as_posix(), names) or did_you_mean(wanted.stem, by_stem)
+    for stem, name in by_stem.items():
+        hint = hint.replace(repr(stem), repr(name))
+    return hint

@@ -1,0 +1,69 @@
+"""The words for what gin itself could not read, import or find."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import sys
+import tokenize
+from collections.abc import Mapping
+from typing import Any
+
+from vishwam_t5x.core.errors import UserError, did_you_mean
+
+# Comes with the extra `seqio`; whoever misses one of these misses the extra.
+_EXTRA_SEQIO = ("seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "sklearn")
+
+
+def unreadable(error: SyntaxError | tokenize.TokenError, source: str, text: str) -> UserError:
+    """Says in our words what gin's parser could not read."""
+    if isinstance(error, SyntaxError):
+        number, line, reason = error.lineno or 1, (error.text or "").strip(), error.msg
+    else:
+        reason, (number, _) = error.args
+        line = (text.splitlines() or [""])[min(number, text.count("\n") + 1) - 1].strip()
+    place = source if source.startswith("--") else f"{source}:{number}"
+    bare = re.search(r"Failed to parse token '(.*)'", reason, re.DOTALL)
+    name, _, value = (part.strip() for part in line.partition("="))
+    if bare and source.startswith("--"):
+        fix = f"a string needs quotes that survive the shell: {source}='\"{value}\"'"
+    elif bare:
+        fix = f"a string needs quotes: {name} = \"{value}\"; a macro is written %{bare[1]}"
+    else:
+        fix = "a statement is NAME = VALUE, with a Python literal, %MACRO or @reference as VALUE"
+    reason = reason.strip().splitlines()[-1].strip()
+    return UserError(f"cannot read {place}: {reason}", got=line or text.strip(), fix=fix)
+
+
+def no_import(statement: str, module: str, error: ImportError, where: str) -> UserError:
+    """Says which module is not there: the one `statement` names, or one that it needs."""
+    absent = error.name or ""
+    if module != absent and not module.startswith(f"{absent}."):
+        extra = absent.partition(".")[0] in _EXTRA_SEQIO
+        return UserError(f"{module} cannot be imported ({where})", got=str(error),
+                         fix="pip install 'vishwam_t5x[seqio]'" if extra
+                         else f"install {absent or 'what it needs'}")
+    package, _, last = absent.rpartition(".")
+    near = ""
+    if package:
+        folder = getattr(sys.modules.get(package), "__path__", ())
+        near = did_you_mean(last, [found.name for found in pkgutil.iter_modules(folder)])
+    return UserError(f"there is no module {absent} ({where})", got=statement,
+                     fix=near or "install the package it is in, or mend the name")
+
+
+def no_attribute(selector: str, symbols: Mapping[str, Any]) -> UserError:
+    """Says which part of a dotted name is not there; `symbols` are the modules imported."""
+    first, *rest = selector.split(".")
+    value, path = symbols[first], first
+    if value is sys.modules["__main__"]:
+        return UserError(
+            f"{first!r} is T5X's `import __main__`", got=selector,
+            fix=f"write 'from vishwam_t5x import {rest[0]}', then {rest[0]}.{'.'.join(rest)}")
+    for name in rest:
+        if not hasattr(value, name):
+            public = [other for other in dir(value) if not other.startswith("_")]
+            return UserError(f"{path} has no {name!r}", got=selector,
+                             fix=did_you_mean(name, public) or f"it has {', '.join(public[:12])}")
+        value, path = getattr(value, name), f"{path}.{name}"
+    raise AssertionError("every part of the name is there")
