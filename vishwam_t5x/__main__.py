@@ -1,0 +1,96 @@
+"""vishwam: train a multimodal encoder-decoder from one gin line.
+
+usage: vishwam VERB --gin_file=FILE [--gin.NAME=VALUE ...]
+
+  train      train, resume or fine-tune
+  evaluate   metrics and predictions of a checkpoint, by task
+  infer      predictions for a split of a task or a file of inputs
+  forward    logits and loss of a checkpoint on one batch (for porting)
+  cache      prepare a task's examples once, for fast reading
+  inspect    show a mixture: rates, lengths, packing, decoded examples
+  config     show a configuration, or the difference of two
+  doctor     check this machine: versions, devices, paths
+
+vishwam VERB --help tells more. Exit codes: 0 done, 2 your mistake (problem, got, fix), 75 stopped
+on request and resumable by the same command, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from vishwam_t5x.core.errors import (
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    Preempted,
+    UserError,
+    did_you_mean,
+)
+
+VERBS = ("train", "evaluate", "infer", "forward", "cache", "inspect", "config", "doctor")
+# The verbs that read no gin files: their help has no word about them.
+_WITHOUT_GIN = ("doctor",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code; only that verb's module is imported.
+
+    Args:
+        argv: the arguments after `vishwam`; default: those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # etils would take TensorFlow for gs:// paths as soon as it is installed (12 s and 650 MB).
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        # Built anew: gin hides the parts of an error raised while it calls something.
+        print(f"vishwam: {UserError(error.problem, error.got, error.fix)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Preempted as stop:
+        print(f"vishwam: {stop}", file=sys.stderr)
+        return EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        print("vishwam: interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as a shell reports it.
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_screen(pathlib.Path(__file__)))
+        return EXIT_OK
+    if arguments[0] == "--version":
+        from vishwam_t5x import __version__
+        print(__version__)
+        return EXIT_OK
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise UserError(f"there is no verb {verb!r}", fix=did_you_mean(verb, VERBS)
+                        or f"one of: {', '.join(VERBS)}")
+    if "-h" in rest or "--help" in rest:
+        # The help is the docstring of the verb's file, read without importing it.
+        print(_screen(pathlib.Path(__file__).with_name(f"{verb}.py")))
+        if verb not in _WITHOUT_GIN:
+            from vishwam_t5x.command_line import HELP
+            print(f"\n{HELP}")
+        return EXIT_OK
+    return importlib.import_module(f"vishwam_t5x.{verb}").main(rest)
+
+
+def _screen(source: pathlib.Path) -> str:
+    return ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
