@@ -24,7 +24,7 @@ def path_name(path: tuple) -> str:
 
 
 def flatten_names(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
-    """Returns {'a/b/c': leaf} in the order of `jax.tree`; sequences and dataclasses are named too."""
+    """Returns {'a/b/c': leaf} in the order of `jax.tree`; sequences and dataclasses too."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {path_name(path): leaf for path, leaf in leaves}
 

@@ -1,0 +1,124 @@
+"""What happens between steps: evaluation, early stopping, profiles. Each says how often."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+from absl import logging
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.training.state import TrainState
+
+
+@dataclasses.dataclass
+class HookResult:
+    """What a hook has to say.
+
+    Attributes:
+        metrics: numbers to log at this step.
+        stop: why the run should end now, or None.
+        seconds: time spent, taken out of the throughput window.
+    """
+
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    stop: str | None = None
+    seconds: float = 0.0
+
+
+class Hook(Protocol):
+    """Called after each step with the state that the step made."""
+
+    def __call__(self, step: int, state: TrainState, last: bool) -> HookResult | None: ...
+
+
+class Evaluator(Protocol):
+    """Anything that scores parameters: training needs to know no more about evaluation."""
+
+    def __call__(self, params: Any) -> Mapping[str, float]: ...
+
+
+class EvaluateHook:
+    """Runs an evaluator every `period` steps and at the end; metrics are prefixed `eval/`."""
+
+    def __init__(self, evaluator: Evaluator, period: int, early_stop: EarlyStop | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        if period < 1:
+            raise UserError("EVAL_PERIOD must be at least 1 step", got=period)
+        self._evaluator, self._period, self._early_stop = evaluator, period, early_stop
+        self._clock = clock
+
+    def __call__(self, step: int, state: TrainState, last: bool) -> HookResult | None:
+        if step % self._period and not last:
+            return None
+        start = self._clock()
+        metrics = {f"eval/{name}": float(value)
+                   for name, value in self._evaluator(state.params).items()}
+        stop = self._early_stop.observe(step, metrics) if self._early_stop else None
+        return HookResult(metrics, stop, self._clock() - start)
+
+
+@dataclasses.dataclass
+class EarlyStop:
+    """Ends the run when a metric has not improved for `patience` evaluations.
+
+    Attributes:
+        metric: name of the metric, e.g. 'eval/loss'.
+        patience: evaluations without improvement that are forgiven.
+        mode: 'min' or 'max'.
+        min_delta: smallest change that counts as an improvement.
+    """
+
+    metric: str = "eval/loss"
+    patience: int = 5
+    mode: str = "min"
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise UserError("mode of EarlyStop must be 'min' or 'max'", got=repr(self.mode))
+        if self.patience < 1:
+            raise UserError("patience of EarlyStop must be at least 1", got=self.patience)
+        self._best: float | None = None
+        self._waited = 0
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """Returns why to stop, or None."""
+        if self.metric not in metrics:
+            raise UserError("EarlyStop watches a metric that evaluation does not give",
+                            got=self.metric, fix="one of: " + ", ".join(sorted(metrics)))
+        value = metrics[self.metric] if self.mode == "min" else -metrics[self.metric]
+        if self._best is None or value < self._best - self.min_delta:
+            self._best, self._waited = value, 0
+            return None
+        self._waited += 1
+        if self._waited < self.patience:
+            return None
+        return (f"{self.metric} has not improved for {self._waited} evaluations "
+                f"(step {step})")
+
+
+class ProfileHook:
+    """Writes one profile of `num_steps` steps, starting after `first_step`."""
+
+    def __init__(self, directory: str | pathlib.Path, first_step: int, num_steps: int) -> None:
+        self._directory = str(directory)
+        self._first, self._end = first_step, first_step + num_steps
+        self._running = False
+
+    def __call__(self, step: int, state: TrainState, last: bool) -> HookResult | None:
+        if step == self._first and not last:
+            jax.block_until_ready(state.step)
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif self._running and (step >= self._end or last):
+            jax.block_until_ready(state.params)
+            jax.profiler.stop_trace()
+            self._running = False
+            logging.info("profile of steps %d to %d written to %s", self._first, step,
+                         self._directory)
+        return None

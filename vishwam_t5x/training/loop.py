@@ -1,0 +1,242 @@
+"""The loop: fetch a batch, take a step, look at the one before, let the hooks act.
+
+It names no modality, model, task or cloud. The order of the calls is part of the contract; the
+reason stands beside each line.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+from absl import logging
+
+from vishwam_t5x.core.batch import Batch, DataPosition
+from vishwam_t5x.core.errors import Preempted, UserError
+from vishwam_t5x.training.hooks import Hook
+from vishwam_t5x.training.signals import StopRequest
+from vishwam_t5x.training.stability import CulpritBatches, StabilityConfig
+from vishwam_t5x.training.state import TrainState
+from vishwam_t5x.training.throughput import StepWork, Throughput
+from vishwam_t5x.training.writers import Record, Writers
+
+
+class DeviceBatch(Protocol):
+    """One batch on the devices, where it begins and ends in the data, and what it holds."""
+
+    arrays: Batch
+    start: DataPosition
+    end: DataPosition
+    example_ids: Sequence[int]
+    work: StepWork
+
+
+class Batches(Protocol):
+    """A stream of batches that can be moved to any position."""
+
+    def __next__(self) -> DeviceBatch: ...
+
+    def seek(self, position: DataPosition) -> None: ...
+
+
+class Saver(Protocol):
+    """Where checkpoints go."""
+
+    def should_save(self, step: int) -> bool: ...
+
+    def save(self, step: int, state: TrainState, metrics: Record | None = None) -> bool: ...
+
+    def restore_before(self, abstract: TrainState, step: int) -> TrainState | None: ...
+
+    def wait(self) -> None: ...
+
+
+class Diverged(RuntimeError):
+    """The loss is bad, step after step, and going back did not help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """When the loop ends and how often it reports.
+
+    Attributes:
+        total_steps: steps of the whole run, resumed ones included.
+        stats_period: steps between metric records.
+        stability: what a bad step is and when to roll back.
+        save_at_end: whether the last step is saved.
+    """
+
+    total_steps: int
+    stats_period: int = 100
+    stability: StabilityConfig = dataclasses.field(default_factory=StabilityConfig)
+    save_at_end: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "stats_period"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1 step", got=getattr(self, name))
+
+
+@dataclasses.dataclass
+class _Taken:
+    """A step that was dispatched and whose metrics nobody has looked at yet."""
+
+    step: int
+    metrics: Any
+    batch: DeviceBatch
+
+
+class Loop:
+    """Runs `step_fn` over `batches` until `total_steps`, a stop request, or a hook ends it."""
+
+    def __init__(self, config: LoopConfig, step_fn: Callable[[TrainState, Batch], tuple],
+                 batches: Batches, saver: Saver, hooks: Sequence[Hook], writers: Writers,
+                 culprits: CulpritBatches, throughput: Throughput, abstract: TrainState,
+                 describe: Callable[[Any, int], dict[str, float]],
+                 stop: StopRequest | None = None) -> None:
+        """Everything the loop uses is handed in.
+
+        Args:
+            config: when to end, how often to report.
+            step_fn: compiled (state, batch) -> (state, metrics); donates the state.
+            batches: the data.
+            saver: checkpoints.
+            hooks: called after each step, in order.
+            writers: where records go.
+            culprits: batches to step over.
+            throughput: counts what was done.
+            abstract: shapes and shardings of the state, for going back to a checkpoint.
+            describe: (host metrics, step) -> numbers to log.
+            stop: stop requests.
+        """
+        self._config, self._step_fn, self._batches, self._saver = config, step_fn, batches, saver
+        self._hooks, self._writers, self._culprits = hooks, writers, culprits
+        self._throughput, self._abstract, self._describe = throughput, abstract, describe
+        self._stop = stop or StopRequest()
+        self._recent: collections.deque[_Taken] = collections.deque(maxlen=256)
+        self._rollbacks = 0
+
+    def run(self, state: TrainState) -> TrainState:
+        """Trains from `state` to the end and returns the last state, saved.
+
+        Raises:
+            Preempted: asked to stop; the state has been saved.
+            Diverged: rolled back as often as allowed.
+        """
+        step, previous, ended = int(state.step), None, None
+        while step < self._config.total_steps and ended is None:
+            batch = self._next_batch()
+            # The state is donated: from here on only the new one exists.
+            state, metrics = self._step_fn(state.on_device(), batch.arrays)
+            # Position and parameters travel together, so a save can never pair the wrong two.
+            state = state.at(batch.end)
+            step += 1
+            self._writers.advance(step)
+            # Look at the step before, never this one: the host must not wait for the device.
+            if previous is not None:
+                rolled_back = self._observe(previous)
+                if rolled_back is not None:
+                    state, step, previous = rolled_back, int(rolled_back.step), None
+                    continue
+            previous = _Taken(step, metrics, batch)
+            self._recent.append(previous)
+            # Evaluate before saving, so that keep-best has the metric of this very step.
+            extra, ended = self._call_hooks(step, state)
+            if self._saver.should_save(step):
+                self._saver.save(step, state, extra)
+            # Agreed across processes; last, so that the step just made is what gets saved.
+            if self._stop.agreed(step):
+                self._observe(previous)
+                self._finish(step, state, extra)
+                raise Preempted(step, "asked to stop")
+        if previous is not None:
+            rolled_back = self._observe(previous)
+            if rolled_back is not None:
+                return self.run(rolled_back)
+        if ended is not None:
+            logging.info("training ends at step %d: %s", step, ended)
+        self._finish(step, state, None)
+        return state
+
+    def _finish(self, step: int, state: TrainState, metrics: Record | None) -> None:
+        if self._config.save_at_end:
+            self._saver.save(step, state, metrics)
+        self._saver.wait()
+
+    def _next_batch(self) -> DeviceBatch:
+        while True:
+            batch = next(self._batches)
+            if batch.start not in self._culprits:
+                return batch
+            logging.info("stepping over the batch at example %d, which made the loss bad",
+                         batch.start.next_example)
+
+    def _call_hooks(self, step: int, state: TrainState) -> tuple[dict[str, float], str | None]:
+        extra: dict[str, float] = {}
+        ended = None
+        last = step >= self._config.total_steps
+        for hook in self._hooks:
+            result = hook(step, state, last)
+            if result is None:
+                continue
+            extra.update(result.metrics)
+            ended = ended or result.stop
+            self._throughput.exclude(result.seconds)
+        if extra:
+            self._writers.write(step, extra)
+        return extra, ended
+
+    def _observe(self, taken: _Taken) -> TrainState | None:
+        """Logs a finished step; returns an older state when it is time to go back."""
+        self._throughput.add(taken.batch.work)
+        metrics = jax.device_get(taken.metrics)
+        if taken.step % self._config.stats_period == 0 or taken.step == self._config.total_steps:
+            record = {**self._describe(metrics, taken.step), **self._throughput.report(),
+                      "next_example": taken.batch.end.next_example,
+                      "carried": len(taken.batch.end.carried)}
+            self._writers.write(taken.step, record)
+        if not bool(metrics["update_applied"]):
+            logging.warning(
+                "step %d: update skipped (loss %s, gradient norm %s); examples %s", taken.step,
+                metrics["loss"], metrics["grad_norm"], _some(taken.batch.example_ids))
+        bad = int(metrics["bad_in_a_row"])
+        limit = self._config.stability.rollback_after
+        if not limit or bad < limit:
+            return None
+        return self._roll_back(taken, bad)
+
+    def _roll_back(self, taken: _Taken, bad: int) -> TrainState | None:
+        first_bad = taken.step - bad + 1
+        self._rollbacks += 1
+        if self._rollbacks > self._config.stability.max_rollbacks:
+            raise Diverged(
+                f"steps {first_bad} to {taken.step} were bad again after "
+                f"{self._rollbacks - 1} rollbacks; the batches are listed in "
+                f"{self._culprits.path}")
+        for culprit in self._recent:
+            if first_bad <= culprit.step <= taken.step:
+                self._culprits.add(culprit.batch.start, culprit.step, "bad loss",
+                                   list(map(int, culprit.batch.example_ids)),
+                                   write=jax.process_index() == 0)
+        state = self._saver.restore_before(self._abstract, first_bad)
+        if state is None:
+            raise Diverged(
+                f"steps {first_bad} to {taken.step} were bad and there is no earlier checkpoint "
+                f"to go back to; the batches are listed in {self._culprits.path}")
+        logging.error(
+            "steps %d to %d were bad: back to step %d, stepping over their batches (listed in %s)",
+            first_bad, taken.step, int(state.step), self._culprits.path)
+        self._recent.clear()
+        self._batches.seek(state.data_position)
+        self._throughput.restart()
+        return state
+
+
+def _some(ids: Sequence[int], limit: int = 8) -> str:
+    shown = ", ".join(map(str, ids[:limit]))
+    return shown + (f", … ({len(ids)} in all)" if len(ids) > limit else "")
+
+

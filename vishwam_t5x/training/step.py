@@ -1,0 +1,164 @@
+"""One training step as a pure function: microbatches, loss, gradients, verdict, update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vishwam_t5x.core.batch import Batch
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.rng import key_for
+from vishwam_t5x.objectives import losses
+from vishwam_t5x.precision.loss_scale import LossScaleState
+from vishwam_t5x.training.stability import StabilityConfig, judge
+from vishwam_t5x.training.state import TrainState
+
+Metrics = dict[str, Any]
+
+
+class LossFunction(Protocol):
+    """Sums of the loss by target modality for one (micro)batch."""
+
+    def __call__(self, params: Any, batch: Batch, *, dropout_key: jax.Array | None
+                 ) -> dict[str, losses.LossSums]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a batch becomes one update.
+
+    Attributes:
+        num_microbatches: equal parts the batch is cut into, one after the other, to save memory;
+            the result is that of the whole batch.
+        loss: z-loss, label smoothing, modality weights and normalisation.
+        stability: what counts as a bad step.
+        seed: seed of dropout.
+    """
+
+    num_microbatches: int = 1
+    loss: losses.LossConfig = dataclasses.field(default_factory=losses.LossConfig)
+    stability: StabilityConfig = dataclasses.field(default_factory=StabilityConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_microbatches < 1:
+            raise UserError("NUM_MICROBATCHES must be at least 1", got=self.num_microbatches)
+
+
+def check_microbatches(batch_size: int, num_microbatches: int, batch_shards: int) -> None:
+    """Raises `UserError` unless every microbatch has whole rows on every shard of the batch."""
+    if batch_size % (num_microbatches * batch_shards):
+        step = num_microbatches * batch_shards
+        lower = batch_size // step * step
+        raise UserError(
+            "BATCH_SIZE must be a multiple of NUM_MICROBATCHES x the devices the batch is cut over",
+            got=f"{batch_size} rows, {num_microbatches} microbatches, {batch_shards} shards",
+            fix=f"BATCH_SIZE = {lower or step}" + (f" or {lower + step}" if lower else ""))
+
+
+def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
+    """Cuts arrays [B, ...] into [k, B/k, ...].
+
+    Row i goes to microbatch i % k, so each device keeps the rows it has and nothing moves.
+    """
+    def split(array: jax.Array) -> jax.Array:
+        rows = array.shape[0]
+        return jnp.moveaxis(
+            array.reshape(rows // num_microbatches, num_microbatches, *array.shape[1:]), 1, 0)
+
+    return {name: split(array) for name, array in batch.items()}
+
+
+def accumulate_gradients(loss_fn: LossFunction, params: Any, batch: Batch, config: StepConfig,
+                         scale: Callable[[jax.Array], jax.Array], key: jax.Array
+                         ) -> tuple[Any, dict[str, losses.LossSums]]:
+    """Returns gradients of the whole batch's scaled loss, and its loss sums.
+
+    Normalisers come from the whole batch before it is cut, so the parts simply add up: unlike a
+    mean of means, the result does not depend on `num_microbatches`.
+    """
+    normalizers = losses.normalizers(batch, config.loss)
+
+    def scaled_loss(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        sums = loss_fn(params, part, dropout_key=key)
+        return scale(losses.total_loss(sums, normalizers, config.loss)), sums
+
+    gradient = jax.grad(scaled_loss, has_aux=True)
+    if config.num_microbatches == 1:
+        return gradient(params, batch, key)
+
+    parts = split_microbatches(batch, config.num_microbatches)
+    keys = jax.random.split(key, config.num_microbatches)
+
+    def add(total: Any, part_and_key: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        part, part_key = part_and_key
+        return jax.tree.map(jnp.add, total, gradient(params, part, part_key)), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], parts), key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (grads, sums), _ = jax.lax.scan(add, zeros, (parts, keys))
+    return grads, sums
+
+
+def can_shrink(loss_scale: LossScaleState) -> jax.Array:
+    """Whether a smaller loss scale may cure gradients that are not finite (bool [])."""
+    if loss_scale.config.kind != "dynamic":
+        return jnp.zeros((), bool)
+    return loss_scale.value > loss_scale.config.minimum
+
+
+def model_loss(model: Any, config: losses.LossConfig) -> LossFunction:
+    """Returns the loss of a Flax module that has `loss_sums`; dropout acts when given a key."""
+
+    def loss(params: Any, batch: Batch, *, dropout_key: jax.Array | None
+             ) -> dict[str, losses.LossSums]:
+        return model.apply(
+            {"params": params}, batch, config, enable_dropout=dropout_key is not None,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+            method="loss_sums")
+
+    return loss
+
+
+def make_train_step(loss_fn: LossFunction, optimizer: optax.GradientTransformation,
+                    config: StepConfig
+                    ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the pure function (state, batch) -> (state, metrics).
+
+    Metrics are float32 scalars: `loss`, `loss_sums` (by modality), `grad_norm`, `param_norm`,
+    `update_applied`, `bad_in_a_row`, `skipped_steps`, `loss_scale`.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key_for(config.seed, "dropout"), state.step)
+        grads, sums = accumulate_gradients(
+            loss_fn, state.params, batch, config, state.loss_scale.scale, key)
+        grads = state.loss_scale.unscale(grads)
+        loss = losses.total_loss(sums, losses.normalizers(batch, config.loss), config.loss)
+        grad_norm = optax.tree.norm(grads)
+        grads_finite = jnp.isfinite(grad_norm)
+        curable = jnp.isfinite(loss) & can_shrink(state.loss_scale)
+        apply, stability = judge(state.stability, config.stability, loss,
+                                 grads_finite & jnp.isfinite(loss), curable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # A select fuses into the update; the old buffers are the donated ones.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(apply, new, old), (params, opt_state),
+            (state.params, state.opt_state))
+        new_state = state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, stability=stability,
+            loss_scale=state.loss_scale.update(grads_finite))
+        metrics = {"loss": loss, "loss_sums": sums, "grad_norm": grad_norm,
+                   "param_norm": optax.tree.norm(params), "update_applied": apply,
+                   "bad_in_a_row": stability.bad_in_a_row,
+                   "skipped_steps": stability.skipped_steps,
+                   "loss_scale": state.loss_scale.value}
+        return new_state, metrics
+
+    return train_step

@@ -1,0 +1,158 @@
+"""Where metrics go: JSON lines always, TensorBoard files, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from absl import logging
+
+Record = Mapping[str, float | int | None]
+
+
+class Writer(Protocol):
+    """Receives one record a logged step."""
+
+    def write(self, step: int, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _plain(value: Any) -> Any:
+    # JSON has no NaN: a bad step is written as a string that says so.
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+class JsonlWriter:
+    """`metrics.jsonl`: one JSON object a line, `step` first.
+
+    On opening, a half-written last line and records of steps after `resume_step` are dropped: the
+    run is about to write those steps again.
+    """
+
+    def __init__(self, path: str | pathlib.Path, resume_step: int = 0) -> None:
+        self.path = pathlib.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = self._lines_up_to(resume_step)
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def _lines_up_to(self, step: int) -> list[str]:
+        if not self.path.exists():
+            return []
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                logging.warning("%s: half-written line dropped", self.path)
+        return kept
+
+    def write(self, step: int, record: Record) -> None:
+        """Appends one line and hands it to the operating system."""
+        self._file.write(json.dumps(
+            {"step": step, **{name: _plain(value) for name, value in record.items()}}) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """TensorBoard event files, through tensorboardX (which needs no TensorFlow)."""
+
+    def __init__(self, log_dir: str | pathlib.Path) -> None:
+        self._log_dir, self._writer = str(log_dir), None
+
+    def write(self, step: int, record: Record) -> None:
+        """Writes every number of the record as a scalar."""
+        if self._writer is None:
+            # Imported late: protobuf costs start-up time that no first step should wait for.
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(self._log_dir)
+        for name, value in record.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _number(value: float | int | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+class TerminalWriter:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._total, self._bar = total_steps, None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step",
+                             dynamic_ncols=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def write(self, step: int, record: Record) -> None:
+        """Shows the few numbers a person watches."""
+        names = [name for name in record
+                 if name == "loss" or name.startswith(("loss/", "eval/loss"))]
+        parts = [f"{name} {_number(record[name])}" for name in names]
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(parts), refresh=False)
+            return
+        for name, unit in (("seconds_per_step", "s/step"), ("tokens_per_second", "tokens/s"),
+                           ("packing", "packed"), ("mfu", "MFU")):
+            if record.get(name) is not None:
+                parts.append(f"{_number(record[name])} {unit}")
+        print(f"step {step}/{self._total}  " + "  ".join(parts), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar where it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Writers:
+    """Several writers as one; empty on processes other than the first."""
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._writers = list(writers)
+
+    def write(self, step: int, record: Record) -> None:
+        """Hands the record to each writer; a full disk loses the record, not the run."""
+        for writer in self._writers:
+            try:
+                writer.write(step, record)
+            except OSError as error:
+                logging.error("metrics of step %d not written by %s: %s", step,
+                              type(writer).__name__, error)
+
+    def advance(self, step: int) -> None:
+        """Tells the terminal, if there is one, that a step was dispatched."""
+        for writer in self._writers:
+            if isinstance(writer, TerminalWriter):
+                writer.advance(step)
+
+    def close(self) -> None:
+        """Closes each writer."""
+        for writer in self._writers:
+            writer.close()
