@@ -212,7 +212,7 @@ def test_a_packed_row_holds_exactly_its_examples():
             for side in ("inputs", "targets"):
                 names, segments, _ = unpack(batch.arrays, stream.spec, row, side)
                 assert segments.tolist() == sorted(segments.tolist()), "examples are contiguous"
-                for number, place in enumerate(places, 1):
+                for number in range(1, len(places) + 1):
                     order = names[segments == number].tolist()
                     assert order == sorted(order, key=["text", "image"].index)
             for number, place in enumerate(places, 1):

@@ -50,9 +50,9 @@ def interleave(examples: Int[np.ndarray, "N"], proportions: Sequence[int]
                ) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
     """Returns (dataset, number within that dataset) of each example of an endless interleaving.
 
-    Of the first k examples, floor(k (S - p) / S) do not belong to a dataset of proportion p among S;
-    those are dealt to the others by the same rule. The dataset of example k is the one whose count
-    grows from k to k + 1.
+    Of the first k examples, floor(k (S - p) / S) do not belong to a dataset of proportion p among
+    S; those are dealt to the others by the same rule. The dataset of example k is the one whose
+    count grows from k to k + 1.
     """
     remaining = sum(proportions)
     assert not examples.size or int(examples.max()) < 2**62 // remaining

@@ -143,9 +143,9 @@ def example_lengths(example: Mapping[str, np.ndarray]) -> ModalityLengths:
     sides: dict[str, dict[str, int]] = {"inputs": {}, "targets": {}}
     for key, value in example.items():
         side, modality, name = key.split("/")
-        if name == {"inputs": "tokens", "targets": "targets"}[side] or key.endswith("/input"):
-            if len(value):
-                sides[side][modality] = len(value)
+        counted = ("tokens", "input") if side == "inputs" else ("targets",)
+        if name in counted and len(value):
+            sides[side][modality] = len(value)
     return ModalityLengths(sides["inputs"], sides["targets"])
 
 

@@ -7,6 +7,15 @@ import tensorflow as tf
 from vishwam_t5x.core.errors import UserError
 
 
+def read_files(dataset: tf.data.Dataset, feature: str) -> tf.data.Dataset:
+    """Replaces the path in `feature` (scalar string) by the content of that file.
+
+    A file that is missing raises `tf.errors.NotFoundError`, with its name, when it is reached.
+    """
+    return dataset.map(lambda example: {**example, feature: tf.io.read_file(example[feature])},
+                       num_parallel_calls=tf.data.AUTOTUNE)
+
+
 def decode_image(dataset: tf.data.Dataset, feature: str, height: int, width: int,
                  channels: int = 3) -> tf.data.Dataset:
     """Turns encoded JPEG, PNG, BMP or GIF (first frame) into pixels of one size.
