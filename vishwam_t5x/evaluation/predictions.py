@@ -1,0 +1,114 @@
+"""What an evaluation leaves behind: predictions and metrics as JSON lines, and a table to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One example and what the model made of it.
+
+    Attributes:
+        task: name of the task, or of the file of inputs.
+        example: number of the record in its split, or of the line in its file (from 1).
+        inputs: the text the encoder read, extra tokens by name.
+        input_slots: slots of each input modality, tokens or patches.
+        target: the reference: text, or codes of an image; None where there is none.
+        prediction: text, or a list of codes; {modality: that} if several modalities were written.
+        score: log-probability of what was written, in nats, summed over its tokens.
+        extra: further JSON values, e.g. the file a picture was written to.
+    """
+
+    task: str
+    example: int
+    inputs: str
+    input_slots: Mapping[str, int]
+    target: Any
+    prediction: Any
+    score: float
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Returns one line, without its end."""
+        values = dataclasses.asdict(self)
+        extra = values.pop("extra")
+        return json.dumps(plain({**values, **extra}), ensure_ascii=False)
+
+
+def plain(value: Any) -> Any:
+    """Returns `value` as JSON types: arrays as lists, bytes as text, no NaN (it becomes text)."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> pathlib.Path:
+    """Writes a text file in one piece: a reader never sees half of it.
+
+    Args:
+        path: the file; its folder is made.
+        lines: without their ends.
+
+    Returns:
+        The path.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Yields the object of every line of a JSONL file."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def file_name(task: str) -> str:
+    """Returns the name of a task's file of predictions; a '/' in the task cannot be in it."""
+    return f"predictions-{task.replace('/', '_').replace(os.sep, '_')}.jsonl"
+
+
+def table(rows: Sequence[Mapping[str, Any]], first: str = "task") -> str:
+    """Returns one line a metric: the value of `first`, the metric's name, the value.
+
+    Args:
+        rows: one mapping a task; numbers are shown to four digits, None and mappings not at all.
+        first: the key that names a row.
+    """
+    lines = []
+    for row in rows:
+        name = str(row[first])
+        for key, value in row.items():
+            if key == first or value is None or isinstance(value, Mapping):
+                continue
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            lines.append((name, key, shown))
+            name = ""
+    widths = [max((len(line[column]) for line in lines), default=0) for column in range(2)]
+    return "\n".join(f"{name:<{widths[0]}}  {key:<{widths[1]}}  {value}".rstrip()
+                     for name, key, value in lines)
