@@ -1,0 +1,155 @@
+"""Multi-head attention with grouped keys, QK-norm and rotary positions."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from vishwam_t5x.models import positions
+from vishwam_t5x.models.layers import ATTENTION_KERNEL, Dense, RMSNorm
+from vishwam_t5x.parallelism.remat import ATTENTION_CONTEXT, ATTENTION_OUT, QKV
+from vishwam_t5x.parallelism.sharding import constrain
+
+
+class KeysValues(NamedTuple):
+    """Keys and values as they are attended to and cached, [B, K, L, head_dim]."""
+
+    keys: Float[Array, "B K L D"]
+    values: Float[Array, "B K L D"]
+
+
+def attend(queries: Float[Array, "B H Q D"], keys_values: KeysValues,
+           bias: Float[Array, "B 1 Q K"], *, float32_logits: bool,
+           weight_dropout: nn.Dropout | None = None) -> Float[Array, "B H Q D"]:
+    """Softmax attention; query head n reads key head n // (H / K).
+
+    The weights stay unnormalised until they have been applied: dividing [B, H, Q, D] instead of
+    [B, H, Q, K] is the same to rounding and cheaper.
+
+    Args:
+        queries: [B, H, Q, D].
+        keys_values: [B, K, L, D] each, K a divisor of H.
+        bias: added to the logits, broadcast over the heads; in the dtype of the logits.
+        float32_logits: logits and softmax in float32 whatever the dtype of the queries.
+        weight_dropout: applied to the attention weights, or None.
+
+    Returns:
+        [B, H, Q, D] in the dtype of the queries.
+    """
+    batch, num_heads, length, head_dim = queries.shape
+    keys, values = keys_values
+    num_kv_heads = keys.shape[1]
+    grouped = (batch, num_kv_heads, num_heads // num_kv_heads * length)
+    logits_dtype = jnp.float32 if float32_logits else queries.dtype
+    scaled = (queries * (1.0 / math.sqrt(head_dim))).reshape(*grouped, head_dim)
+    logits = jax.lax.dot_general(scaled, keys, (((3,), (3,)), ((0, 1), (0, 1))),
+                                 preferred_element_type=logits_dtype)
+    logits = logits.reshape(batch, num_heads, length, keys.shape[2]) + bias
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
+    total = jnp.sum(weights, -1, keepdims=True, dtype=jnp.float32)
+    weights = weights.astype(queries.dtype)
+    if weight_dropout is not None:
+        weights = weight_dropout(weights, deterministic=False)
+    context = jax.lax.dot_general(
+        weights.reshape(*grouped, keys.shape[2]), values, (((3,), (2,)), ((0, 1), (0, 1))),
+        preferred_element_type=jnp.float32)
+    return (context.reshape(queries.shape) / total).astype(queries.dtype)
+
+
+class Attention(nn.Module):
+    """Projections, QK-norm (arXiv 2302.05442), rotation, `attend`, output projection.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of `num_heads` (arXiv 2305.13245).
+        head_dim: features of a head.
+        features: size of the output.
+        qk_norm: RMSNorm over each head of queries and keys, one scale vector for all heads.
+        float32_logits: logits and softmax in float32.
+        dropout_rate: share of attention weights zeroed, the same keys for every query of a head.
+        dtype: dtype of matmuls.
+        param_dtype: dtype of stored parameters.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    features: int
+    qk_norm: bool = True
+    float32_logits: bool = True
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        def dense(features: int, axes: tuple[str, str]) -> Dense:
+            return Dense(features, axes, ATTENTION_KERNEL, self.dtype, self.param_dtype)
+
+        self.query = dense(self.num_heads * self.head_dim, ("embed", "joined_kv"))
+        self.key = dense(self.num_kv_heads * self.head_dim, ("embed", "joined_kv"))
+        self.value = dense(self.num_kv_heads * self.head_dim, ("embed", "joined_kv"))
+        self.out = dense(self.features, ("joined_kv", "embed"))
+        if self.qk_norm:
+            self.query_norm = RMSNorm("kv", dtype=self.dtype, param_dtype=self.param_dtype)
+            self.key_norm = RMSNorm("kv", dtype=self.dtype, param_dtype=self.param_dtype)
+        self.weight_dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+
+    def queries(self, x: Float[Array, "B L D"], rope: positions.Rope | None
+                ) -> Float[Array, "B H L C"]:
+        """Returns projected, normed and rotated queries."""
+        heads = self._heads(self.query(x), self.num_heads)
+        if self.qk_norm:
+            heads = self.query_norm(heads)
+        if rope is not None:
+            heads = positions.apply_rotary(heads, rope)
+        return heads.swapaxes(1, 2)
+
+    def keys_values(self, x: Float[Array, "B L D"], rope: positions.Rope | None) -> KeysValues:
+        """Returns projected, normed and rotated keys, and values."""
+        keys = self._heads(self.key(x), self.num_kv_heads)
+        values = self._heads(self.value(x), self.num_kv_heads)
+        if self.qk_norm:
+            keys = self.key_norm(keys)
+        if rope is not None:
+            keys = positions.apply_rotary(keys, rope)
+        return KeysValues(keys.swapaxes(1, 2), values.swapaxes(1, 2))
+
+    def attend_to(self, queries: Float[Array, "B H Q C"], keys_values: KeysValues,
+                  bias: Float[Array, "B 1 Q K"], enable_dropout: bool = False
+                  ) -> Float[Array, "B Q D"]:
+        """Returns the attended values after the output projection."""
+        use_dropout = enable_dropout and self.dropout_rate > 0
+        context = attend(queries, keys_values, bias, float32_logits=self.float32_logits,
+                         weight_dropout=self.weight_dropout if use_dropout else None)
+        context = context.swapaxes(1, 2)
+        context = checkpoint_name(context.reshape(*context.shape[:2], -1), ATTENTION_CONTEXT)
+        context = constrain(context, ("batch", "length", "joined_kv"))
+        return checkpoint_name(self.out(context), ATTENTION_OUT)
+
+    def __call__(self, x: Float[Array, "B Q D"], context: Float[Array, "B K E"],
+                 rope: positions.Rope | None, context_rope: positions.Rope | None,
+                 bias: Float[Array, "B 1 Q K"], enable_dropout: bool = False
+                 ) -> Float[Array, "B Q D"]:
+        """Lets the slots of `x` attend to those of `context` (the same array: self-attention).
+
+        Args:
+            x: [B, Q, D] where the queries come from.
+            context: [B, K, E] where keys and values come from.
+            rope: rotation of the queries, or None.
+            context_rope: rotation of the keys, or None.
+            bias: additive mask, broadcast over heads.
+            enable_dropout: whether to drop attention weights; needs the rng 'dropout'.
+        """
+        return self.attend_to(self.queries(x, rope), self.keys_values(context, context_rope), bias,
+                              enable_dropout)
+
+    def _heads(self, projected: jax.Array, num_heads: int) -> jax.Array:
+        projected = checkpoint_name(projected, QKV)
+        heads = projected.reshape(*projected.shape[:2], num_heads, self.head_dim)
+        return constrain(heads, ("batch", "length", "heads", "kv"))

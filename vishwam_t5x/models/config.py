@@ -1,0 +1,191 @@
+"""Config of the encoder-decoder: plain frozen dataclasses, constructible from gin bindings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from vishwam_t5x.core.errors import UserError, one_of
+from vishwam_t5x.models.inputs.patches import PatchInput as PatchInput
+from vishwam_t5x.models.inputs.text import TextInput as TextInput
+from vishwam_t5x.models.layers import ACTIVATIONS
+from vishwam_t5x.models.modalities import InputConfig, Table, TargetConfig, check_positive
+from vishwam_t5x.models.outputs.codes import CodeOutput as CodeOutput
+from vishwam_t5x.models.outputs.text import TextOutput as TextOutput
+from vishwam_t5x.parallelism.remat import remat_policy
+from vishwam_t5x.precision.policy import Policy, resolve_policy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryPositions:
+    """Rotary positions in every attention, cross-attention included.
+
+    Attributes:
+        theta: base of the frequencies; pair p of a head of size d turns theta^(-2p/d) radians per
+            position.
+    """
+
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if not self.theta > 1:
+            raise UserError("RotaryPositions.theta must be greater than 1", got=self.theta,
+                            fix="10000.0 is what Unified-IO 2 uses")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig:
+    """Everything that decides the parameters and the mathematics of an encoder-decoder.
+
+    Attributes:
+        emb_dim: width of the residual stream, in features.
+        num_heads: query heads of every attention.
+        num_kv_heads: key and value heads, a divisor of `num_heads`; None: as many.
+        head_dim: features of a head; num_heads · head_dim need not be emb_dim.
+        mlp_dim: hidden units of the MLP.
+        mlp_activations: activations whose product is the MLP's hidden layer, see
+            `layers.ACTIVATIONS`; ('silu', 'linear') is a SiLU-gated MLP.
+        num_encoder_layers: encoder blocks.
+        num_decoder_layers: decoder blocks.
+        inputs: input modalities, in the order of their slots in an encoder row.
+        targets: target modalities, in the order of their slots in a decoder row.
+        dropout_rate: share of features zeroed during training, in [0, 1).
+        qk_norm: RMSNorm over each head of queries and keys.
+        position: how attention knows positions; only `RotaryPositions` so far.
+        float32_attention_logits: attention logits and softmax in float32 whatever the precision.
+        one_hot_embeddings: look embeddings up by matmul (for TPUs that split the vocabulary).
+        scan_layers: run layers as one scan over stacked parameters instead of unrolled.
+        remat_policy: what the backward pass recomputes, see `parallelism.remat`.
+        precision: dtypes, a `Policy` or its name ('auto': what the device is best at).
+
+    Raises:
+        UserError: values that do not go together, with the fix.
+    """
+
+    emb_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    inputs: tuple[InputConfig, ...]
+    targets: tuple[TargetConfig, ...]
+    num_kv_heads: int | None = None
+    mlp_activations: tuple[str, ...] = ("silu", "linear")
+    dropout_rate: float = 0.0
+    qk_norm: bool = True
+    position: RotaryPositions = RotaryPositions()
+    float32_attention_logits: bool = True
+    one_hot_embeddings: bool = False
+    scan_layers: bool = False
+    remat_policy: str = "none"
+    precision: Policy | str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "targets", "mlp_activations"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or not value:
+                raise UserError(f"EncoderDecoderConfig.{name} must be a tuple with an entry or more",
+                                got=repr(value),
+                                fix="e.g. mlp_activations = ('silu', 'linear'), "
+                                "inputs = (@config.TextInput(),)")
+            object.__setattr__(self, name, tuple(value))
+        check_positive(self, ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_encoder_layers",
+                              "num_decoder_layers"))
+        self._check_attention()
+        for activation in self.mlp_activations:
+            one_of(activation, ACTIVATIONS, "activation in mlp_activations")
+        if isinstance(self.dropout_rate, bool) or not 0 <= self.dropout_rate < 1:
+            raise UserError("dropout_rate is a share in [0, 1)", got=self.dropout_rate,
+                            fix="DROPOUT_RATE = 0.1, or 0.0 for none")
+        remat_policy(self.remat_policy, platform="cpu")
+        if not isinstance(self.precision, Policy):
+            resolve_policy(self.precision if self.precision != "auto" else "float32")
+        self._check_modalities()
+
+    def _check_attention(self) -> None:
+        if self.num_kv_heads is not None:
+            check_positive(self, ("num_kv_heads",))
+            if self.num_heads % self.num_kv_heads:
+                divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+                raise UserError("num_heads must be a multiple of num_kv_heads",
+                                got=f"{self.num_heads} and {self.num_kv_heads}",
+                                fix=f"num_kv_heads one of {divisors}")
+        if not isinstance(self.position, RotaryPositions):
+            raise UserError("position must be a RotaryPositions", got=repr(self.position),
+                            fix="position = @config.RotaryPositions()")
+        if self.head_dim % 2:
+            raise UserError("rotary positions turn pairs of features: head_dim must be even",
+                            got=self.head_dim, fix=f"head_dim = {self.head_dim + 1}")
+
+    def _check_modalities(self) -> None:
+        for side, modules in (("inputs", self.inputs), ("targets", self.targets)):
+            names = [module.modality for module in modules]
+            for name in names:
+                if names.count(name) > 1:
+                    raise UserError(f"{side} name a modality twice", got=", ".join(names),
+                                    fix=f"give each entry of {side} a modality of its own")
+                if not name or "/" in name or name == "row":
+                    raise UserError(f"not a name for a modality of {side}", got=repr(name),
+                                    fix="e.g. 'text', 'image', 'audio'")
+        sizes: dict[str, Table] = {}
+        for module in (*self.inputs, *self.targets):
+            module.check(self)
+            table = module.table
+            if table is not None and sizes.setdefault(table.name, table) != table:
+                raise UserError(
+                    f"input and output of modality '{table.name}' share one embedding table, but "
+                    "differ in vocab_size",
+                    got=f"{sizes[table.name].num_embeddings} and {table.num_embeddings}",
+                    fix="set both to the larger one")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The dtypes `precision` stands for on this machine."""
+        return resolve_policy(self.precision)
+
+    @property
+    def input_modalities(self) -> tuple[str, ...]:
+        """Names of the input modalities in row order."""
+        return tuple(module.modality for module in self.inputs)
+
+    @property
+    def target_modalities(self) -> tuple[str, ...]:
+        """Names of the target modalities in row order."""
+        return tuple(module.modality for module in self.targets)
+
+    @property
+    def tables(self) -> dict[str, int]:
+        """Rows of each embedding table by name."""
+        found = (module.table for module in (*self.inputs, *self.targets))
+        return {table.name: table.num_embeddings for table in found if table is not None}
+
+    @property
+    def patch_dims(self) -> dict[str, int]:
+        """Numbers in a patch, by continuous input modality (for `core.batch.BatchSpec`)."""
+        return {module.modality: module.patch_dim for module in self.inputs
+                if module.patch_dim is not None}
+
+    def target(self, modality: str) -> TargetConfig:
+        """Returns the config of a target modality; `UserError` if the model has none such."""
+        one_of(modality, self.target_modalities, "target modality of this model")
+        return self.targets[self.target_modalities.index(modality)]
+
+    def dummy_batch(self) -> dict[str, Any]:
+        """Returns the smallest batch that reaches every parameter: one row, one slot each."""
+        import jax.numpy as jnp
+
+        batch: dict[str, Any] = {}
+        for module in self.inputs:
+            batch.update({f"inputs/{module.modality}/{name}": array
+                          for name, array in module.dummy().items()})
+        for name in self.target_modalities:
+            batch.update({f"targets/{name}/{field}": jnp.ones((1, 1), jnp.int32)
+                          for field in ("inputs", "targets", "mask")})
+        return batch

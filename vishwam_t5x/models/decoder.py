@@ -1,0 +1,182 @@
+"""The decoder: causal self-attention, cross-attention and MLP; whole rows or a token at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from vishwam_t5x.core.sequence import TargetSequence
+from vishwam_t5x.models import masks, positions
+from vishwam_t5x.models.attention import KeysValues
+from vishwam_t5x.models.cache import DecodeCache, LayerCache, write_token
+from vishwam_t5x.models.config import EncoderDecoderConfig
+from vishwam_t5x.models.encoder import (
+    RESIDUAL,
+    logits_dtype,
+    make_attention,
+    make_mlp,
+    make_norm,
+)
+from vishwam_t5x.models.layers import dropout
+from vishwam_t5x.models.scan import apply_layers
+from vishwam_t5x.parallelism.sharding import constrain
+
+
+@struct.dataclass
+class Encoded:
+    """The encoder's output and what cross-attention must know about it.
+
+    Attributes:
+        hidden: [B, L, D] in the compute dtype.
+        angles: [B, L, head_dim / 2] float32 rotary angles of the slots, or None.
+        segment_ids: [B, L] int32, number of the example in its row from 1; 0 is padding.
+    """
+
+    hidden: Float[Array, "B L D"]
+    angles: Float[Array, "B L P"] | None
+    segment_ids: Int[Array, "B L"]
+
+
+class DecoderLayer(nn.Module):
+    """x += Drop(SelfAttention(Norm x)); x += Drop(CrossAttention(Norm x)); x += Drop(MLP(Norm x))."""
+
+    config: EncoderDecoderConfig
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.pre_self_attention_layer_norm = make_norm(cfg)
+        self.self_attention = make_attention(cfg)
+        self.pre_cross_attention_layer_norm = make_norm(cfg)
+        self.encoder_decoder_attention = make_attention(cfg)
+        self.pre_mlp_layer_norm = make_norm(cfg)
+        self.mlp = make_mlp(cfg)
+        self.dropout = dropout(cfg.dropout_rate)
+
+    def __call__(self, x: Float[Array, "B M D"], encoded: Float[Array, "B L D"],
+                 rope: positions.Rope | None, encoded_rope: positions.Rope | None,
+                 self_bias: Float[Array, "B 1 M M"], cross_bias: Float[Array, "B 1 M L"],
+                 enable_dropout: bool = False) -> Float[Array, "B M D"]:
+        x = constrain(x, RESIDUAL)
+        y = self.pre_self_attention_layer_norm(x)
+        y = self.self_attention(y, y, rope, rope, self_bias, enable_dropout)
+        x = x + self.dropout(y, deterministic=not enable_dropout)
+        y = self.pre_cross_attention_layer_norm(x)
+        y = self.encoder_decoder_attention(y, encoded, rope, encoded_rope, cross_bias,
+                                           enable_dropout)
+        x = x + self.dropout(y, deterministic=not enable_dropout)
+        y = self.mlp(self.pre_mlp_layer_norm(x), enable_dropout)
+        x = x + self.dropout(y, deterministic=not enable_dropout)
+        return constrain(x, RESIDUAL)
+
+    def encode_context(self, encoded: Float[Array, "B L D"], rope: positions.Rope | None
+                       ) -> KeysValues:
+        """Returns cross-attention keys and values of the encoder's output."""
+        return self.encoder_decoder_attention.keys_values(encoded, rope)
+
+    def step(self, x: Float[Array, "R 1 D"], cache: LayerCache, index: Int[Array, ""],
+             rope: positions.Rope | None, cross_bias: Float[Array, "B 1 1 L"]
+             ) -> tuple[Float[Array, "R 1 D"], KeysValues]:
+        """Runs one token; returns its output and its self-attention keys and values."""
+        y = self.pre_self_attention_layer_norm(x)
+        new = self.self_attention.keys_values(y, rope)
+        own = jax.tree.map(lambda old, token: write_token(old, token, index), cache.own, new)
+        seen = jnp.arange(own.keys.shape[2]) <= index
+        bias = masks.to_bias(seen[None, None, :], logits_dtype(self.config))
+        queries = self.self_attention.queries(y, rope)
+        x = x + self.self_attention.attend_to(queries, own, bias)
+        # The decodes of an example stand in the place of query positions: they share its keys.
+        y = self.pre_cross_attention_layer_norm(x).reshape(cross_bias.shape[0], -1, x.shape[-1])
+        queries = self.encoder_decoder_attention.queries(y, rope)
+        y = self.encoder_decoder_attention.attend_to(queries, cache.cross, cross_bias)
+        x = x + y.reshape(x.shape)
+        return x + self.mlp(self.pre_mlp_layer_norm(x)), new
+
+
+class Decoder(nn.Module):
+    """A stack of `DecoderLayer` and a final norm."""
+
+    config: EncoderDecoderConfig
+
+    def setup(self) -> None:
+        cfg = self.config
+        if cfg.scan_layers:
+            self.decoder = DecoderLayer(cfg)
+        else:
+            self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+        self.decoder_norm = make_norm(cfg)
+        self.input_dropout = dropout(cfg.dropout_rate)
+        self.output_dropout = dropout(cfg.dropout_rate)
+
+    def __call__(self, sequence: TargetSequence, encoded: Encoded, enable_dropout: bool = False
+                 ) -> Float[Array, "B M D"]:
+        """Returns the hidden states after the final norm; those of padding mean nothing.
+
+        Args:
+            sequence: embedded decoder inputs in row order.
+            encoded: the encoder's output.
+            enable_dropout: whether to drop; needs the rng 'dropout'.
+        """
+        cfg = self.config
+        dtype = logits_dtype(cfg)
+        rope, encoded_rope = positions.rope(sequence.angles), positions.rope(encoded.angles)
+        self_bias = masks.to_bias(
+            masks.decoder_mask(sequence.segment_ids, sequence.modality), dtype)
+        cross_bias = masks.to_bias(
+            masks.same_segment(sequence.segment_ids, encoded.segment_ids), dtype)
+
+        def body(layer: DecoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
+            return layer(x, encoded.hidden, rope, encoded_rope, self_bias, cross_bias,
+                         enable_dropout), None
+
+        x = constrain(sequence.embeddings, RESIDUAL)
+        x = self.input_dropout(x, deterministic=not enable_dropout)
+        x, _ = apply_layers(self._layers(), body, x, num_layers=cfg.num_decoder_layers,
+                            policy=cfg.remat_policy)
+        return self.output_dropout(self.decoder_norm(x), deterministic=not enable_dropout)
+
+    def init_cache(self, encoded: Encoded, max_length: int, num_decodes: int = 1) -> DecodeCache:
+        """Returns an empty cache: room for `max_length` tokens, and the encoder's keys and values.
+
+        Only the example with segment number 1 of each row is attended to: decode unpacked rows.
+
+        Args:
+            encoded: the encoder's output, one example a row.
+            max_length: most tokens to be decoded.
+            num_decodes: rows to decode for each example (beams or samples).
+        """
+        cfg = self.config
+        dtype = cfg.policy.compute_dtype
+        batch = encoded.hidden.shape[0]
+        shape = (batch * num_decodes, cfg.kv_heads, max_length, cfg.head_dim)
+        rope = positions.rope(encoded.angles)
+
+        def body(layer: DecoderLayer, carry: None, _: Any) -> tuple[None, LayerCache]:
+            own = KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            return carry, LayerCache(own, layer.encode_context(encoded.hidden, rope))
+
+        _, layers = apply_layers(self._layers(), body, None, num_layers=cfg.num_decoder_layers)
+        ones = jnp.ones((batch, 1), jnp.int32)
+        bias = masks.to_bias(masks.same_segment(ones, encoded.segment_ids), logits_dtype(cfg))
+        return DecodeCache(jnp.zeros((), jnp.int32), layers, bias)
+
+    def step(self, x: Float[Array, "R 1 D"], angles: Float[Array, "1 1 P"] | None,
+             cache: DecodeCache) -> tuple[Float[Array, "R 1 D"], DecodeCache]:
+        """Returns the hidden state of one more token, after the final norm, and the cache."""
+        cfg = self.config
+        rope = positions.rope(angles)
+
+        def body(layer: DecoderLayer, x: jax.Array, layer_cache: LayerCache
+                 ) -> tuple[jax.Array, KeysValues]:
+            return layer.step(x, layer_cache, cache.index, rope, cache.cross_bias)
+
+        x, new = apply_layers(self._layers(), body, x, cache.layers,
+                              num_layers=cfg.num_decoder_layers)
+        return self.decoder_norm(x), cache.advance(new)
+
+    def _layers(self) -> Any:
+        return self.decoder if self.config.scan_layers else self.layers

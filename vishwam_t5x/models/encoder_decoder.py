@@ -1,0 +1,243 @@
+"""The multimodal encoder-decoder: modality modules, packed rows, two stacks, logits and losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from vishwam_t5x.core.batch import Batch
+from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.core.sequence import InputSequence, TargetSequence
+from vishwam_t5x.models import modalities, rows
+from vishwam_t5x.models.cache import DecodeCache
+from vishwam_t5x.models.config import EncoderDecoderConfig
+from vishwam_t5x.models.decoder import Decoder, Encoded
+from vishwam_t5x.models.encoder import RESIDUAL, Encoder
+from vishwam_t5x.models.layers import Embed
+from vishwam_t5x.models.scan import stack_layers
+from vishwam_t5x.objectives.chunked_loss import projected_cross_entropy_sums
+from vishwam_t5x.objectives.losses import LossConfig, LossSums, loss_weights
+from vishwam_t5x.parallelism.sharding import axes_size, constrain, current_partitioning
+
+LOGITS = ("batch", "length", "vocab")
+"""Logical axes of logits."""
+
+
+@struct.dataclass
+class ModelOutput:
+    """What a forward pass returns.
+
+    Attributes:
+        encoder_output: [B, L, D], encoded slots in row order; those of padding mean nothing.
+        hidden: by target modality [B, M, D], decoder output after the final norm in the slots of
+            the modality's own arrays; zero in slots that no row column uses.
+    """
+
+    encoder_output: Float[Array, "B L D"]
+    hidden: dict[str, Float[Array, "B M D"]]
+
+
+class EncoderDecoder(nn.Module):
+    """Encoder-decoder over any of the modalities of its config (arXiv 2312.17172, arXiv 1910.10683).
+
+    Every method takes a flat batch (see `core.batch`): arrays of each modality and, for packed
+    rows, `inputs/row/index` and `targets/row/index`. A batch may leave configured modalities out;
+    one that has others is refused.
+
+    Attributes:
+        config: sizes, modalities, precision.
+    """
+
+    config: EncoderDecoderConfig
+
+    def setup(self) -> None:
+        cfg, policy = self.config, self.config.policy
+        self.embedders = {
+            name: Embed(size, cfg.emb_dim, cfg.one_hot_embeddings, policy.compute_dtype,
+                        policy.param_dtype, name=f"{name}_token_embedder")
+            for name, size in cfg.tables.items()}
+
+        def embedder(module: Any) -> Embed | None:
+            return None if module.table is None else self.embedders[module.table.name]
+
+        self.input_encoders = {
+            module.modality: module.build(cfg, embedder(module)) for module in cfg.inputs}
+        self.target_encoders = {
+            module.modality: module.build(cfg, embedder(module)) for module in cfg.targets}
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+
+    @nn.nowrap
+    def init(self, rngs: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
+        """Returns freshly initialized variables, boxed with their logical axes.
+
+        The numbers depend on `rngs` alone, and are the same with and without `scan_layers`: a
+        stacked model is initialized layer by layer as if unrolled, then stacked.
+
+        Args:
+            rngs: a key, or {'params': key}.
+            batch: shapes to initialize with; modalities it lacks, or all, are made up.
+            **kwargs: as in `flax.linen.Module.init`.
+        """
+        batch = {**_without_row(self.config.dummy_batch(), batch), **(batch or {})}
+        if not self.config.scan_layers:
+            return super().init(rngs, batch, **kwargs)
+        unrolled = self.clone(config=dataclasses.replace(self.config, scan_layers=False))
+        variables = unrolled.init(rngs, batch, **kwargs)
+        return {**variables, "params": stack_layers(variables["params"])}
+
+    def __call__(self, batch: Batch, enable_dropout: bool = False) -> ModelOutput:
+        """Runs encoder and decoder with the targets of the batch as decoder inputs.
+
+        Args:
+            batch: flat batch.
+            enable_dropout: whether to drop; needs the rng 'dropout'.
+
+        Raises:
+            UserError: the batch has a modality the model lacks, or lacks an array.
+        """
+        encoded = self.encode(batch, enable_dropout)
+        return ModelOutput(encoded.hidden, self.decode(batch, encoded, enable_dropout))
+
+    def encode(self, batch: Batch, enable_dropout: bool = False) -> Encoded:
+        """Returns the encoded input side of the batch, in row order."""
+        fields = _fields(batch, "inputs", self.config.input_modalities)
+        sequence = InputSequence.concatenate(
+            [self.input_encoders[name](part) for name, part in fields.items()])
+        index = batch.get("inputs/row/index")
+        if index is not None:
+            sequence = InputSequence(*_to_row(sequence, index))
+        return Encoded(self.encoder(sequence, enable_dropout), sequence.angles,
+                       sequence.segment_ids)
+
+    def decode(self, batch: Batch, encoded: Encoded, enable_dropout: bool = False
+               ) -> dict[str, Float[Array, "B M D"]]:
+        """Returns the decoder's hidden states (see `ModelOutput.hidden`) for the batch's targets."""
+        fields = _fields(batch, "targets", self.config.target_modalities)
+        parts = [self._embed_target(name, part) for name, part in fields.items()]
+        sequence = TargetSequence.concatenate(parts)
+        index = batch.get("targets/row/index")
+        if index is None:
+            hidden = self.decoder(sequence, encoded, enable_dropout)
+        else:
+            num_slots = sequence.segment_ids.shape[1]
+            sequence = TargetSequence(*_to_row(sequence, index))
+            hidden = self.decoder(sequence, encoded, enable_dropout)
+            hidden = constrain(rows.permute(hidden, rows.invert(index, num_slots), index), RESIDUAL)
+        starts = [0]
+        for part in parts:
+            starts.append(starts[-1] + part.segment_ids.shape[1])
+        return {name: hidden[:, start:end]
+                for name, start, end in zip(fields, starts[:-1], starts[1:], strict=True)}
+
+    def logits(self, batch: Batch, enable_dropout: bool = False
+               ) -> dict[str, Float[Array, "B M V"]]:
+        """Returns logits by target modality in the policy's output dtype."""
+        hidden = self(batch, enable_dropout).hidden
+        return {name: self._logits(name, part) for name, part in hidden.items()}
+
+    def loss_sums(self, batch: Batch, loss: LossConfig, enable_dropout: bool = False
+                  ) -> dict[str, LossSums]:
+        """Returns loss sums by target modality; big logits are taken in chunks, see `losses`."""
+        hidden = self(batch, enable_dropout).hidden
+        return self.hidden_loss_sums(hidden, batch, loss)
+
+    def hidden_loss_sums(self, hidden: Mapping[str, jax.Array], batch: Batch, loss: LossConfig
+                         ) -> dict[str, LossSums]:
+        """Returns the loss sums of decoder output already at hand."""
+        return {
+            name: projected_cross_entropy_sums(
+                part, self.target_encoders[name].table(), batch[f"targets/{name}/targets"],
+                loss_weights(batch, name), loss, scale=1 / math.sqrt(self.config.emb_dim),
+                batch_shards=_batch_shards(), constrain=constrain)
+            for name, part in hidden.items()}
+
+    def init_cache(self, encoded: Encoded, max_length: int, num_decodes: int = 1) -> DecodeCache:
+        """Returns an empty cache for decoding one modality; see `Decoder.init_cache`."""
+        return self.decoder.init_cache(encoded, max_length, num_decodes)
+
+    def decode_step(self, tokens: Int[Array, "R"], cache: DecodeCache, modality: str
+                    ) -> tuple[Float[Array, "R V"], DecodeCache]:
+        """Decodes one token in every row.
+
+        Args:
+            tokens: the token before the one to predict; 0 (BOS) at first.
+            cache: of `init_cache`, or of the step before.
+            modality: the target modality, the same in all steps of a cache.
+
+        Returns:
+            Logits [R, V] of the next token in the policy's output dtype, and the new cache.
+        """
+        self.config.target(modality)
+        position = cache.index.reshape(1, 1)
+        x, angles = self.target_encoders[modality](tokens[:, None], position)
+        hidden, cache = self.decoder.step(x, angles, cache)
+        return self._logits(modality, hidden)[:, 0], cache
+
+    def _embed_target(self, name: str, fields: modalities.Fields) -> TargetSequence:
+        where = f"targets/{name}"
+        inputs = modalities.require(fields, "inputs", where)
+        mask = modalities.require(fields, "mask", where)
+        pos_ids = modalities.positions_or_default(fields, inputs.shape)
+        embeddings, angles = self.target_encoders[name](inputs, pos_ids)
+        segments = fields.get("segment_ids", mask) * (mask > 0)
+        number = self.config.target_modalities.index(name)
+        return TargetSequence(embeddings, angles, segments.astype(jnp.int32),
+                              jnp.full(inputs.shape, number, jnp.int32))
+
+    def _logits(self, name: str, hidden: jax.Array) -> jax.Array:
+        logits = constrain(self.target_encoders[name].logits(hidden), LOGITS)
+        return logits.astype(self.config.policy.output_dtype)
+
+
+def _without_row(dummy: dict[str, Any], batch: Batch | None) -> dict[str, Any]:
+    """The made-up arrays of the modalities that `batch` lacks, with as many rows as it has."""
+    if not batch:
+        return dummy
+    present = {tuple(key.split("/")[:2]) for key in batch}
+    num_rows = next(iter(batch.values())).shape[0]
+    return {key: jnp.repeat(array, num_rows, axis=0) for key, array in dummy.items()
+            if tuple(key.split("/")[:2]) not in present}
+
+
+def _fields(batch: Batch, side: str, known: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The arrays of one side by modality, in the order of the config."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, array in batch.items():
+        key_side, _, rest = key.partition("/")
+        modality, _, field = rest.partition("/")
+        if key_side == side and modality != "row":
+            found.setdefault(modality, {})[field] = array
+    for modality in found:
+        if modality not in known:
+            raise UserError(f"the batch has {side} of a modality the model does not have",
+                            got=modality, fix=did_you_mean(modality, known)
+                            or f"the model has: {', '.join(known)}")
+    if not found:
+        raise UserError(f"the batch has no {side}", got=", ".join(sorted(batch)) or "no arrays",
+                        fix=f"keys '{side}/<modality>/…', modalities: {', '.join(known)}")
+    return {name: found[name] for name in known if name in found}
+
+
+def _to_row(sequence: Any, index: Int[Array, "B L"]) -> list[jax.Array]:
+    """The fields of a sequence gathered into row order; embeddings come first."""
+    embeddings, *others = (getattr(sequence, field.name)
+                           for field in dataclasses.fields(sequence))
+    inverse = rows.invert(index, embeddings.shape[1])
+    gathered = constrain(rows.permute(embeddings, index, inverse), RESIDUAL)
+    return [gathered, *(None if array is None else rows.take(array, index) for array in others)]
+
+
+def _batch_shards() -> int:
+    here = current_partitioning()
+    if here is None:
+        return 1
+    return axes_size(here.mesh, here.rules.mesh_axes(here.rules.for_activations(("batch",)))[0])

@@ -1,0 +1,95 @@
+"""Patches of a grid as encoder input: image patches and spectrogram patches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.sequence import InputSequence
+from vishwam_t5x.models import modalities
+from vishwam_t5x.models.layers import Dense, Embed, modality_embedding
+from vishwam_t5x.models.positions import grid_angles
+
+if TYPE_CHECKING:
+    from vishwam_t5x.models.config import EncoderDecoderConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchInput:
+    """Config of flattened patches that one matmul projects to the width of the model.
+
+    Attributes:
+        modality: name of the modality in batches, e.g. 'image' or 'audio'.
+        patch_dim: numbers in one patch, e.g. 16 · 16 · 3.
+        grid: (rows, columns) of patches in a whole image, or (time steps, mel bands).
+        rope_scale: multiplies row and column numbers before they become rotary angles.
+    """
+
+    modality: str
+    patch_dim: int
+    grid: tuple[int, int]
+    rope_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        modalities.check_positive(self, ("patch_dim",))
+        object.__setattr__(self, "grid", tuple(self.grid))
+
+    @property
+    def module_name(self) -> str:
+        return f"input_{self.modality}_encoder"
+
+    @property
+    def table(self) -> modalities.Table | None:
+        return None
+
+    def check(self, config: EncoderDecoderConfig) -> None:
+        modalities.check_grid(self, config.head_dim)
+
+    def dummy(self) -> dict[str, Any]:
+        return {"input": jnp.zeros((1, 1, self.patch_dim), jnp.float32)}
+
+    def build(self, config: EncoderDecoderConfig, embedder: Embed | None) -> PatchInputEncoder:
+        assert embedder is None
+        return PatchInputEncoder(config, self, name=self.module_name)
+
+
+class PatchInputEncoder(nn.Module):
+    """Linear patch projection plus the modality's own vector; positions are places in the grid."""
+
+    config: EncoderDecoderConfig
+    input: PatchInput
+
+    @nn.compact
+    def __call__(self, fields: modalities.Fields) -> InputSequence:
+        """Embeds one modality of a batch.
+
+        Args:
+            fields: `input` [B, N, patch_dim], floating, or uint8 with 255 standing for 1.0;
+                `mask` (default: ones), `pos_ids` (row-major index in the grid, default: 0, 1, …)
+                and `segment_ids` (default: the mask), all [B, N] int32.
+
+        Raises:
+            UserError: patches of another size than `patch_dim`.
+        """
+        cfg, policy, where = self.config, self.config.policy, f"inputs/{self.input.modality}"
+        patches = modalities.require(fields, "input", where)
+        if patches.ndim != 3 or patches.shape[-1] != self.input.patch_dim:
+            raise UserError(f"'{where}/input' does not hold the patches the model was built for",
+                            got=f"shape {patches.shape}",
+                            fix=f"[rows, slots, {self.input.patch_dim}], or set "
+                            f"PatchInput.patch_dim of modality '{self.input.modality}'")
+        slots = patches.shape[:2]
+        mask = fields.get("mask", jnp.ones(slots, jnp.int32))
+        if patches.dtype == jnp.uint8:
+            patches = patches.astype(policy.compute_dtype) / 255
+        x = Dense(cfg.emb_dim, ("image_patch", "embed"), dtype=policy.compute_dtype,
+                  param_dtype=policy.param_dtype, name="projection")(patches)
+        x = x + modality_embedding(self, cfg.emb_dim, policy)
+        pos_ids = modalities.positions_or_default(fields, slots)
+        angles = grid_angles(pos_ids, self.input.grid[1], cfg.head_dim, cfg.position.theta,
+                             self.input.rope_scale)
+        return InputSequence.create(x, angles, mask, fields.get("segment_ids"))

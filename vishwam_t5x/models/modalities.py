@@ -1,0 +1,131 @@
+"""What the encoder-decoder asks of a modality: a config that builds an input or output module.
+
+A new modality is one file in `inputs/` or `outputs/` with a frozen dataclass that has the members
+below and the module it builds; nothing else in the model needs to know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from vishwam_t5x.core.errors import UserError
+
+if TYPE_CHECKING:
+    from flax import linen as nn
+
+    from vishwam_t5x.models.config import EncoderDecoderConfig
+    from vishwam_t5x.models.layers import Embed
+
+Fields = Mapping[str, jax.Array]
+"""The arrays of one modality of a batch, by the last part of their key ('tokens', 'mask', …)."""
+
+
+class Table(NamedTuple):
+    """An embedding table: modalities that name the same one share it."""
+
+    name: str
+    num_embeddings: int
+
+
+class InputConfig(Protocol):
+    """Config of an input modality; keys 'inputs/<modality>/…' of a batch."""
+
+    modality: str
+
+    @property
+    def module_name(self) -> str:
+        """Name of the module in the parameter tree."""
+
+    @property
+    def table(self) -> Table | None:
+        """The embedding table it reads, or None."""
+
+    @property
+    def patch_dim(self) -> int | None:
+        """Numbers in one slot of a continuous modality; None for tokens."""
+
+    def check(self, config: EncoderDecoderConfig) -> None:
+        """Raises `UserError` if it does not go with the sizes of the model."""
+
+    def dummy(self) -> dict[str, Any]:
+        """Returns the smallest arrays [1, 1, …] its module accepts, to initialize parameters."""
+
+    def build(self, config: EncoderDecoderConfig, embedder: Embed | None) -> nn.Module:
+        """Returns the module: (fields) -> `InputSequence`."""
+
+
+class TargetConfig(Protocol):
+    """Config of a target modality; keys 'targets/<modality>/…' of a batch."""
+
+    modality: str
+
+    @property
+    def module_name(self) -> str:
+        """Name of the module in the parameter tree."""
+
+    @property
+    def table(self) -> Table:
+        """The embedding table it reads and predicts with."""
+
+    def check(self, config: EncoderDecoderConfig) -> None:
+        """Raises `UserError` if it does not go with the sizes of the model."""
+
+    def angles(self, pos_ids: jax.Array, head_dim: int, theta: float) -> jax.Array:
+        """Returns the rotary angles [..., head_dim / 2] of positions."""
+
+    def build(self, config: EncoderDecoderConfig, embedder: Embed) -> nn.Module:
+        """Returns the module: (inputs, pos_ids) -> embeddings and angles; see `TargetEncoder`."""
+
+
+def require(fields: Fields, name: str, where: str) -> jax.Array:
+    """Returns `fields[name]`; raises `UserError` naming the batch key that is missing."""
+    if name not in fields:
+        raise UserError(f"the batch lacks '{where}/{name}'",
+                        got=", ".join(f"{where}/{field}" for field in sorted(fields)) or "nothing")
+    return fields[name]
+
+
+def positions_or_default(fields: Fields, shape: tuple[int, ...]) -> jax.Array:
+    """Returns `pos_ids` [B, N], or 0, 1, 2, … where the batch has none (one example a row)."""
+    if "pos_ids" in fields:
+        return fields["pos_ids"]
+    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape[:2])
+
+
+def check_positive(config: Any, names: tuple[str, ...]) -> None:
+    """Raises `UserError` unless the named fields of a config are whole numbers of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"{type(config).__name__}.{name} must be a whole number of at least 1",
+                got=repr(value))
+
+
+def check_grid(owner: Any, head_dim: int) -> None:
+    """Raises `UserError` unless a modality's grid, scale and the head size give 2-D rotations."""
+    name = type(owner).__name__
+    grid = owner.grid
+    if len(grid) != 2 or not all(isinstance(side, int) and side >= 1 for side in grid):
+        raise UserError(f"{name}.grid is (rows, columns), whole numbers of at least 1",
+                        got=repr(grid), fix="e.g. (24, 24)")
+    if not owner.rope_scale > 0:
+        raise UserError(f"{name}.rope_scale must be positive", got=owner.rope_scale, fix="e.g. 1.0")
+    if head_dim % 4:
+        raise UserError("head_dim must be a multiple of 4 when a modality lies on a grid",
+                        got=f"head_dim {head_dim}, {name} '{owner.modality}'",
+                        fix=f"head_dim = {-(-head_dim // 4) * 4}")
+
+
+def check_codes(owner: Any, first_code: int) -> None:
+    """Raises `UserError` unless a code output's table has room for its codes."""
+    room = owner.vocab_size - first_code
+    if owner.num_codes is not None and not 1 <= owner.num_codes <= room:
+        raise UserError(
+            f"the codes of modality '{owner.modality}' do not fit in its table",
+            got=f"num_codes {owner.num_codes}, vocab_size {owner.vocab_size}",
+            fix=f"vocab_size >= num_codes + {first_code} (tokens 0 and 1 are no codes)")
