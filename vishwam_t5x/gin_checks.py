@@ -27,11 +27,13 @@ from vishwam_t5x.gin_graph import (
     Missing,
     Reach,
     Reference,
+    Target,
     annotation_of,
     has_reference,
     macros_in,
     name_of,
     parameters_of,
+    required_parameters,
     result_of,
 )
 
@@ -101,6 +103,13 @@ def missing(graph: Graph, values: Iterable[Missing]) -> list[UserError]:
                 f"{value.name} has no value and no default", got=f"used in {value.where}",
                 fix=f"bind it to a value of type {_describe(value.annotation)}"))
     return mistakes
+
+
+def lacking(function: Target, arguments: Collection[str], where: str) -> list[UserError]:
+    """Returns a mistake for every parameter without default that is not in `arguments`."""
+    return missing(Graph(), [
+        Missing(f"{name_of(function)}.{name}", where, annotation_of(function, name), "parameter")
+        for name in required_parameters(function) if name not in arguments])
 
 
 def undefined(graph: Graph) -> list[Missing]:

@@ -1,10 +1,4 @@
-"""The only importer of gin: T5X's command-line contract, parsed strictly.
-
-    --gin_file=FILE            a gin file; repeatable; later files win
-    --gin.NAME=VALUE           binds a macro or a parameter; a string needs quotes: --gin.NAME='"x"'
-    --gin_bindings="NAME = VALUE"       the same, as T5X also spells it
-    --gin_search_paths=A,B     folders to look for gin files in, before the others
-    --allow_config_change=NAME[,NAME]   changes of the mathematics that a resume may make
+"""The only importer of gin: T5X's command-line contract (`command_line.HELP`), parsed strictly.
 
 A misspelt macro, a binding nobody reads, a value of the wrong type and a required value that is not
 set raise `UserError`. Values are gin's literals and references; none is ever evaluated as Python.
@@ -32,8 +26,9 @@ T = TypeVar("T")
 # The functions that a configuration is for: a binding is read if one of them reaches it, whichever
 # verb is running, so that one recipe serves train, evaluate and infer.
 VERBS = ("train", "evaluate", "infer", "cache", "inspect", "forward")
+_ROOTS = {f"vishwam_t5x.{verb}.{verb}" for verb in VERBS}
 # Macros a verb looks up itself, besides those its parameters refer to.
-READ_BY_NAME = {"forward": ("MODEL",)}  # it builds the model of a bare model file
+READ_BY_NAME = {"forward": {"MODEL"}}  # it builds the model of a bare model file
 
 
 @dataclasses.dataclass
@@ -64,16 +59,15 @@ class ParsedConfig:
 
     def flat(self) -> dict[str, str]:
         """Returns {name: value as gin writes it} with macros resolved; macros, then bindings."""
-        resolve = self.graph.resolve
-        macros = {name: repr(resolve(gin_graph.Macro(name))) for name in sorted(self.graph.macros)}
-        bindings = {str(key): repr(resolve(bound.value))
-                    for key, bound in self.graph.bindings.items()}
-        return macros | dict(sorted(bindings.items()))
+        tables = (self.graph.macros, self.graph.bindings)
+        return {name: value for table in tables for name, value in sorted(
+            (str(key), repr(self.graph.resolve(bound.value))) for key, bound in table.items())}
 
     def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Returns what is bound to the parameters of `function`, references evaluated."""
-        self._activate()
-        return gin.get_bindings(function)
+        _restore(self._state)
+        with _parts_kept_apart():
+            return gin.get_bindings(function)
 
     def call(self, function: Callable[..., T], **overrides: Any) -> T:
         """Calls `function` with its bound parameters; `overrides` win.
@@ -81,31 +75,18 @@ class ParsedConfig:
         Raises:
             UserError: a parameter has neither value nor default, or a value was refused.
         """
-        try:
-            arguments = self.arguments(function) | overrides
-        except UserError as error:  # gin appends where it was; keep the three parts apart.
-            raise UserError(error.problem, error.got, error.fix) from None
-        lacking = set(gin_graph.required_parameters(function)) - set(arguments)
-        gin_checks.raise_all(gin_checks.missing(self.graph, [
-            gin_graph.Missing(f"{gin_graph.name_of(function)}.{name}", f"vishwam {self.verb}",
-                              gin_graph.annotation_of(function, name), "parameter")
-            for name in sorted(lacking)]))
+        arguments = self.arguments(function) | overrides
+        gin_checks.raise_all(gin_checks.lacking(function, arguments, f"vishwam {self.verb}"))
         return function(**arguments)
 
     def macro(self, name: str, default: Any = None) -> Any:
         """Returns the value of a macro, references evaluated; `default` if it is not bound."""
         if self.graph.macro(name) is None:
             return default
-        self._activate()
-        with _context(gin_internals.ParseContext()):
-            reference = gin_internals.ConfigurableReference(f"{name}/gin.macro", True)
-        try:
-            return reference.scoped_configurable_fn()
-        except UserError as error:
-            raise UserError(error.problem, error.got, error.fix) from None
-
-    def _activate(self) -> None:
         _restore(self._state)
+        with _context(gin_internals.ParseContext()), _parts_kept_apart():
+            reference = gin_internals.ConfigurableReference(f"{name}/gin.macro", True)
+            return reference.scoped_configurable_fn()
 
 
 def parse(argv: Sequence[str], verb: str, *, flags: Sequence[str] = (), positional: int = 0,
@@ -133,13 +114,15 @@ def parse(argv: Sequence[str], verb: str, *, flags: Sequence[str] = (), position
     gin_checks.raise_all(reader.mistakes)
     graph = reader.graph
     if every is None:
-        every = [found.wrapped for found in reader.used.values() if _is_verb(found.wrapped)]
-    reach = gin_graph.Reach(graph, every, {name for names in READ_BY_NAME.values()
-                                           for name in names})
+        every = [found.wrapped for found in reader.used.values()
+                 if gin_graph.name_of(found.wrapped) in _ROOTS]
+    by_name = set().union(*READ_BY_NAME.values())
+    gin_checks.raise_all(gin_checks.unread(
+        graph, gin_graph.Reach(graph, every, by_name, history=True)))
+    reader.keep_only(gin_graph.Reach(graph, every, by_name))
     wanted = gin_graph.Reach(graph, running, READ_BY_NAME.get(verb, ())).missing
     absent = {found.name: found for found in [*gin_checks.undefined(graph), *wanted.values()]}
-    gin_checks.raise_all([*gin_checks.unread(graph, reach),
-                          *gin_checks.missing(graph, list(absent.values())),
+    gin_checks.raise_all([*gin_checks.missing(graph, list(absent.values())),
                           *gin_checks.wrong_types(graph)])
     return ParsedConfig(verb, reader.files, line.flags, line.positional, frozenset(line.allowed),
                         graph, reader.text(), _state())
@@ -175,14 +158,8 @@ def _read(line: CommandLine, roots: Sequence[Callable[..., Any]]) -> _Reader:
 
 
 def _root(verb: str) -> Callable[..., Any] | None:
-    if verb not in VERBS:
-        return None
-    module = importlib.import_module(f"vishwam_t5x.{verb}")
+    module = importlib.import_module(f"vishwam_t5x.{verb}") if verb in VERBS else None
     return getattr(module, verb, None)
-
-
-def _is_verb(target: Any) -> bool:
-    return any(gin_graph.name_of(target) == f"vishwam_t5x.{verb}.{verb}" for verb in VERBS)
 
 
 def _state() -> tuple[dict, set]:
@@ -194,6 +171,15 @@ def _restore(state: tuple[dict, set]) -> None:
     gin.clear_config()
     gin_internals._CONFIG.update({key: dict(values) for key, values in state[0].items()})
     gin_internals._IMPORTS.update(state[1])
+
+
+@contextlib.contextmanager
+def _parts_kept_apart() -> Iterator[None]:
+    """Undoes what gin does to an error raised while it builds something: one run-on message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.problem, error.got, error.fix) from None
 
 
 @contextlib.contextmanager
@@ -218,19 +204,16 @@ class _Reader(gin_internals.ParserDelegate):
         self.graph = gin_graph.Graph()
         self.used: dict[str, gin_internals.Configurable] = {}
         self.contexts: list[_FileContext] = []
-        self._where, self._open, self._not_imported = "", [], set()
+        self._selectors: dict[gin_graph.Key, str] = {}
+        self._where, self._open, self._reading, self._not_imported = "", [], [], set()
 
     def register(self, root: Callable[..., Any]) -> None:
         """Makes the parameters of `root` bindable, whether or not a file imports its module."""
         package, _, module = root.__module__.rpartition(".")
-        context = _FileContext(self)
-        for name, is_from in (("__gin__.dynamic_registration", True),
-                              (root.__module__, bool(package))):
-            context.process_import(config_parser.ImportStatement(
-                name, is_from, None, config_parser.Location(None, 0, None, "")))
-        gin_internals._IMPORTS.add(context.imports[0])
-        with _context(context):
-            context.get_configurable(f"{module}.{root.__qualname__}")
+        statement = f"from {package} import {module}" if package else f"import {module}"
+        self.read(f"from __gin__ import dynamic_registration\n{statement}\n", "the verb")
+        with _context(self.contexts[-1]):
+            self.contexts[-1].get_configurable(f"{module}.{root.__qualname__}")
 
     def read_file(self, name: str) -> None:
         path = gin_files.find(name, self.paths)
@@ -249,13 +232,16 @@ class _Reader(gin_internals.ParserDelegate):
         self.contexts.append(context)
         with _context(context):
             try:
-                self._where = source
-                for statement in config_parser.ConfigParser(text, self):
-                    line = statement.location.line_num
-                    self._where = source if source.startswith("--") else f"{source}:{line}"
+                parser = config_parser.ConfigParser(text, self)
+                self._reading.append((source, parser))
+                for statement in parser:
+                    self._where = gin_messages.place(source, statement.location.line_num)
                     self._obey(statement, context)
             except (SyntaxError, tokenize.TokenError) as error:
+                if str(getattr(error, "filename", "")).endswith(".py"):
+                    raise  # A module that the file imports, not the file.
                 raise gin_messages.unreadable(error, source, text) from None
+        self._reading.pop()
         gin_internals._IMPORTS.update(context.imports)
 
     def _obey(self, statement: Any, context: gin_internals.ParseContext) -> None:
@@ -275,11 +261,12 @@ class _Reader(gin_internals.ParserDelegate):
 
     def _bind(self, statement: config_parser.BindingStatement) -> None:
         scope, selector, parameter, value, _ = statement
+        known = not any(isinstance(leaf, _Unknown) for leaf in gin_graph.leaves(value))
         if not parameter:
             name = f"{scope}/{selector}" if scope else selector
-            if not _holds_unknown(value):
+            if known:
                 gin.bind_parameter((name, "gin.macro", "value"), value)
-            self.graph.macros[name] = gin_graph.Bound(_plain(value), self._where)
+            self.graph.bind(name, gin_graph.Bound(_plain(value), self._where))
             return
         found = self._find(selector)
         if found is None:
@@ -287,10 +274,11 @@ class _Reader(gin_internals.ParserDelegate):
         mistake = gin_checks.unknown_parameter(found.wrapped, parameter, self._where)
         if mistake is not None:
             self.mistakes.append(mistake)
-        elif not _holds_unknown(value):
+        elif known:
             gin.bind_parameter((scope, selector, parameter), value)
             key = gin_graph.Key(tuple(filter(None, scope.split("/"))), found.wrapped, parameter)
-            self.graph.bindings[key] = gin_graph.Bound(_plain(value), self._where)
+            self.graph.bind(key, gin_graph.Bound(_plain(value), self._where))
+            self._selectors[key] = found.selector
 
     def _find(self, selector: str) -> gin_internals.Configurable | None:
         """Returns the configurable; otherwise None, with the mistake on the list."""
@@ -306,10 +294,23 @@ class _Reader(gin_internals.ParserDelegate):
         return None
 
     def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
-        """gin's hook: called for every `@name` and `@name()`."""
+        """gin's hook: called for every `@name` and `@name()`, before its statement is complete."""
+        source, parser = self._reading[-1]
+        self._where = gin_messages.place(source, parser.current_token.start[0])
         if self._find(scoped_selector.rpartition("/")[2]) is None:
             return _Unknown()
         return gin_internals.ConfigurableReference(scoped_selector, evaluate)
+
+    def keep_only(self, reach: gin_graph.Reach) -> None:
+        """Drops what only a replaced value had read, so that the text parses again."""
+        for name in set(self.graph.macros) - reach.macros:
+            del self.graph.macros[name], gin_internals._CONFIG[(name, "gin.macro")]
+        for key in set(self.graph.bindings) - reach.bindings:
+            del self.graph.bindings[key]
+            at = ("/".join(key.scope), self._selectors[key])
+            gin_internals._CONFIG[at].pop(key.parameter)
+        for at in [at for at, bound in gin_internals._CONFIG.items() if not bound]:
+            del gin_internals._CONFIG[at]
 
     def text(self) -> str:
         """Returns the live configuration as gin text."""
@@ -341,15 +342,7 @@ class _FileContext(gin_internals.ParseContext):
     def _unimported(self, selector: str) -> gin_internals.Configurable:
         if not self._dynamic_registration and selector.startswith("gin."):
             return gin_internals._REGISTRY.get_match(selector)
-        if not self._dynamic_registration:
-            raise UserError(
-                f"{selector} is not imported", fix="begin the file with 'from __gin__ import "
-                "dynamic_registration', then import the module")
-        head = selector.partition(".")[0]
-        raise UserError(
-            f"{head!r} is not imported in this file", got=selector,
-            fix=did_you_mean(head, self._symbol_table)
-            or f"add a line such as 'from vishwam_t5x import {head}' at its top")
+        raise gin_messages.not_imported(selector, self._dynamic_registration, self._symbol_table)
 
 
 class _CommandLineContext(gin_internals.ParseContext):
@@ -406,11 +399,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_plain, value))
     return value
-
-
-def _holds_unknown(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_unknown, [*value.keys(), *value.values()]))
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_unknown, value))
-    return isinstance(value, _Unknown)

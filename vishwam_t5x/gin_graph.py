@@ -77,10 +77,25 @@ class Key:
 
 @dataclasses.dataclass
 class Graph:
-    """All macros and bindings of one configuration."""
+    """All macros and bindings of one configuration.
+
+    Attributes:
+        macros: by name, without the `%`.
+        bindings: by parameter.
+        superseded: what a later line replaced, by macro name or key: what only an earlier choice
+            read (the settings of the optimizer before another was chosen) is not a mistake.
+    """
 
     macros: dict[str, Bound] = dataclasses.field(default_factory=dict)
     bindings: dict[Key, Bound] = dataclasses.field(default_factory=dict)
+    superseded: dict[str | Key, list[Bound]] = dataclasses.field(default_factory=dict)
+
+    def bind(self, name: str | Key, bound: Bound) -> None:
+        """Binds a macro (a string) or a parameter, keeping what was bound before."""
+        table: dict = self.macros if isinstance(name, str) else self.bindings
+        if name in table:
+            self.superseded.setdefault(name, []).append(table[name])
+        table[name] = bound
 
     def macro(self, name: str) -> Bound | None:
         """Returns what `%name` is bound to, or None; `%a/b` falls back to `%a` as gin's does."""
@@ -134,14 +149,22 @@ class Missing:
 
 
 class Reach:
-    """What a call of `roots` reads, directly and through references and macros."""
+    """What a call of `roots` reads, directly and through references and macros.
 
-    def __init__(self, graph: Graph, roots: Iterable[Target], macros: Iterable[str] = ()) -> None:
+    Attributes:
+        bindings, macros: what is read.
+        targets: what is called.
+        missing: by name, what is read and has no value.
+    """
+
+    def __init__(self, graph: Graph, roots: Iterable[Target], macros: Iterable[str] = (),
+                 history: bool = False) -> None:
+        """Follows `roots`, and `macros` read by name; with `history`, replaced values too."""
         self.bindings: set[Key] = set()
         self.macros: set[str] = set()
         self.targets: set[Target] = set()
         self.missing: dict[str, Missing] = {}
-        self._graph = graph
+        self._graph, self._history = graph, graph.superseded if history else {}
         self._index = graph.index()
         self._visited: set[tuple[Target, Scope, bool]] = set()
         for name in macros:
@@ -162,7 +185,9 @@ class Reach:
                 self.bindings.add(key)
                 effective[key.parameter] = key, bound
         for parameter, (key, bound) in effective.items():
-            self._walk(bound.value, scope, bound.where, annotation_of(target, parameter), str(key))
+            annotation = annotation_of(target, parameter)
+            for each in [bound, *self._history.get(key, ())]:
+                self._walk(each.value, scope, each.where, annotation, str(key))
         if called_at:
             for name in required_parameters(target):
                 if name not in effective:
@@ -183,12 +208,9 @@ class Reach:
             else:  # Called later, by whoever received it: in its own scope, this one or none.
                 for at in {value.scope} if value.scope else {scope, ()}:
                     self._visit(value.target, at, "")
-        elif isinstance(value, Mapping):
-            for item in [*value.keys(), *value.values()]:
-                self._walk(item, scope, where, UNKNOWN, name)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                self._walk(item, scope, where, UNKNOWN, name)
+        elif isinstance(value, (Mapping, list, tuple)):
+            for leaf in leaves(value):
+                self._walk(leaf, scope, where, UNKNOWN, name)
 
     def _enter_macro(self, name: str, where: str, annotation: Any) -> None:
         bound = self._graph.macro(name)
@@ -199,7 +221,8 @@ class Reach:
         parts = name.split("/")
         self.macros |= {"/".join(parts[:length]) for length in range(1, len(parts) + 1)}
         if first:
-            self._walk(bound.value, tuple(parts), bound.where, annotation, name)
+            for each in [bound, *self._history.get(name, ())]:
+                self._walk(each.value, tuple(parts), each.where, annotation, name)
 
 
 def name_of(target: Target) -> str:
@@ -207,25 +230,25 @@ def name_of(target: Target) -> str:
     return f"{target.__module__}.{target.__qualname__}"
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """Yields what `value` holds after its dicts, lists and tuples are opened, keys included."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
 def macros_in(value: Any) -> Iterator[str]:
     """Yields the names of the macros that occur in `value`."""
-    if isinstance(value, Macro):
-        yield value.name
-    elif isinstance(value, Mapping):
-        for item in [*value.keys(), *value.values()]:
-            yield from macros_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from macros_in(item)
+    return (leaf.name for leaf in leaves(value) if isinstance(leaf, Macro))
 
 
 def has_reference(value: Any) -> bool:
     """Says whether a reference (or a constant or an undefined macro) occurs in `value`."""
-    if isinstance(value, Mapping):
-        return any(map(has_reference, [*value.keys(), *value.values()]))
-    if isinstance(value, (list, tuple)):
-        return any(map(has_reference, value))
-    return isinstance(value, (Reference, Constant, Macro))
+    return any(isinstance(leaf, (Reference, Constant, Macro)) for leaf in leaves(value))
 
 
 def parameters_of(target: Target) -> dict[str, inspect.Parameter]:

@@ -15,14 +15,20 @@ from vishwam_t5x.core.errors import UserError, did_you_mean
 _EXTRA_SEQIO = ("seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "sklearn")
 
 
+def place(source: str, line: int) -> str:
+    """Returns "file:line", or the flag of the command line that `source` is."""
+    return source if source.startswith("--") else f"{source}:{line}"
+
+
 def unreadable(error: SyntaxError | tokenize.TokenError, source: str, text: str) -> UserError:
     """Says in our words what gin's parser could not read."""
     if isinstance(error, SyntaxError):
         number, line, reason = error.lineno or 1, (error.text or "").strip(), error.msg
     else:
         reason, (number, _) = error.args
-        line = (text.splitlines() or [""])[min(number, text.count("\n") + 1) - 1].strip()
-    place = source if source.startswith("--") else f"{source}:{number}"
+        lines = text.splitlines() or [""]
+        number = min(number, len(lines))  # At the end of the file it is one too many.
+        line = lines[number - 1].strip()
     bare = re.search(r"Failed to parse token '(.*)'", reason, re.DOTALL)
     name, _, value = (part.strip() for part in line.partition("="))
     if bare and source.startswith("--"):
@@ -32,7 +38,8 @@ def unreadable(error: SyntaxError | tokenize.TokenError, source: str, text: str)
     else:
         fix = "a statement is NAME = VALUE, with a Python literal, %MACRO or @reference as VALUE"
     reason = reason.strip().splitlines()[-1].strip()
-    return UserError(f"cannot read {place}: {reason}", got=line or text.strip(), fix=fix)
+    return UserError(f"cannot read {place(source, number)}: {reason}", got=line or text.strip(),
+                     fix=fix)
 
 
 def no_import(statement: str, module: str, error: ImportError, where: str) -> UserError:
@@ -67,3 +74,14 @@ def no_attribute(selector: str, symbols: Mapping[str, Any]) -> UserError:
                              fix=did_you_mean(name, public) or f"it has {', '.join(public[:12])}")
         value, path = getattr(value, name), f"{path}.{name}"
     raise AssertionError("every part of the name is there")
+
+
+def not_imported(selector: str, dynamic: bool, symbols: Mapping[str, Any]) -> UserError:
+    """Says that no import of the file gives `selector`; `dynamic` if it registers by import."""
+    head = selector.partition(".")[0]
+    if not dynamic:
+        return UserError(f"{selector} is not imported", fix="begin the file with 'from __gin__ "
+                         f"import dynamic_registration' and 'from vishwam_t5x import {head}'")
+    return UserError(f"{head!r} is not imported in this file", got=selector,
+                     fix=did_you_mean(head, symbols)
+                     or f"add a line such as 'from vishwam_t5x import {head}' at its top")
