@@ -1,4 +1,4 @@
-"""Placement of parameters, state, batches and activations; and the same numbers on eight devices."""
+"""Placement of parameters, state, batches and activations; eight devices compute what one does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from vishwam_t5x.parallelism.axis_rules import (
 CUBE = AbstractMesh((1, 2, 2, 2), MESH_AXES)
 AXES = {"mlp/wi/kernel": ("embed", "mlp"), "mlp/wo/kernel": ("mlp", "embed"),
         "norm/scale": ("embed",), "token_embedder/embedding": ("vocab", "embed"),
-        "layers/query/kernel": ("embed", "layers", "joined_kv"), "layers/scale": ("embed", "layers")}
+        "layers/query/kernel": ("embed", "layers", "joined_kv"),
+        "layers/scale": ("embed", "layers")}
 
 
 def arrays(**overrides):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.parallelism.axis_rules import MESH_AXES
@@ -21,6 +21,8 @@ from vishwam_t5x.parallelism.axis_rules import MESH_AXES
 _logger = logging.getLogger(__name__)
 
 FILL = -1
+
+AnyMesh = Mesh | AbstractMesh  # placement needs the sizes only; a computation needs the devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +179,11 @@ def make_mesh(config: MeshConfig | None = None,
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def describe_mesh(mesh: Mesh) -> str:
+def describe_mesh(mesh: AnyMesh) -> str:
     """Returns one line, e.g. "8 x TPU v4: data 2 x fsdp 4"."""
     sizes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}: {' x '.join(sizes) or 'not split'}"
+    kind = f"x {mesh.devices.flat[0].device_kind}" if isinstance(mesh, Mesh) else "devices"
+    return f"{mesh.size} {kind}: {' x '.join(sizes) or 'not split'}"
 
 
 def _slices(devices: list[jax.Device], num_slices: int) -> list[list[jax.Device]]:

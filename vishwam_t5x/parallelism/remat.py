@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from vishwam_t5x.core.errors import UserError, one_of
 from vishwam_t5x.parallelism.sharding import current_partitioning
@@ -84,6 +85,6 @@ def _split_names(names: str) -> list[str]:
 
 def _platform() -> str:
     here = current_partitioning()
-    if here is not None:
+    if here is not None and isinstance(here.mesh, Mesh):
         return here.mesh.devices.flat[0].platform
     return jax.default_backend()

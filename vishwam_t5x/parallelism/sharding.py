@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax.core import meta
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names, path_name
 from vishwam_t5x.parallelism.axis_rules import STACKING_AXES, LogicalAxisRules, make_spec
+from vishwam_t5x.parallelism.mesh import AnyMesh
 
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -32,7 +33,7 @@ def _log_once(message: str) -> None:
 class Partitioning:
     """A mesh and the rules that map logical axes to it."""
 
-    mesh: Mesh
+    mesh: AnyMesh
     rules: LogicalAxisRules
 
 
@@ -42,7 +43,7 @@ _current = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def partitioning(mesh: Mesh, rules: LogicalAxisRules | None = None) -> Iterator[Partitioning]:
+def partitioning(mesh: AnyMesh, rules: LogicalAxisRules | None = None) -> Iterator[Partitioning]:
     """Makes `constrain` act, for what this thread traces inside the `with`.
 
     A jitted function called inside and outside is traced and compiled twice: stay inside for every
@@ -62,7 +63,7 @@ def current_partitioning() -> Partitioning | None:
     return _current.value
 
 
-def axes_size(mesh: Mesh, axes: Sequence[str]) -> int:
+def axes_size(mesh: AnyMesh, axes: Sequence[str]) -> int:
     """Returns the number of parts into which the mesh axes together split a dimension."""
     size = 1
     for axis in axes:
@@ -102,21 +103,21 @@ def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(here.mesh, make_spec(kept)))
 
 
-def _split(mesh: Mesh, rules: LogicalAxisRules, logical_axes: Sequence[str | None]
+def _split(mesh: AnyMesh, rules: LogicalAxisRules, logical_axes: Sequence[str | None]
            ) -> tuple[tuple[str, ...], ...]:
     """The mesh axes of each dimension, without those of size 1: one sharding has one spelling."""
     return tuple(tuple(axis for axis in axes if mesh.shape[axis] > 1)
                  for axes in rules.mesh_axes(logical_axes))
 
 
-def _leading_fit(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+def _leading_fit(mesh: AnyMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
     """The longest beginning of `axes` whose devices divide `size`."""
     while size % axes_size(mesh, axes):
         axes = axes[:-1]
     return axes
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -155,7 +156,7 @@ def logical_axes_by_name(boxed: Any) -> dict[str, tuple[str | None, ...]]:
 
 
 def parameter_mesh_axes(axes: Mapping[str, Sequence[str | None]],
-                        shapes: Mapping[str, tuple[int, ...]], mesh: Mesh,
+                        shapes: Mapping[str, tuple[int, ...]], mesh: AnyMesh,
                         rules: LogicalAxisRules | None = None
                         ) -> dict[str, tuple[tuple[str, ...], ...]]:
     """Returns, by parameter name, the mesh axes that split each dimension.
@@ -195,7 +196,7 @@ def parameter_mesh_axes(axes: Mapping[str, Sequence[str | None]],
     return result
 
 
-def _uneven_error(mesh: Mesh, uneven: list[tuple]) -> UserError:
+def _uneven_error(mesh: AnyMesh, uneven: list[tuple]) -> UserError:
     name, names, shape, dim, axes = uneven[0]
     size, parts = shape[dim], axes_size(mesh, axes)
     wording = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
@@ -210,7 +211,7 @@ def _uneven_error(mesh: Mesh, uneven: list[tuple]) -> UserError:
             f"{' x '.join(axes)}; or set standard_logical_axis_rules.allow_uneven = 'replicate'")
 
 
-def parameter_shardings(params: Any, mesh: Mesh, rules: LogicalAxisRules | None = None,
+def parameter_shardings(params: Any, mesh: AnyMesh, rules: LogicalAxisRules | None = None,
                         axes: Mapping[str, Sequence[str | None]] | None = None) -> Any:
     """Returns the `NamedSharding` of every parameter, in a tree like the unboxed `params`.
 
@@ -236,7 +237,7 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: LogicalAxisRules | None 
 _Entry = tuple[tuple[int, ...], PartitionSpec]  # a parameter's shape and how it is split
 
 
-def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, params: Any, shardings: Any, mesh: AnyMesh) -> Any:
     """Returns the `NamedSharding` of every leaf of a training or optimizer state.
 
     A leaf belongs to a parameter if the parameter's path is part of the leaf's own path, as in
@@ -306,19 +307,19 @@ def _follow(shape: tuple[int, ...], parameter: tuple[int, ...], spec: PartitionS
 # ----------------------------------------------------------------------------------- batches
 
 
-def batch_sharding(mesh: Mesh, rules: LogicalAxisRules | None = None) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh, rules: LogicalAxisRules | None = None) -> NamedSharding:
     """Returns the sharding of any batch array: rows over 'batch', other dimensions whole."""
     rules = rules if rules is not None else LogicalAxisRules()
     return NamedSharding(mesh, make_spec(_split(mesh, rules, ("batch",))))
 
 
-def batch_parts(mesh: Mesh, rules: LogicalAxisRules | None = None) -> int:
+def batch_parts(mesh: AnyMesh, rules: LogicalAxisRules | None = None) -> int:
     """Returns the number of parts into which the rows of a batch are split."""
     rules = rules if rules is not None else LogicalAxisRules()
     return axes_size(mesh, _split(mesh, rules, ("batch",))[0])
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, rules: LogicalAxisRules | None = None,
+def check_batch_size(batch_size: int, mesh: AnyMesh, rules: LogicalAxisRules | None = None,
                      num_microbatches: int = 1) -> None:
     """Checks that every device gets equally many rows of every microbatch.
 
@@ -339,7 +340,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, rules: LogicalAxisRules | None
         fix="BATCH_SIZE = " + (f"{below} or {above}" if below > 0 else f"{above}"))
 
 
-def batch_shardings(arrays: Mapping[str, Any], mesh: Mesh, rules: LogicalAxisRules | None = None,
+def batch_shardings(arrays: Mapping[str, Any], mesh: AnyMesh, rules: LogicalAxisRules | None = None,
                     num_microbatches: int = 1) -> dict[str, NamedSharding]:
     """Returns the sharding of each array of a batch; the first dimension of each is its rows.
 

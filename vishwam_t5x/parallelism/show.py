@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax.core import meta
-from jax.sharding import Mesh
 
 from vishwam_t5x.core.trees import flatten_names
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
-from vishwam_t5x.parallelism.mesh import describe_mesh
+from vishwam_t5x.parallelism.mesh import AnyMesh, describe_mesh
 from vishwam_t5x.parallelism.sharding import (
     axes_size,
     logical_axes_by_name,
@@ -21,7 +20,7 @@ from vishwam_t5x.parallelism.sharding import (
 _HEAD = ("parameter", "shape", "dtype", "logical axes", "mesh axes", "bytes per device")
 
 
-def model_info(params: Any, mesh: Mesh, rules: LogicalAxisRules | None = None,
+def model_info(params: Any, mesh: AnyMesh, rules: LogicalAxisRules | None = None,
                axes: Mapping[str, Sequence[str | None]] | None = None) -> list[str]:
     """Returns the lines of `model-info.txt`: the mesh, a row a parameter, totals by module, totals.
 
@@ -50,7 +49,7 @@ def model_info(params: Any, mesh: Mesh, rules: LogicalAxisRules | None = None,
         for index, value in enumerate((count, whole, here)):
             totals[index] += value
     totals = [sum(values) for values in zip(*modules.values(), strict=True)] or [0, 0, 0]
-    summary = [("module", "parameters", "bytes", "bytes per device")]
+    summary: list[tuple[str, ...]] = [("module", "parameters", "bytes", "bytes per device")]
     summary += [(name, *(f"{value:,}" for value in values)) for name, values in modules.items()]
     summary += [("total", *(f"{value:,}" for value in totals))]
     return [f"mesh: {describe_mesh(mesh)}", "", *_table(rows, numbers=1), "",
