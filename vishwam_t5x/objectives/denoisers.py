@@ -116,6 +116,9 @@ class MixtureOfDenoisers:
         for name in ("input_modalities", "target_modalities", "text_r", "text_x",
                      "image_augmentations", "ignored_features"):
             value = getattr(self, name)
+            if isinstance(value, str):  # Its letters would pass for a list of names.
+                raise UserError(f"MixtureOfDenoisers.{name} must be a list", got=repr(value),
+                                fix=f"({value!r},)")
             frozen = tuple(tuple(item) if isinstance(item, list) else item for item in value)
             object.__setattr__(self, name, frozen)
         check_settings(self)
