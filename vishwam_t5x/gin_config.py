@@ -117,13 +117,13 @@ def parse(argv: Sequence[str], verb: str, *, flags: Sequence[str] = (), position
         every = [found.wrapped for found in reader.used.values()
                  if gin_graph.name_of(found.wrapped) in _ROOTS]
     by_name = set().union(*READ_BY_NAME.values())
-    gin_checks.raise_all(gin_checks.unread(
-        graph, gin_graph.Reach(graph, every, by_name, history=True)))
-    reader.keep_only(gin_graph.Reach(graph, every, by_name))
     wanted = gin_graph.Reach(graph, running, READ_BY_NAME.get(verb, ())).missing
     absent = {found.name: found for found in [*gin_checks.undefined(graph), *wanted.values()]}
-    gin_checks.raise_all([*gin_checks.missing(graph, list(absent.values())),
-                          *gin_checks.wrong_types(graph)])
+    gin_checks.raise_all([
+        *gin_checks.unread(graph, gin_graph.Reach(graph, every, by_name, history=True)),
+        *gin_checks.missing(graph, list(absent.values()))])
+    reader.keep_only(gin_graph.Reach(graph, every, by_name))
+    gin_checks.raise_all(gin_checks.wrong_types(graph))
     return ParsedConfig(verb, reader.files, line.flags, line.positional, frozenset(line.allowed),
                         graph, reader.text(), _state())
 
@@ -371,16 +371,15 @@ class _CommandLineContext(gin_internals.ParseContext):
                         or "name a function or class that one of the gin files uses")
 
     def _by_imports(self, selector: str) -> Iterator[gin_internals.Configurable]:
+        """Yields what `selector` is in the files' imports, or in a module that they import."""
         seen = set()
-        for context in self._reader.contexts:
-            if isinstance(context, _FileContext) and context._dynamic_registration:
-                try:
-                    found = context.get_configurable(selector)
-                except UserError:
-                    continue  # Not a name of that file; the caller says what is known.
-                if found.selector not in seen:
-                    seen.add(found.selector)
-                    yield found
+        for context in [known for known in self._reader.contexts if known._dynamic_registration]:
+            for name in [selector, *(f"{module}.{selector}" for module in context._symbol_table)]:
+                with contextlib.suppress(UserError):  # Not there; the caller says what is.
+                    found = context.get_configurable(name)
+                    if found.selector not in seen:
+                        seen.add(found.selector)
+                        yield found
 
 
 def _plain(value: Any) -> Any:
