@@ -43,7 +43,7 @@ class TaskCacheWriter:
             max_shard_bytes: bytes of encoded records after which a new shard is begun.
         """
         self.directory = pathlib.Path(directory)
-        self.work = self.directory.with_name(self.directory.name + ".incomplete")
+        self.work = work_directory(self.directory)
         self.task, self.split, self.features = task, split, dict(features)
         self.metadata = dict(metadata or {})
         self.num_parts = num_parts
@@ -191,6 +191,12 @@ class PartWriter:
                 "num_bytes": self._path.stat().st_size,
                 "sha256": records.file_sha256(self._path), "bad": self._bad, "last": last}
         _write_atomically(self._path.with_suffix(".json"), json.dumps(side))
+
+
+def work_directory(directory: str | os.PathLike) -> pathlib.Path:
+    """Returns where a cache is written before it is finished."""
+    path = pathlib.Path(directory)
+    return path.with_name(path.name + ".incomplete")
 
 
 def write_mixture(cache_dir: str | os.PathLike, name: str, rates: Mapping[str, float]) -> None:
