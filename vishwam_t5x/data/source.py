@@ -1,0 +1,243 @@
+"""From a dataset's configuration to its batches; prepares a missing cache in a process of its own.
+
+Nothing here imports TensorFlow: `vishwam cache` does, in a subprocess, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from vishwam_t5x.core.batch import MODALITIES, BatchSpec, DataPosition
+from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from vishwam_t5x.data import records
+from vishwam_t5x.data.mixture import Mixture
+from vishwam_t5x.data.packing import Objective, PackedBatches
+from vishwam_t5x.data.packing_plan import ExampleStream
+from vishwam_t5x.data.prefetch import Prefetcher
+from vishwam_t5x.objectives.masking import PatchSpec
+
+CACHE_DIR_VARIABLE = "VISHWAM_CACHE_DIR"
+
+_logger = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> str:
+    """Returns $VISHWAM_CACHE_DIR, or ~/.cache/vishwam_t5x."""
+    return os.environ.get(CACHE_DIR_VARIABLE) or str(
+        pathlib.Path.home() / ".cache" / "vishwam_t5x")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """Which examples, in which shapes and order: T5X's `DatasetConfig`, and where caches live.
+
+    Attributes:
+        mixture_or_task_name: a SeqIO Task or Mixture.
+        task_feature_lengths: slots of a row: {'inputs': encoder columns, 'targets': decoder
+            columns}, and slots of one modality, e.g. 'inputs/image', where fewer than the row.
+        split: split of the tasks.
+        batch_size: rows of the global batch.
+        shuffle: a new random order each epoch.
+        seed: of order and corruption.
+        use_cached: read the cache, writing it first if missing (exact resume). False: a live
+            tf.data stream, whose resume is approximate.
+        pack: many examples a row; False: one.
+        module: importable module or .py file, or several, that register the tasks with SeqIO; None:
+            the tasks that come with vishwam_t5x.
+        cache_dir: directory of the caches; None: $VISHWAM_CACHE_DIR or ~/.cache/vishwam_t5x.
+        prefetch: batches made ahead.
+        read_threads: records read at a time by this host; more than 1 pays on network file systems.
+        max_bad_fraction: share of damaged records (0 to 1) beyond which to stop.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    batch_size: int
+    split: str = "train"
+    shuffle: bool = True
+    seed: int = 0
+    use_cached: bool = True
+    pack: bool = True
+    module: str | Sequence[str] | None = None
+    cache_dir: str | None = None
+    prefetch: int = 2
+    read_threads: int = 1
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.mixture_or_task_name or not isinstance(self.mixture_or_task_name, str):
+            raise UserError("mixture_or_task_name must name a SeqIO Task or Mixture",
+                            got=repr(self.mixture_or_task_name),
+                            fix="set MIXTURE_OR_TASK_NAME = 'quickstart', for example")
+        for name in ("batch_size", "prefetch", "read_threads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a positive whole number", got=repr(value),
+                                fix="set BATCH_SIZE" if name == "batch_size" else
+                                f"set DatasetConfig.{name}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UserError("the data's seed must be a whole number, 0 or more",
+                            got=repr(self.seed), fix="set RANDOM_SEED")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError("max_bad_fraction is a share between 0 and 1",
+                            got=self.max_bad_fraction)
+        if isinstance(self.module, Sequence) and not isinstance(self.module, str):
+            object.__setattr__(self, "module", tuple(self.module))
+
+    @property
+    def directory(self) -> str:
+        """Where the caches are."""
+        return str(pathlib.Path(self.cache_dir or default_cache_dir()).expanduser())
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that register the tasks; () for those that come with the package."""
+        if self.module is None:
+            return ()
+        return (self.module,) if isinstance(self.module, str) else tuple(self.module)
+
+
+@dataclasses.dataclass
+class Dataset:
+    """An open dataset.
+
+    Attributes:
+        config: what was asked for.
+        examples: the numbered examples: a `Mixture`, or a live stream.
+        objective: what corrupts them.
+        spec: the shapes of its batches.
+        batches: builds any batch from its position.
+    """
+
+    config: DatasetConfig
+    examples: ExampleStream
+    objective: Objective
+    spec: BatchSpec
+    batches: PackedBatches
+
+    def prefetch(self, shardings: Mapping | object, start: DataPosition | None = None
+                 ) -> Prefetcher:
+        """Returns batches on the devices, from `start` on; see `Prefetcher`."""
+        return Prefetcher(self.batches, shardings, start, self.config.prefetch)
+
+
+def patch_specs(objective: object) -> dict[str, PatchSpec]:
+    """Returns how an objective cuts each continuous modality: its `PatchSpec` attributes."""
+    found = dict(getattr(objective, "patch_specs", None) or {})
+    for modality in MODALITIES:
+        if isinstance(spec := getattr(objective, modality, None), PatchSpec):
+            found[modality] = spec
+    return found
+
+
+def batch_spec(config: DatasetConfig, objective: object) -> BatchSpec:
+    """Returns the shapes of the batches of an objective's modalities.
+
+    Raises:
+        UserError: see `BatchSpec.from_feature_lengths`.
+    """
+    specs = patch_specs(objective)
+    inputs = tuple(objective.input_modalities)
+    return BatchSpec.from_feature_lengths(
+        config.batch_size, config.task_feature_lengths, inputs,
+        tuple(objective.target_modalities),
+        {modality: specs[modality].patch_dim for modality in inputs if modality in specs},
+        packed=config.pack)
+
+
+def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = True) -> Dataset:
+    """Opens the caches of a mixture, writing those that are missing first.
+
+    Args:
+        config: which examples and shapes.
+        objective: corrupts examples on read.
+        repeat: an endless stream; False: every record once (evaluation).
+
+    Raises:
+        UserError: unknown task or split, a broken cache, or settings that do not fit.
+    """
+    assert config.use_cached, "a live stream is opened by data/tf/live.py"
+    mixture = open_mixture(config, patch_specs(objective), repeat)
+    return assemble(config, objective, mixture)
+
+
+def assemble(config: DatasetConfig, objective: Objective, examples: ExampleStream) -> Dataset:
+    """Returns the dataset of numbered examples from anywhere."""
+    spec = batch_spec(config, objective)
+    batches = PackedBatches(examples, objective, spec, config.seed, config.max_bad_fraction,
+                            config.read_threads)
+    return Dataset(config, examples, objective, spec, batches)
+
+
+def open_mixture(config: DatasetConfig, specs: Mapping[str, PatchSpec], repeat: bool = True
+                 ) -> Mixture:
+    """Opens the cached tasks of a mixture, writing those that are missing first.
+
+    Args:
+        config: which examples.
+        specs: patches of each continuous modality.
+        repeat: as in `open_dataset`.
+
+    Raises:
+        UserError: as `open_dataset`.
+    """
+    ensure_cached(config)
+    rates = records.read_rates(config.directory, config.mixture_or_task_name)
+    assert rates is not None
+    tasks = [records.TaskCache.open(records.task_directory(config.directory, task, config.split),
+                                    specs) for task in rates]
+    return Mixture(tasks, list(rates.values()), config.seed, config.shuffle, repeat)
+
+
+def missing_tasks(config: DatasetConfig) -> list[str]:
+    """Returns what of a mixture is not cached: names of tasks, or its own if nothing is known."""
+    rates = records.read_rates(config.directory, config.mixture_or_task_name)
+    if rates is None:
+        return [config.mixture_or_task_name]
+    return [task for task in rates
+            if config.split not in records.available_splits(config.directory, task)]
+
+
+def ensure_cached(config: DatasetConfig) -> None:
+    """Runs `vishwam cache` in a subprocess for what is missing; does nothing if nothing is.
+
+    Several processes may call it together: `vishwam cache` locks each task.
+
+    Raises:
+        UserError: what the subprocess says: an unknown name, a task without this split, ….
+        RuntimeError: the subprocess failed otherwise; its own messages are on standard error.
+    """
+    missing = missing_tasks(config)
+    if not missing:
+        return
+    _logger.info("no cache yet of %s, split %s: writing it to %s", ", ".join(missing),
+                 config.split, config.directory)
+    command = [sys.executable, "-m", "vishwam_t5x", "cache", "--json",
+               f"--task_or_mixture={config.mixture_or_task_name}", f"--splits={config.split}",
+               f"--cache_dir={config.directory}"]
+    command += [f"--module={','.join(config.modules)}"] if config.modules else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False,
+                          env=_environment())
+    if done.returncode == EXIT_USER_ERROR:
+        mistake = json.loads(done.stdout.strip().splitlines()[-1])
+        raise UserError(mistake["problem"], mistake["got"], mistake["fix"])
+    if done.returncode != EXIT_OK:
+        raise RuntimeError(f"vishwam cache ended with exit code {done.returncode}: see above; the "
+                           f"command was {' '.join(command)}")
+    if still := missing_tasks(config):
+        raise UserError(f"no split '{config.split}' in {', '.join(still)}",
+                        got=config.mixture_or_task_name, fix="choose another split")
+
+
+def _environment() -> dict[str, str]:
+    """The subprocess must not take the accelerator, and finds the modules that we find."""
+    paths = [path for path in sys.path if path]
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join(paths)}

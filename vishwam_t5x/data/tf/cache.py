@@ -1,0 +1,244 @@
+"""Writes the clean examples of SeqIO Tasks to ArrayRecord: what `vishwam cache` does.
+
+tf.data preprocesses on all cores. A Task whose source lists several shards is written in as many
+parts, several at a time; others are one part. What an interrupted run finished is kept.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import fcntl
+import logging
+import os
+import pathlib
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import records, records_writer
+from vishwam_t5x.data.source import CACHE_DIR_VARIABLE
+from vishwam_t5x.data.tf import examples
+
+MAX_PARTS = 1024
+MAX_BAD_FRACTION = 0.1
+"""Share of unusable examples, among those seen and at least 1,000, beyond which to stop."""
+MIN_EXAMPLES_FOR_FRACTION = 1000
+SECONDS_BETWEEN_LINES = 10.0
+
+_logger = logging.getLogger(__name__)
+
+
+def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
+                          splits: Sequence[str] = (), overwrite: bool = False
+                          ) -> dict[str, dict[str, dict[str, Any]]]:
+    """Caches a Task, or every Task of a Mixture and the Mixture's rates.
+
+    Args:
+        name: of a SeqIO Task or Mixture.
+        modules: that register it; none: those that come with vishwam_t5x.
+        cache_dir: where to write.
+        splits: which; none: all that each Task has.
+        overwrite: write again what is there.
+
+    Returns:
+        {task: {split: {'num_records', 'num_bad', 'written'}}}.
+
+    Raises:
+        UserError: unknown names, examples that cannot be cached, or too many bad ones.
+    """
+    tf.config.set_visible_devices([], "GPU")  # preprocessing must not take the trainer's memory
+    # Tasks keep what they fit to their data (vocabularies, codebooks) beside their caches.
+    os.environ[CACHE_DIR_VARIABLE] = str(cache_dir)
+    loaded = examples.import_task_modules(modules)
+    rates = examples.task_rates(name, cache_dir)
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for task_name in rates:
+        task = seqio.TaskRegistry.get(task_name)
+        for split in splits:
+            if split not in task.splits:
+                raise UserError(f"task '{task_name}' has no split '{split}'", got=split,
+                                fix="its splits: " + ", ".join(task.splits))
+    for task_name in rates:
+        task = seqio.TaskRegistry.get(task_name)
+        result[task_name] = {}
+        for split in splits or task.splits:
+            metadata = examples.task_metadata(loaded, task_name)
+            result[task_name][split] = _cache_split(task, split, cache_dir, metadata, overwrite)
+    if name in seqio.MixtureRegistry.names():
+        records_writer.write_mixture(cache_dir, name, rates)
+    return result
+
+
+def _cache_split(task: seqio.Task, split: str, cache_dir: str, metadata: Mapping[str, Any],
+                 overwrite: bool) -> dict[str, Any]:
+    directory = records.task_directory(cache_dir, task.name, split)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    before = _finished_at(directory)
+    with _lock(directory.with_name(f"{split}.lock")):
+        # Another process may have written it while this one waited.
+        if (directory / records.MANIFEST_NAME).is_file() and (
+                not overwrite or _finished_at(directory) != before):
+            manifest = records.TaskCache.open(directory).manifest
+            written = False
+        else:
+            if overwrite:
+                shutil.rmtree(records_writer.work_directory(directory), ignore_errors=True)
+            manifest, written = _write_split(task, split, directory, metadata), True
+    return {"num_records": manifest.num_records, "num_bad": len(manifest.bad_examples),
+            "written": written}
+
+
+def _finished_at(directory: pathlib.Path) -> int | None:
+    path = directory / records.MANIFEST_NAME
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+@contextlib.contextmanager
+def _lock(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock that ends with the process, however it ends."""
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _logger.info("another process is writing %s: waiting", path.with_suffix(""))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_split(task: seqio.Task, split: str, directory: pathlib.Path,
+                 metadata: Mapping[str, Any]) -> records.Manifest:
+    num_parts = _num_parts(task, split)
+    kept = examples.CleanFeatures.of_task(task, _dataset(task, split, 0, num_parts))
+    if kept.dropped:
+        _logger.info("%s: not cached, being no output features: %s", task.name,
+                     ", ".join(kept.dropped))
+    writer = records_writer.TaskCacheWriter(directory, task.name, split, kept.features, metadata,
+                                            num_parts=num_parts)
+    if writer.resumed_pieces:
+        _logger.info("%s %s: going on after %d finished shards", task.name, split,
+                     writer.resumed_pieces)
+    progress = _Progress(task.name, split, task.num_input_examples(split))
+    with progress, concurrent.futures.ThreadPoolExecutor(
+            min(num_parts, os.cpu_count() or 1), "vishwam-cache") as pool:
+        futures = [pool.submit(_write_part, task, split, part, writer, kept, progress)
+                   for part in range(num_parts)]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        finally:
+            progress.stopped = True  # after an error the other parts must not go on
+    manifest = writer.finish()
+    _report_bad(manifest)
+    return manifest
+
+
+def _num_parts(task: seqio.Task, split: str) -> int:
+    """Source shards can be read apart; a source of one is read in one go."""
+    return max(1, min(MAX_PARTS, len(task.source.list_shards(split))))
+
+
+def _dataset(task: seqio.Task, split: str, part: int, num_parts: int) -> tf.data.Dataset:
+    shard = seqio.ShardInfo(part, num_parts) if num_parts > 1 else None
+    # Random preprocessors get the same seeds whenever and in whatever pieces the cache is written.
+    with seqio.map_seed_manager(initial_seed=part):
+        return task.get_dataset(
+            sequence_length=None, split=split, use_cached=False, shuffle=False, shard_info=shard,
+            num_epochs=1, trim_output_features=False, try_in_mem_cache=False)
+
+
+def _write_part(task: seqio.Task, split: str, part: int, writer: records_writer.TaskCacheWriter,
+                kept: examples.CleanFeatures, progress: _Progress) -> None:
+    out = writer.part(part)
+    if out is None:
+        return
+    dataset = _dataset(task, split, part, writer.num_parts)
+    if out.num_examples:
+        dataset = dataset.skip(out.num_examples)
+        progress.add(out.num_examples, None)
+    elements = dataset.as_numpy_iterator()
+    while not progress.stopped:
+        try:
+            element = next(elements)
+        except StopIteration:
+            out.close()
+            return
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"task '{task.name}' cannot be preprocessed",
+                got=f"split {split}, part {part}, after {out.num_examples} examples: "
+                    f"{error.message}",
+                fix="mend the task's preprocessors or source; what was finished is kept") from error
+        example, why = kept.convert(element)
+        if why is None:
+            why = out.write(example)
+        else:
+            out.leave_out(why)
+        progress.add(1, why)
+
+
+def _report_bad(manifest: records.Manifest) -> None:
+    reasons = collections.Counter(entry["why"] for entry in manifest.bad_examples)
+    for entry in manifest.bad_examples[:10]:
+        _logger.warning("%s %s: example %d of part %d left out: %s", manifest.task, manifest.split,
+                        entry["example"], entry["part"], entry["why"])
+    if len(manifest.bad_examples) > 10:
+        _logger.warning("%s %s: %d examples left out, all listed in %s; most often: %s",
+                        manifest.task, manifest.split, len(manifest.bad_examples),
+                        records.MANIFEST_NAME, reasons.most_common(1)[0][0])
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere; stops the run at too many bad examples."""
+
+    def __init__(self, task: str, split: str, total: int | None) -> None:
+        self._what, self._total = f"{task} {split}", total
+        self.num_examples = self.num_bad = 0
+        self.stopped = False
+        self._lock = threading.Lock()
+        self._begin = self._last = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc=self._what, unit=" examples")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        _logger.info("%s: %d examples%s in %.1f s", self._what, self.num_examples,
+                     f" ({self.num_bad} left out)" if self.num_bad else "",
+                     time.monotonic() - self._begin)
+
+    def add(self, count: int, why: str | None) -> None:
+        """Counts examples; `why` says what is wrong with one that is left out.
+
+        Raises:
+            UserError: too many are.
+        """
+        with self._lock:
+            self.num_examples += count
+            self.num_bad += why is not None
+            if self._bar is not None:
+                self._bar.update(count)
+            elif time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
+                self._last = time.monotonic()
+                _logger.info("%s: %d examples%s", self._what, self.num_examples,
+                             f" of {self._total}" if self._total else "")
+            allowed = MAX_BAD_FRACTION * max(self.num_examples, MIN_EXAMPLES_FOR_FRACTION)
+            if why is not None and self.num_bad > allowed:
+                raise UserError(
+                    f"too many unusable examples in {self._what}",
+                    got=f"{self.num_bad} of {self.num_examples}; the last: {why}",
+                    fix="mend the task's preprocessors, or filter such examples out there")
