@@ -10,44 +10,42 @@ from typing import Any
 
 from vishwam_t5x import gin_config
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.gin_graph import Graph, Key, macros_in, parameters_of
+from vishwam_t5x.gin_graph import Graph, Key, Reach, macros_in, name_of, parameters_of
 
 # Parameters that may change on resume without changing the mathematics, as patterns over
-# "module.Class.parameter", each with the reason. TRAIN_STEPS is not here by name: as the length of
-# the loop it is free, as the length of a cosine schedule it changes every later step.
+# "module.Class.parameter", each with the reason. What only they refer to may change too.
+# TRAIN_STEPS is not here by name: as the length of the loop it is free, as the length of a cosine
+# schedule it changes every later step.
 NOT_MATHEMATICAL = {
     "*.model_dir": "where files are written",
-    "*.cache_dir": "where the clean examples lie; their content is checked by the manifest",
     "*.compilation_cache_dir": "where compiled programs are kept",
-    "*.total_steps": "how long the loop runs",
-    "*.train_steps": "how long the loop runs",
-    "*.log_period": "when metrics are written",
-    "*.log_every": "when metrics are written",
-    "*.save_period": "when checkpoints are written",
-    "*.save_every*": "when checkpoints are written",
-    "*.eval_period": "when evaluation runs; it does not touch the state",
-    "*.eval_steps": "how much is evaluated",
-    "*.eval_every": "when evaluation runs",
-    "*.keep*": "which checkpoints are kept",
-    "*.profile_*": "what is profiled",
-    "*.writers": "who hears of the metrics",
-    "*.progress*": "what the terminal shows",
-    "*.num_workers": "how many threads read; the order of examples is fixed",
-    "*.prefetch*": "how far ahead batches are read",
-    "*.remat_policy": "recomputation: the same numbers",
-    "*.num_microbatches": "sums are normalised by the whole batch: the same result to rounding",
+    "*.checkpoint_cfg": "when checkpoints are written and which are kept",
+    "*.initial_checkpoint_path": "read only where there is no checkpoint yet",
+    "*.train.total_steps": "how long the loop runs",
+    "*.early_stop": "how long the loop runs",
+    "*.stats_period": "when metrics are written",
+    "*.use_tensorboard": "who hears of the metrics",
+    "*.eval_period": "evaluation does not touch the state",
+    "*.eval_examples": "evaluation does not touch the state",
+    "*.train_eval_dataset_cfg": "evaluation does not touch the state",
+    "*.profile_steps": "what is profiled",
+    "*.profile_start": "what is profiled",
     "*.mesh": "where arrays lie",
-    "*.MeshConfig.*": "where arrays lie",
     "*.logical_axis_rules": "where arrays lie",
-    "*.standard_logical_axis_rules.*": "where arrays lie",
-    "vishwam_t5x.checkpointing.*": "how checkpoints are written",
+    "*.num_microbatches": "sums are normalised by the whole batch: the same result to rounding",
+    "*.EncoderDecoderConfig.remat_policy": "recomputation: the same numbers",
+    "*.DatasetConfig.cache_dir": "where examples lie; their content is checked by the manifest",
+    "*.DatasetConfig.prefetch": "how far ahead batches are made",
+    "*.DatasetConfig.read_threads": "how many threads read; the order is fixed",
     "vishwam_t5x.evaluate.*": "another verb",
     "vishwam_t5x.infer.*": "another verb",
     "vishwam_t5x.forward.*": "another verb",
     "vishwam_t5x.inspect.*": "another verb",
     "vishwam_t5x.cache.*": "another verb",
 }
+_ONLY_THROUGH = "only such settings refer to it"
 _ABSENT = "(default)"
+_SHOWN = 3  # parameters that a changed macro reaches, in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Difference:
         name: the macro that changed, or the parameter when no macro explains it.
         old: the value before, as gin writes it; "(default)" if it was not bound.
         new: the value now.
-        parameters: the parameters it reaches.
+        parameters: the parameters it reaches; those alone that count, if any does.
         reason: why it does not change the mathematics; "" if it does.
     """
 
@@ -79,16 +77,20 @@ def differences(old: Graph, new: Graph) -> list[Difference]:
     Several parameters that one changed macro explains are one difference.
     """
     found: dict[str, Difference] = {}
+    mathematical = {key for graph in (old, new) for key in Reach(
+        graph, graph.roots(), skip=lambda key: bool(_reason(key))).bindings}
     for key in sorted({*old.bindings, *new.bindings}, key=str):
         before, after = _value(old, key), _value(new, key)
         if before == after:
             continue
-        reason = _reason(str(key))
+        reason = _reason(key) or ("" if key in mathematical else _ONLY_THROUGH)
         for name, left, right in _causes(old, new, key) or [(str(key), before, after)]:
             earlier = found.get(name)
-            parameters = (*earlier.parameters, str(key)) if earlier else (str(key),)
-            both = reason if earlier is None or earlier.reason else ""
-            found[name] = Difference(name, left, right, parameters, both)
+            if earlier is None or (earlier.reason and not reason):
+                found[name] = Difference(name, left, right, (str(key),), reason)
+            elif bool(earlier.reason) == bool(reason):
+                found[name] = dataclasses.replace(
+                    earlier, parameters=(*earlier.parameters, str(key)))
     return list(found.values())
 
 
@@ -121,7 +123,7 @@ def math_differences(old_text: str, new_text: str, allowed: Collection[str] = ()
     refused = [change for change in every if not change.reason and not _allowed(change, allowed)]
     if refused:
         free = [change for change in every if change.reason]
-        lines = "\n       ".join(map(str, refused))
+        lines = "\n       ".join(map(_with_parameters, refused))
         if free:
             lines += "\n       (harmless: " + "; ".join(map(str, free)) + ")"
         names = ",".join(change.name for change in refused)
@@ -129,6 +131,14 @@ def math_differences(old_text: str, new_text: str, allowed: Collection[str] = ()
                         fix="put the old values back, or say that the change is meant with "
                         f"--allow_config_change={names}")
     return every
+
+
+def _with_parameters(change: Difference) -> str:
+    if change.parameters == (change.name,):
+        return str(change)
+    more = len(change.parameters) - _SHOWN
+    return f"{change}   in {', '.join(change.parameters[:_SHOWN])}" + (
+        f" and {more} more" if more > 0 else "")
 
 
 def _value(graph: Graph, key: Key) -> str:
@@ -162,10 +172,10 @@ def _changed(old: Graph, new: Graph, value: Any) -> Iterator[tuple[str, tuple[st
             yield name, (repr(old.resolve(left.value)), repr(new.resolve(right.value)))
 
 
-def _reason(name: str) -> str:
-    bare = name.rpartition("/")[2]
+def _reason(key: Key) -> str:
+    name = f"{name_of(key.target)}.{key.parameter}"
     return next((reason for pattern, reason in NOT_MATHEMATICAL.items()
-                 if fnmatch.fnmatchcase(bare, pattern)), "")
+                 if fnmatch.fnmatchcase(name, pattern)), "")
 
 
 def _allowed(change: Difference, allowed: Collection[str]) -> bool:

@@ -105,6 +105,12 @@ class Graph:
                 return bound
         return None
 
+    def roots(self) -> list[Target]:
+        """Returns what has bindings and is referred to by nothing: the functions a user calls."""
+        referred = {leaf.target for bound in [*self.macros.values(), *self.bindings.values()]
+                    for leaf in leaves(bound.value) if isinstance(leaf, Reference)}
+        return list({key.target: None for key in self.bindings if key.target not in referred})
+
     def resolve(self, value: Any, seen: frozenset[str] = frozenset()) -> Any:
         """Returns `value` with every macro replaced by what it is bound to.
 
@@ -158,14 +164,22 @@ class Reach:
     """
 
     def __init__(self, graph: Graph, roots: Iterable[Target], macros: Iterable[str] = (),
-                 history: bool = False) -> None:
-        """Follows `roots`, and `macros` read by name; with `history`, replaced values too."""
+                 history: bool = False, skip: Callable[[Key], bool] = lambda key: False) -> None:
+        """Follows `roots` and what is bound to their parameters.
+
+        Args:
+            graph: the configuration.
+            roots: functions whose parameters are read.
+            macros: macros read by name.
+            history: follow replaced values too.
+            skip: bindings that are not followed.
+        """
         self.bindings: set[Key] = set()
         self.macros: set[str] = set()
         self.targets: set[Target] = set()
         self.missing: dict[str, Missing] = {}
         self._graph, self._history = graph, graph.superseded if history else {}
-        self._index = graph.index()
+        self._index, self._skip = graph.index(), skip
         self._visited: set[tuple[Target, Scope, bool]] = set()
         for name in macros:
             if graph.macro(name) is not None:
@@ -182,8 +196,9 @@ class Reach:
         effective: dict[str, tuple[Key, Bound]] = {}
         for length in range(len(scope) + 1):
             for key, bound in self._index.get((scope[:length], target), ()):
-                self.bindings.add(key)
-                effective[key.parameter] = key, bound
+                if not self._skip(key):
+                    self.bindings.add(key)
+                    effective[key.parameter] = key, bound
         for parameter, (key, bound) in effective.items():
             annotation = annotation_of(target, parameter)
             for each in [bound, *self._history.get(key, ())]:

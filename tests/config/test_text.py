@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+
 import pytest
 
 from vishwam_t5x import gin_config
@@ -107,7 +109,7 @@ def test_a_macro_is_judged_by_everything_it_reaches(setup):
         LIBRARY.Data.name = %WHERE
         """)
     old, new = setup.parse(recipe=both), setup.parse("--gin.WHERE='there'", recipe=both)
-    with pytest.raises(UserError, match="WHERE"):
+    with pytest.raises(UserError, match=r"WHERE: 'here' -> 'there'   in \S+\.Data\.name\n"):
         math_differences(old.text(), new.text())
 
 
@@ -123,3 +125,36 @@ def test_an_old_configuration_that_cannot_be_read(setup):
 def test_read_text_refuses_nothing_but_names(setup):
     graph = gin_config.read_text("UNREAD = 3\n", "x.gin")
     assert graph.macros["UNREAD"].value == 3
+
+
+def test_what_only_a_harmless_setting_refers_to_is_harmless(setup):
+    recipe = setup.write("checkpoints.gin", """
+        from __gin__ import dynamic_registration
+        import LIBRARY
+        include 'recipe.gin'
+        MODEL_DIR = 'here'
+        LIBRARY.train.checkpoint_cfg = @saving/LIBRARY.Data()
+        saving/LIBRARY.Data.name = 'often'
+        """)
+    old = setup.parse(recipe=recipe)
+    new = setup.parse("--gin.saving/Data.name='rarely'", recipe=recipe)
+    (change,) = math_differences(old.text(), new.text())
+    assert change.new == "'rarely'" and change.reason
+    elsewhere = setup.parse("--gin.Data.name='letters'", recipe=recipe)  # Training reads it too.
+    with pytest.raises(UserError, match="Data.name"):
+        math_differences(old.text(), elsewhere.text())
+
+
+def test_the_patterns_name_parameters_that_exist():
+    """A renamed parameter must not silently begin to count as mathematics."""
+    train = pytest.importorskip("vishwam_t5x.train")
+    from vishwam_t5x.data.source import DatasetConfig
+    from vishwam_t5x.gin_graph import name_of, parameters_of
+    from vishwam_t5x.models.config import EncoderDecoderConfig
+
+    names = [f"{name_of(target)}.{parameter}"
+             for target in (train.train, DatasetConfig, EncoderDecoderConfig)
+             for parameter in parameters_of(target)]
+    unmatched = [pattern for pattern in NOT_MATHEMATICAL if not pattern.startswith("vishwam_t5x.")
+                 and not fnmatch.filter(names, pattern)]
+    assert unmatched == []
