@@ -93,9 +93,9 @@ def test_value_and_gradient_of_the_textbook_form(problem, z_loss, label_smoothin
     theirs = scaled(one_hot_loss)
     np.testing.assert_allclose(ours(*problem), theirs(*problem), rtol=2e-6)
     np.testing.assert_allclose(
-        jax.grad(ours)(*problem), jax.grad(theirs)(*problem), atol=5e-6)
+        jax.jit(jax.grad(ours))(*problem), jax.jit(jax.grad(theirs))(*problem), atol=5e-6)
     first = [x[0, :2] for x in problem]
-    hessian = lambda f: jax.jacrev(jax.grad(f))(*first)
+    hessian = lambda f: jax.jit(jax.jacrev(jax.grad(f)))(*first)
     np.testing.assert_allclose(hessian(ours), hessian(theirs), atol=5e-6)
 
 

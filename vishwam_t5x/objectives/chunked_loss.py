@@ -99,6 +99,11 @@ def _project(hidden: Array, table: Array, static: _Static) -> Array:
     return static.constrain(logits, ("batch", "length", "vocab")) if static.constrain else logits
 
 
+def _counted(hidden: Array, weights: Array) -> Array:
+    """Zeros at positions of weight 0: a NaN there would reach the table's gradient as 0 * NaN."""
+    return jnp.where(weights[..., None] == 0.0, jnp.zeros((), hidden.dtype), hidden)
+
+
 def _columns(array: Array, start: Array, width: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(array, start, width, axis=1)
 
@@ -155,10 +160,11 @@ def _scan_chunks(hidden: Array, table: Array, targets: Array, weights: Array,
     def body(carry: Any, index: Array) -> tuple[Any, None]:
         sums, gradients = carry
         h, t, w = (_columns(x, index * width, width) for x in (hidden, targets, weights))
+        h = _counted(h, w)
         logits = _project(h, table, static)
         loss, z, correct, log_z = token_losses(logits, t, static.z_loss, static.label_smoothing)
-        sums = sums + LossSums(weighted(loss, w), weighted(z, w), jnp.sum(w),
-                               weighted(correct, w))
+        sums = sums + LossSums(weighted(loss, w, 1), weighted(z, w, 1), jnp.sum(w, axis=1),
+                               weighted(correct, w, 1))
         if not any(want):
             return (sums, gradients), None
         new = _chunk_gradients(logits, log_z, h, table, t, w, lift, want, static)
@@ -173,7 +179,10 @@ def _scan_chunks(hidden: Array, table: Array, targets: Array, weights: Array,
     start = _Gradients(
         jnp.zeros(hidden.shape, residual_dtype) if want[0] else None,
         jnp.zeros((static.batch_shards, *table.shape), jnp.float32) if want[1] else None)
-    (sums, gradients), _ = jax.lax.scan(body, (LossSums.zeros(), start), jnp.arange(chunks))
+    # Sums by row, added up after the loop: no chunk waits for a scalar from the other devices.
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (hidden.shape[0],)), LossSums.zeros())
+    (rows, gradients), _ = jax.lax.scan(body, (rows, start), jnp.arange(chunks))
+    sums = jax.tree.map(jnp.sum, rows)
     d_hidden, d_table = gradients
     return sums, _Gradients(
         d_hidden[:, :length] if want[0] else None,
@@ -266,5 +275,5 @@ def projected_cross_entropy_sums(
             num_chunks=chunks, scale=scale,
             batch_shards=batch_shards if batch % batch_shards == 0 else 1, constrain=constrain)
     static = _Static(config.z_loss, config.label_smoothing, 1, scale, 1, constrain)
-    return cross_entropy_sums(_project(hidden, table, static), targets, weights, config.z_loss,
-                              config.label_smoothing)
+    return cross_entropy_sums(_project(_counted(hidden, weights), table, static), targets, weights,
+                              config.z_loss, config.label_smoothing)

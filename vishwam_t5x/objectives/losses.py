@@ -135,9 +135,10 @@ def token_gradients(logits: Float[Array, "*batch v"], targets: Int[Array, "*batc
     return slope[..., None] * jnp.exp(logits - log_z[..., None]) - labels
 
 
-def weighted(values: Float[Array, "*batch"], weights: Float[Array, "*batch"]) -> Float[Array, ""]:
-    """Returns the weighted sum; positions of weight 0 count nothing, not even their NaN."""
-    return jnp.sum(jnp.where(weights == 0.0, 0.0, values * weights), dtype=jnp.float32)
+def weighted(values: Float[Array, "*batch"], weights: Float[Array, "*batch"],
+             axis: int | None = None) -> Float[Array, "..."]:
+    """Returns the weighted sum over `axis` (None: over all); weight 0 hides even a NaN."""
+    return jnp.sum(jnp.where(weights == 0.0, 0.0, values * weights), axis=axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
