@@ -1,0 +1,201 @@
+"""What the world does to a run: kills it in a save, fills the disk, changes the devices."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import helpers
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PRELUDE = f"import sys; sys.path.insert(0, {HERE!r})\n" + """
+import logging, os, sys
+import jax, jax.numpy as jnp, numpy as np
+logging.basicConfig(level=logging.WARNING)
+from checkpoint_states import abstract, assert_equal, make_state
+from vishwam_t5x.checkpointing.manager import Checkpoints
+from vishwam_t5x.checkpointing.policy import EverySteps, Retention
+"""
+
+# Saves without pause; what it restores must be exactly what its step says.
+ENDLESS = PRELUDE + """
+with Checkpoints(sys.argv[1], EverySteps(1), Retention(last=2)) as run:
+    restored = run.restore(abstract(make_state(0, width=256)))
+    step = 0
+    if restored is not None:
+        state, step = restored
+        assert_equal(state, make_state(step, width=256))
+    print("restored", step, flush=True)
+    while True:
+        step += 1
+        run.save(step, make_state(step, width=256))
+        if run.latest_step() is not None:
+            print("saved", run.latest_step(), flush=True)
+"""
+
+
+def kill_in_the_middle(tmp_path, kills, seed):
+    chance = random.Random(seed)
+    seen, inside, known = [], 0, 0
+    for _ in range(kills + 1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS, str(tmp_path)], env=helpers.environment(),
+            cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        first = process.stdout.readline().split()
+        assert first and first[0] == "restored", process.communicate()[1]
+        restored = int(first[1])
+        # Nothing that was seen on disk before the kill is lost.
+        assert restored >= known, (restored, known)
+        seen.append(restored)
+        known = int(process.stdout.readline().split()[1])
+        time.sleep(chance.uniform(0.0, 0.7))
+        process.send_signal(signal.SIGKILL)
+        output = process.communicate()[0].split()
+        known = max(known, *(int(word) for word in output[1::2] if word.isdigit())) if (
+            len(output) > 1) else known
+        inside += any("orbax-checkpoint-tmp" in name
+                      for name in os.listdir(tmp_path / "checkpoints"))
+    assert inside > 0, "no kill fell inside a save: the test shows nothing"
+    assert seen[-1] > seen[1] > 0
+
+
+def test_killed_while_saving(tmp_path):
+    kill_in_the_middle(tmp_path, kills=4, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path):
+    kill_in_the_middle(tmp_path, kills=20, seed=2)
+
+
+FULL = PRELUDE + """
+import resource
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+with Checkpoints(sys.argv[1], EverySteps(1), Retention(last=None)) as run:
+    run.save(1, make_state(1, width=256))
+    assert run.wait()
+    limit(100_000)
+    held = run.save(2, make_state(2, width=256))
+    assert not run.wait() and run.failed_saves == 1
+    assert run.all_steps() == [1], run.all_steps()
+    assert not run.should_save(2) and run.should_save(3)
+    run.save(3, make_state(3, width=256))
+    assert not run.wait() and run.failed_saves == 2
+    limit(resource.RLIM_INFINITY)
+    run.save(4, make_state(4, width=256))
+    assert run.wait()
+    for step in (4, 1):
+        assert_equal(run.restore(abstract(make_state(0, width=256)), step=step)[0],
+                     make_state(step, width=256))
+print("left", sorted(os.listdir(os.path.join(sys.argv[1], "checkpoints"))))
+"""
+
+
+def test_files_too_large_for_the_disk(tmp_path):
+    done = helpers.run(["-c", FULL, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert "left ['1', '4.abandoned']" in done.stdout
+    assert "CHECKPOINT NOT SAVED at step 2" in done.stderr
+    assert "the last checkpoint on disk is 1" in done.stderr
+
+
+NO_SPACE = PRELUDE + """
+place = sys.argv[1]
+with Checkpoints(place, EverySteps(1), Retention(last=None)) as run:
+    run.save(1, make_state(1, width=128))
+    assert run.wait()
+    with open(os.path.join(place, "ballast"), "wb") as file:
+        try:
+            while True:
+                file.write(b"x" * 65536)
+        except OSError:
+            pass
+    run.save(2, make_state(2, width=128))
+    assert not run.wait()
+    os.remove(os.path.join(place, "ballast"))
+    run.save(3, make_state(3, width=128))
+    assert run.wait()
+    assert run.all_steps() == [1, 3]
+    assert_equal(run.restore(abstract(make_state(0, width=128)), step=3)[0],
+                 make_state(3, width=128))
+    assert_equal(run.restore(abstract(make_state(0, width=128)), step=1)[0],
+                 make_state(1, width=128))
+"""
+
+
+def test_no_space_left_on_device(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)],
+                             capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no small file system to fill: {mounted.stderr.strip()}")
+    try:
+        done = helpers.run(["-c", NO_SPACE, str(tmp_path)])
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert done.returncode == 0, done.stderr
+    assert "CHECKPOINT NOT SAVED at step 2" in done.stderr
+
+
+ON_MESH = PRELUDE + """
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+folder, axes, shape, take, save = sys.argv[1], sys.argv[2].split(","), sys.argv[3], *sys.argv[4:]
+mesh = Mesh(np.array(jax.devices()).reshape([int(n) for n in shape.split("x")]), axes)
+
+def place(ndim):
+    return NamedSharding(mesh, P(*axes[:ndim]) if ndim == 2 else P())
+
+with Checkpoints(folder, EverySteps(1), Retention(last=None)) as run:
+    if take != "-":
+        state, step = run.restore(abstract(make_state(0, sharding=place), place))
+        assert step == int(take)
+        kernel = state["params"]["encoder"]["layers_0"]["mlp"]["wi"]["kernel"]
+        assert kernel.sharding == place(2) and len(kernel.addressable_shards) == len(jax.devices())
+        assert_equal(state, make_state(1))
+    else:
+        state = make_state(1, sharding=place)
+    run.save(int(save), state)
+    assert run.wait()
+"""
+
+
+def test_from_one_device_to_eight_to_two(tmp_path):
+    """Each restores bit for bit what the one before saved from other devices."""
+    for devices, axes, shape, take, save in (
+            (1, "data", "1", "-", "1"), (8, "data,tensor", "4x2", "1", "2"),
+            (2, "fsdp", "2", "2", "3")):
+        done = helpers.run(["-c", ON_MESH, str(tmp_path), axes, shape, take, save],
+                           devices=devices)
+        assert done.returncode == 0, done.stderr
+
+
+def test_params_onto_a_mesh_restacked(tmp_path, eight_devices):
+    """Unrolled and saved on one device, restored into a scanned model split over eight."""
+    helpers.run_python(PRELUDE + f"""
+with Checkpoints({str(tmp_path)!r}, EverySteps(1)) as run:
+    run.save(1, make_state(1))
+""")
+    eight_devices(PRELUDE + f"""
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from vishwam_t5x.checkpointing.restore import restore_params
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
+kernel = jax.ShapeDtypeStruct((16, 3, 32), jnp.float32,
+                              sharding=NamedSharding(mesh, P("fsdp", None, "tensor")))
+scale = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=NamedSharding(mesh, P("tensor")))
+params, report = restore_params({str(tmp_path)!r}, {{"encoder": {{"encoder": {{
+    "mlp": {{"wi": {{"kernel": kernel}}}}, "norm": {{"scale": scale}}}}}}}})
+saved = make_state(1)["params"]["encoder"]
+got = params["encoder"]["encoder"]
+for leaf, want in ((got["mlp"]["wi"]["kernel"], kernel), (got["norm"]["scale"], scale)):
+    assert leaf.sharding == want.sharding
+for i in range(3):
+    np.testing.assert_array_equal(got["mlp"]["wi"]["kernel"][:, i],
+                                  saved[f"layers_{{i}}"]["mlp"]["wi"]["kernel"])
+    np.testing.assert_array_equal(got["norm"]["scale"][:, i],
+                                  saved[f"layers_{{i}}"]["norm"]["scale"])
+""")

@@ -1,0 +1,163 @@
+"""The folder of a run's checkpoints: what lies in it, by name, without opening any array.
+
+    MODEL_DIR/checkpoints/1000/                  a checkpoint: Orbax's files and manifest.json
+    MODEL_DIR/checkpoints/2000.orbax-checkpoint-tmp/   a save under way, or killed
+    MODEL_DIR/checkpoints/2000.damaged/          found damaged on restore
+    MODEL_DIR/checkpoints/2000.abandoned/        newer than a checkpoint that was gone back to
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+from etils import epath
+
+from vishwam_t5x.checkpointing import manifest as manifests
+from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Manifest
+from vishwam_t5x.core.distributed import any_process, is_primary
+from vishwam_t5x.core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+DAMAGED, ABANDONED = "damaged", "abandoned"
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Whether `path` is in an object store, where a rename copies every byte."""
+    return "://" in os.fspath(path)
+
+
+def steps_in(folder: epath.Path) -> list[int]:
+    """Returns the steps of the checkpoints in `folder`, rising; damaged ones are among them."""
+    if not folder.exists():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir()
+                  if re.fullmatch(r"\d+", entry.name))
+
+
+def sweep(folder: epath.Path) -> list[str]:
+    """Removes what killed saves left behind and returns the names; one process only.
+
+    Must not run while another process saves into `folder`.
+    """
+    if not folder.exists():
+        return []
+    swept = []
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if _TEMPORARY in entry.name:
+            entry.rmtree(missing_ok=True)
+            swept.append(entry.name)
+    if swept:
+        log.warning("removed what an interrupted save had left in %s: %s", folder,
+                    ", ".join(swept))
+    return swept
+
+
+def remove(directory: epath.Path) -> None:
+    """Deletes a checkpoint so that a kill in the middle leaves no half of one."""
+    if is_remote(directory):
+        (directory / manifests.FILE_NAME).unlink(missing_ok=True)
+        directory.rmtree(missing_ok=True)
+        return
+    if directory.exists():
+        doomed = directory.parent / f"{directory.name}.deleted{_TEMPORARY}"
+        doomed.rmtree(missing_ok=True)
+        directory.rename(doomed)
+        doomed.rmtree(missing_ok=True)
+
+
+def set_aside(directory: epath.Path, reason: str) -> str:
+    """Renames a checkpoint so that it is none any more; returns its new name."""
+    number, name = 1, f"{directory.name}.{reason}"
+    while (directory.parent / name).exists():
+        number += 1
+        name = f"{directory.name}.{reason}-{number}"
+    directory.rename(directory.parent / name)
+    return name
+
+
+def remove_damaged(folder: epath.Path) -> None:
+    """Deletes what `set_aside` called damaged."""
+    for entry in folder.iterdir():
+        if re.fullmatch(rf"\d+\.{DAMAGED}(-\d+)?", entry.name):
+            remove(entry)
+
+
+def verify_together(place: epath.Path, checksums: bool) -> Manifest:
+    """`manifest.verify` in process 0; all processes agree with what it finds.
+
+    Raises:
+        DamagedCheckpoint: in every process.
+    """
+    found: Manifest | DamagedCheckpoint | None = None
+    if is_primary():
+        try:
+            found = manifests.verify(place, checksums)
+        except DamagedCheckpoint as damage:
+            found = damage
+    if any_process(isinstance(found, DamagedCheckpoint)):
+        raise found if isinstance(found, DamagedCheckpoint) else DamagedCheckpoint(
+            place, "process 0 says so")
+    return found if isinstance(found, Manifest) else manifests.read(place)
+
+
+def newest_good(folder: epath.Path, checksums: bool = True) -> tuple[int, Manifest] | None:
+    """Returns step and manifest of the newest undamaged checkpoint, None if there are none at all.
+
+    Args:
+        folder: of checkpoints.
+        checksums: compare every byte.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged.
+    """
+    faults = []
+    for step in reversed(steps_in(folder)):
+        try:
+            return step, verify_together(folder / str(step), checksums)
+        except DamagedCheckpoint as damage:
+            log.error("%s; trying the next older one", damage)
+            faults.append(str(damage))
+    if faults:
+        raise all_damaged(folder, faults)
+    return None
+
+
+def all_damaged(folder: epath.Path, faults: list[str]) -> UserError:
+    """The error of a folder in which no checkpoint can be used."""
+    return UserError(f"every checkpoint in {folder} is damaged", got="\n       ".join(faults),
+                     fix=f"restore one from a backup, or move {folder} away to start anew")
+
+
+def find(path: str | os.PathLike) -> epath.Path:
+    """Returns the folder of checkpoints, the single checkpoint, or the file that `path` means.
+
+    Args:
+        path: MODEL_DIR, MODEL_DIR/checkpoints, either with '/latest', a checkpoint, or a file.
+
+    Raises:
+        UserError: nothing is there; the checkpoints that are near by are named.
+    """
+    place = epath.Path(os.path.expanduser(os.fspath(path)))
+    if place.name == "latest" and not place.exists():
+        place = place.parent
+    if place.is_dir():
+        if manifests.exists(place):
+            return place
+        if (place / FOLDER).is_dir():
+            return place / FOLDER
+        if steps_in(place) or place.name == FOLDER:
+            return place
+        raise UserError("this folder holds no checkpoint", got=str(path),
+                        fix="give MODEL_DIR, MODEL_DIR/checkpoints/STEP or a flat .npz")
+    if place.exists():
+        return place
+    known = steps_in(place.parent)
+    raise UserError(
+        "there is no checkpoint", got=str(path),
+        fix=f"steps in {place.parent}: {', '.join(map(str, known))}" if known else
+        "give MODEL_DIR, MODEL_DIR/checkpoints/STEP or a flat .npz")

@@ -1,0 +1,153 @@
+"""Which arrays of a checkpoint make up which arrays of a model, stacked layers or not.
+
+An unrolled model names its layers 'encoder/layers_3/mlp/wi/kernel'; one scanned over its layers has
+'encoder/encoder/mlp/wi/kernel' with the layers on axis 1. A checkpoint of one fits the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+_STACKED = re.compile(r"(?P<head>(?:.*/)?)(?P<stack>encoder|decoder)/(?P=stack)/(?P<rest>.+)")
+_UNROLLED = re.compile(
+    r"(?P<head>(?:.*/)?)(?P<stack>encoder|decoder)/layers_(?P<number>\d+)/(?P<rest>.+)")
+_LAYER_AXIS = 1  # of parameters; what is derived from them may have it elsewhere
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one array is made of a checkpoint's.
+
+    Attributes:
+        sources: names in the checkpoint: one, or one per layer to be stacked.
+        axis: the layer axis, None if the array is taken as it is.
+        index: which layer to take out of a single stacked source; None: stack the sources.
+    """
+
+    sources: tuple[str, ...]
+    axis: int | None = None
+    index: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the arrays of a model are made of those of a checkpoint.
+
+    Attributes:
+        recipes: name in the model -> how to make it.
+        missing: names in the model that the checkpoint has not.
+        mismatched: (name, shape in the model, shape in the checkpoint).
+        extra: names in the checkpoint that nothing is made of.
+    """
+
+    recipes: dict[str, Recipe]
+    missing: tuple[str, ...]
+    mismatched: tuple[tuple[str, Shape, Shape], ...]
+    extra: tuple[str, ...]
+
+
+def layer_axis(single: Shape, stacked: Shape) -> int | None:
+    """Returns the axis on which arrays of shape `single` are stacked to `stacked`, or None.
+
+    Where several would do, the one parameters use is meant.
+    """
+    usual = min(_LAYER_AXIS, len(single))
+    others = [axis for axis in range(len(single) + 1) if axis != usual]
+    for axis in (usual, *others):
+        if len(stacked) == len(single) + 1 and stacked[:axis] + stacked[axis + 1:] == single:
+            return axis
+    return None
+
+
+def make_plan(wanted: Mapping[str, Shape], available: Mapping[str, Shape],
+              renamed: Mapping[str, str] | None = None) -> Plan:
+    """Finds each wanted array in a checkpoint.
+
+    Args:
+        wanted: '/'-joined name -> shape, of the model.
+        available: the same of the checkpoint.
+        renamed: name in the model -> name looked for in the checkpoint, where it differs.
+    """
+    recipes: dict[str, Recipe] = {}
+    missing, mismatched = [], []
+    unrolled = _count_layers(wanted, renamed or {})
+    for name, shape in wanted.items():
+        source = (renamed or {}).get(name, name)
+        found = _find(source, shape, available, unrolled)
+        if isinstance(found, Recipe):
+            recipes[name] = found
+        elif found is None:
+            missing.append(name)
+        else:
+            mismatched.append((name, shape, found))
+    used = {source for recipe in recipes.values() for source in recipe.sources}
+    used.update(_related((renamed or {}).get(name, name), available) for name, _, _ in mismatched)
+    return Plan(recipes, tuple(missing), tuple(mismatched),
+                tuple(name for name in available if name not in used))
+
+
+def _find(name: str, shape: Shape, available: Mapping[str, Shape], unrolled: Mapping[str, int]
+          ) -> Recipe | Shape | None:
+    """A recipe; or the shape of what should have fitted; or None if there is nothing."""
+    if name in available:
+        return Recipe((name,)) if available[name] == shape else available[name]
+    if match := _STACKED.fullmatch(name):
+        return _from_layers(match, shape, available)
+    if match := _UNROLLED.fullmatch(name):
+        return _from_stack(match, shape, available, unrolled)
+    return None
+
+
+def _from_layers(match: re.Match, shape: Shape, available: Mapping[str, Shape]
+                 ) -> Recipe | Shape | None:
+    prefix = f"{match['head']}{match['stack']}/layers_"
+    names: list[str] = []
+    while (name := f"{prefix}{len(names)}/{match['rest']}") in available:
+        names.append(name)
+    if not names:
+        return None
+    single = available[names[0]]
+    if single == shape:  # a placeholder of fixed shape, the same in every layer
+        return Recipe((names[0],))
+    axis = layer_axis(single, shape)
+    fits = (axis is not None and shape[axis] == len(names)
+            and all(available[name] == single for name in names))
+    return Recipe(tuple(names), axis) if fits else (len(names), *single)
+
+
+def _from_stack(match: re.Match, shape: Shape, available: Mapping[str, Shape],
+                unrolled: Mapping[str, int]) -> Recipe | Shape | None:
+    branch = f"{match['head']}{match['stack']}/"
+    name = f"{branch}{match['stack']}/{match['rest']}"
+    if name not in available:
+        return None
+    if available[name] == shape:
+        return Recipe((name,))
+    axis = layer_axis(shape, available[name])
+    # A model of fewer layers than the stack is another model, not a part of it.
+    if axis is None or available[name][axis] != unrolled[branch]:
+        return available[name]
+    return Recipe((name,), axis, int(match["number"]))
+
+
+def _count_layers(wanted: Mapping[str, Shape], renamed: Mapping[str, str]) -> dict[str, int]:
+    """Number of unrolled layers under each 'head/encoder/' of the model, by checkpoint name."""
+    count: dict[str, int] = {}
+    for name in wanted:
+        if match := _UNROLLED.fullmatch(renamed.get(name, name)):
+            branch = f"{match['head']}{match['stack']}/"
+            count[branch] = max(count.get(branch, 0), int(match["number"]) + 1)
+    return count
+
+
+def _related(name: str, available: Mapping[str, Shape]) -> str:
+    """The name in the checkpoint that a mismatched array was compared with."""
+    if name not in available and (match := _UNROLLED.fullmatch(name)):
+        return f"{match['head']}{match['stack']}/{match['stack']}/{match['rest']}"
+    if name not in available and (match := _STACKED.fullmatch(name)):
+        return f"{match['head']}{match['stack']}/layers_0/{match['rest']}"
+    return name

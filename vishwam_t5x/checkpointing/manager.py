@@ -1,0 +1,301 @@
+"""Checkpoints of a run: saved in the background, verified when restored, kept by rule.
+
+A save holds the training loop for as long as it takes to order the copy from device to host.
+A write that fails is reported and forgotten: training goes on and the next save tries again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from vishwam_t5x.checkpointing import directory as directories
+from vishwam_t5x.checkpointing import manifest as manifests
+from vishwam_t5x.checkpointing.layers import Plan, make_plan
+from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
+from vishwam_t5x.checkpointing.policy import CheckpointConfig, Retention, SavePolicy
+from vishwam_t5x.checkpointing.sources import CheckpointSource, assemble, request_of
+from vishwam_t5x.checkpointing.writing import Writer, can_snapshot, snapshot
+from vishwam_t5x.core.distributed import any_process, barrier, is_primary
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.trees import flatten_names
+
+log = logging.getLogger(__name__)
+
+_AGREE_EVERY = 10  # steps between questions of the time in runs of several processes
+
+
+class Checkpoints:
+    """The checkpoints of one run, in MODEL_DIR/checkpoints/STEP/.
+
+    One run at a time may hold a directory: opening it removes the remains of a killed save. To read
+    checkpoints of a run that may be going on, use `restore.restore_params`.
+    """
+
+    def __init__(self, model_dir: str | os.PathLike, policy: SavePolicy,
+                 keep: Retention | None = None, *, verify: bool = True, compress: bool = False,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        """Opens the directory, removing what a killed save left there.
+
+        Args:
+            model_dir: the run's directory.
+            policy: after which steps `should_save` says yes.
+            keep: which checkpoints to keep; None: the last three.
+            verify: compare every byte with what was written before restoring.
+            compress: zstd on what is written.
+            clock: seconds, for policies by time.
+        """
+        self.folder = epath.Path(os.path.abspath(model_dir) if "://" not in os.fspath(model_dir)
+                                 else model_dir) / directories.FOLDER
+        self._policy, self._keep = policy, keep or Retention()
+        self._verify, self._clock = verify, clock
+        self._writer = Writer(compress)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._writing: concurrent.futures.Future[bool] | None = None
+        self._metrics: dict[int, Mapping[str, float]] = {}
+        self._last_step, self._last_time = 0, clock()
+        self._saved: int | None = None
+        self._succeeded = True
+        self.failed_saves = 0
+        """Writes that failed since the run began."""
+        if is_primary():
+            directories.sweep(self.folder)
+        barrier("checkpoints swept")
+
+    @classmethod
+    def open(cls, model_dir: str | os.PathLike, config: CheckpointConfig) -> Checkpoints:
+        """Opens the checkpoints of a run as its configuration says."""
+        return cls(model_dir, config.policy(), config.retention(), verify=config.verify,
+                   compress=config.compress)
+
+    # --- saving ---
+
+    def should_save(self, step: int) -> bool:
+        """Returns whether a checkpoint is due after `step` steps; the same in every process."""
+        if step <= self._last_step:
+            return False
+        elapsed = self._clock() - self._last_time
+        if not self._policy.by_clock or jax.process_count() == 1:
+            return self._policy.due(step, self._last_step, elapsed)
+        if step % _AGREE_EVERY:  # clocks differ, and agreeing costs a message to every process
+            return self._policy.due(step, self._last_step, None)
+        return any_process(self._policy.due(step, self._last_step, elapsed))
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> float:
+        """Saves `state` as the checkpoint of `step`, in the background.
+
+        The state may be donated as soon as this returns. If the save before is still being
+        written, it is waited for first. A checkpoint of this step saved before in this run is left.
+
+        Args:
+            step: steps done.
+            state: pytree of jax and NumPy arrays.
+            metrics: finite or not, for keeping the best.
+
+        Returns:
+            Seconds the caller was held.
+        """
+        start = time.monotonic()
+        self.wait()
+        waited = time.monotonic() - start
+        if step == self._saved:
+            return waited
+        flat = flatten_names(state)
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        in_background = can_snapshot()
+        try:
+            if in_background:
+                flat = snapshot(flat)
+            else:
+                self._begin(step, flat, numbers)
+        except Exception as error:  # noqa: BLE001 - whatever it was, training goes on
+            self._succeeded = False
+            self._report_failure(step, error)
+        else:
+            self._writing = self._pool.submit(
+                self._write, step, flat if in_background else None, numbers)
+        self._last_step, self._last_time = step, self._clock()
+        held = time.monotonic() - start
+        if waited > 1.0:
+            log.warning("saving step %d waited %.1f s for the save before it: saves are ordered "
+                        "faster than they can be written; raise SAVE_PERIOD", step, waited)
+        return held
+
+    def wait(self) -> bool:
+        """Waits until nothing is being written; returns whether the last save succeeded."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._succeeded = writing.result()
+        return self._succeeded
+
+    def close(self) -> None:
+        """Waits until nothing is being written and ends the background thread."""
+        self.wait()
+        self._pool.shutdown()
+        self._writer.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _begin(self, step: int, flat: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        target = self.folder / str(step)
+        if is_primary():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            directories.remove(target)  # one of another time line, or damaged
+        self._writer.begin(target, step, flat, metrics)
+
+    def _write(self, step: int, flat: Mapping[str, Any] | None, metrics: Mapping[str, float]
+               ) -> bool:
+        """Runs in the background thread: everything from the host's memory to the disk."""
+        start = time.monotonic()
+        try:
+            if flat is not None:
+                self._begin(step, flat, metrics)
+            manifest = self._writer.finish()
+        except Exception as error:  # noqa: BLE001 - whatever it was, training goes on
+            self._report_failure(step, error)
+            return False
+        self._saved = step
+        if manifest is not None:
+            size = sum(size for size, _ in manifest.files.values())
+            log.info("checkpoint %s saved: %.1f MB in %.2f s", self.folder / str(step), size / 1e6,
+                     time.monotonic() - start)
+            self._metrics[step] = metrics
+            self._discard()
+        return True
+
+    def _report_failure(self, step: int, error: Exception) -> None:
+        self.failed_saves += 1
+        self._writer.reset()
+        older = [known for known in directories.steps_in(self.folder) if known != step]
+        log.error(
+            "CHECKPOINT NOT SAVED at step %d: %s: %s\n  training goes on; the last checkpoint on "
+            "disk is %s; the next save will try again", step, type(error).__name__, error,
+            older[-1] if older else "none", exc_info=error)
+        if is_primary():
+            try:
+                directories.sweep(self.folder)
+            except OSError as left:
+                log.error("what it had written could not be removed: %s", left)
+
+    def _discard(self) -> None:
+        """Deletes the checkpoints that need not be kept, in process 0."""
+        try:
+            steps = directories.steps_in(self.folder)
+            kept = self._keep.kept({step: self._metrics_of(step) for step in steps})
+            for step in steps:
+                if step not in kept:
+                    directories.remove(self.folder / str(step))
+            directories.remove_damaged(self.folder)
+        except OSError as error:
+            log.error("checkpoints no longer needed could not be deleted: %s", error)
+
+    def _metrics_of(self, step: int) -> Mapping[str, float]:
+        if step not in self._metrics:
+            try:
+                self._metrics[step] = manifests.read(self.folder / str(step)).metrics
+            except DamagedCheckpoint:
+                self._metrics[step] = {}
+        return self._metrics[step]
+
+    # --- restoring ---
+
+    def all_steps(self) -> list[int]:
+        """Returns the steps of the checkpoints on disk, rising; the newest may be damaged."""
+        return directories.steps_in(self.folder)
+
+    def latest_step(self) -> int | None:
+        """Returns the newest of `all_steps`, or None."""
+        return max(self.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """Returns the best checkpoint by the metric that is kept by; None if there is none."""
+        if self._keep.best_metric is None:
+            return None
+        scored = {step: self._metrics_of(step) for step in self.all_steps()}
+        return self._keep.best_of(scored)
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int] | None:
+        """Restores the newest good checkpoint, or that of `step`, and goes on from there.
+
+        A damaged one is passed over for the next older one, and said. Checkpoints newer than the
+        one restored are renamed, as they are of a future that will now be another one.
+
+        Args:
+            abstract_state: the state wanted: `jax.ShapeDtypeStruct`s with the shardings and dtypes
+                to restore to; NumPy leaves are restored to the host.
+            step: which one; None: the newest.
+
+        Returns:
+            (state, its step), or None if there are no checkpoints.
+
+        Raises:
+            UserError: there are only damaged ones, none of `step`, or it is of another model.
+        """
+        self.wait()
+        steps = self.all_steps()
+        if step is not None and step not in steps:
+            raise UserError("there is no checkpoint of this step", got=step,
+                            fix=f"in {self.folder}: {', '.join(map(str, steps)) or 'none'}")
+        damaged: dict[int, str] = {}
+        for candidate in reversed([s for s in steps if step is None or s <= step]):
+            try:
+                state = self._restore_one(candidate, abstract_state)
+            except DamagedCheckpoint as damage:
+                damaged[candidate] = str(damage)
+                log.error("%s; trying the next older one", damage)
+                continue
+            self._set_aside([s for s in steps if s > candidate], damaged)
+            self._last_step, self._last_time = candidate, self._clock()
+            self._saved = candidate
+            log.info("restored step %d from %s", candidate, self.folder / str(candidate))
+            return state, candidate
+        if damaged:
+            raise directories.all_damaged(self.folder, list(damaged.values()))
+        return None
+
+    def _restore_one(self, step: int, abstract_state: Any) -> Any:
+        place = self.folder / str(step)
+        manifest = directories.verify_together(place, self._verify)
+        wanted = flatten_names(abstract_state)
+        plan = make_plan({name: tuple(leaf.shape) for name, leaf in wanted.items()},
+                         {name: leaf.shape for name, leaf in manifest.leaves.items()})
+        _refuse_other_model(place, plan)
+        arrays = assemble(CheckpointSource(place, manifest), plan.recipes,
+                          {name: request_of(leaf) for name, leaf in wanted.items()})
+        return jax.tree.unflatten(jax.tree.structure(abstract_state),
+                                  [arrays[name] for name in wanted])
+
+    def _set_aside(self, newer: list[int], damaged: Mapping[int, str]) -> None:
+        for step in newer if is_primary() else ():
+            reason = directories.DAMAGED if step in damaged else directories.ABANDONED
+            name = directories.set_aside(self.folder / str(step), reason)
+            log.warning("checkpoint %d is newer than the one restored: renamed to %s, %s", step,
+                        name, "deleted after the next save" if step in damaged
+                        else "delete it when you do not need it")
+        barrier("newer checkpoints set aside")
+
+
+def _refuse_other_model(place: epath.Path, plan: Plan) -> None:
+    if not (plan.missing or plan.mismatched or plan.extra):
+        return
+    lines = [f"{name}: {model} wanted, {found} in the checkpoint"
+             for name, model, found in plan.mismatched[:8]]
+    lines += [f"{name}: not in the checkpoint" for name in plan.missing[:8]]
+    lines += [f"{name}: only in the checkpoint" for name in plan.extra[:8]]
+    count = len(plan.missing) + len(plan.mismatched) + len(plan.extra)
+    raise UserError(
+        f"the checkpoint {place} is of another model or optimizer ({count} arrays differ)",
+        got="\n       ".join(lines),
+        fix="resume with the config it was saved with, choose another MODEL_DIR, or take only its "
+            "parameters: INITIAL_CHECKPOINT_PATH")

@@ -1,0 +1,205 @@
+"""Parameters out of a checkpoint or a flat `.npz`, onto any mesh and dtype, wholly or in part."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from vishwam_t5x.checkpointing import directory as directories
+from vishwam_t5x.checkpointing import manifest as manifests
+from vishwam_t5x.checkpointing.layers import Plan, make_plan
+from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
+from vishwam_t5x.checkpointing.sources import (
+    CheckpointSource,
+    NpzSource,
+    Source,
+    Subtree,
+    assemble,
+    request_of,
+)
+from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.core.trees import flatten_names
+
+log = logging.getLogger(__name__)
+
+AssignmentMap = Sequence[tuple[str, str | None]]
+_SHOWN = 20  # names listed of each kind
+_ROOT = re.compile(r"^\^?(target|params)/")
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreReport:
+    """What became of each parameter.
+
+    Attributes:
+        path: what was restored.
+        step: its training step; None for a file.
+        matched: parameters restored.
+        missing: parameters of the model that the checkpoint has not.
+        dropped: parameters that the assignment map leaves as they are.
+        mismatched: (parameter, its shape in the model, its shape in the checkpoint).
+        extra: parameters of the checkpoint that the model has not.
+        restacked: matched parameters whose layers were stacked or taken apart.
+    """
+
+    path: str
+    step: int | None
+    matched: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    extra: tuple[str, ...] = ()
+    restacked: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """Returns the report as lines of text: counts first, then names."""
+        unequal = tuple(f"{name}: {model} in the model, {found} in the checkpoint"
+                        for name, model, found in self.mismatched)
+        rows = (("matched", self.matched), ("of these restacked", self.restacked),
+                ("missing in the checkpoint", self.missing),
+                ("left out by the assignment map", self.dropped),
+                ("of another shape", unequal), ("extra in the checkpoint", self.extra))
+        at = "" if self.step is None else f" (step {self.step})"
+        lines = [f"parameters restored from {self.path}{at}"]
+        lines += [f"  {len(names):>6} {what}" for what, names in rows
+                  if names or what == "matched"]
+        for what, names in rows[2:]:
+            lines += _listed(what, names)
+        return "\n".join(lines)
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    lines = [f"  {what}:"] + [f"    {name}" for name in names[:_SHOWN]]
+    if len(names) > _SHOWN:
+        lines.append(f"    … and {len(names) - _SHOWN} more")
+    return lines
+
+
+def open_source(path: str | os.PathLike, checksums: bool = True) -> tuple[Source, int | None, str]:
+    """Opens what `path` means and returns (parameters in it, its step, its full path).
+
+    Of a folder of checkpoints the newest undamaged one is taken, and said.
+
+    Raises:
+        UserError: nothing is there, or it is damaged.
+    """
+    place = directories.find(path)
+    if not place.is_dir():
+        return NpzSource(place), None, str(place)
+    if manifests.exists(place):
+        return _open_one(place, checksums)
+    found = directories.newest_good(place, checksums)
+    if found is None:
+        raise UserError("this folder holds no checkpoint", got=str(place),
+                        fix="give the MODEL_DIR of a run that has saved")
+    step, manifest = found
+    source = CheckpointSource(place / str(step), manifest)
+    return Subtree(source, "params"), step, str(place / str(step))
+
+
+def _open_one(place: epath.Path, checksums: bool) -> tuple[Source, int | None, str]:
+    try:
+        manifest = directories.verify_together(place, checksums)
+    except DamagedCheckpoint as damage:
+        others = [step for step in directories.steps_in(place.parent)
+                  if str(step) != place.name]
+        raise UserError("this checkpoint is damaged", got=f"{place}: {damage.why}",
+                        fix="others beside it: " + (", ".join(map(str, others)) or "none")
+                        ) from damage
+    return Subtree(CheckpointSource(place, manifest), "params"), manifest.step, str(place)
+
+
+def restore_params(path: str | os.PathLike, abstract_params: Any, *,
+                   assignment_map: AssignmentMap | None = None, dtype: Any = None,
+                   allow_missing: bool = False, checksums: bool = True
+                   ) -> tuple[Any, RestoreReport]:
+    """Restores parameters, each straight to where and what the model wants it to be.
+
+    Layers may be stacked in the checkpoint and not in the model, or the other way round.
+
+    Args:
+        path: MODEL_DIR, MODEL_DIR/checkpoints/STEP, either with '/latest', or a flat `.npz` of
+            '/'-joined names.
+        abstract_params: the model's parameters: `jax.ShapeDtypeStruct`s with shardings, or arrays.
+        assignment_map: T5X's: (pattern, replacement) pairs; the first pattern that matches a whole
+            parameter name gives the name looked for in the checkpoint (with '\\1' …), or leaves
+            the parameter out where the replacement is None.
+        dtype: floating-point parameters are cast to it; None: to the model's own dtypes.
+        allow_missing: leave what the checkpoint has not as it is in `abstract_params`.
+        checksums: compare every byte of a checkpoint with what was written.
+
+    Returns:
+        The parameters and the report. What was missing or left out is the very leaf of
+        `abstract_params`, so give arrays there to fall back on them.
+
+    Raises:
+        UserError: nothing is there, it is damaged, a shape differs, or a parameter is missing.
+    """
+    source, step, where = open_source(path, checksums)
+    wanted = flatten_names(abstract_params)
+    renamed, dropped = _assign(list(wanted), assignment_map or ())
+    shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items() if name not in dropped}
+    available = {name: leaf.shape for name, leaf in source.leaves.items()}
+    plan = make_plan(shapes, available, renamed)
+    report = RestoreReport(
+        where, step, tuple(plan.recipes), plan.missing, dropped, plan.mismatched, plan.extra,
+        tuple(name for name, recipe in plan.recipes.items() if recipe.axis is not None))
+    _refuse(plan, report, available, allow_missing)
+    requests = {name: request_of(wanted[name], dtype) for name in plan.recipes}
+    try:
+        arrays = assemble(source, plan.recipes, requests)
+    except DamagedCheckpoint as damage:
+        raise UserError("this checkpoint is damaged", got=str(damage)) from damage
+    log.info("%s", report.table())
+    leaves = [arrays.get(name, leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), report
+
+
+def _assign(names: Sequence[str], assignment_map: AssignmentMap
+            ) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Returns {parameter: name in the checkpoint} where it differs, and parameters left out."""
+    renamed, dropped = {}, []
+    # T5X's patterns begin with 'target/', the root of its parameters.
+    pairs = [(_ROOT.sub("", pattern), None if new is None else _ROOT.sub("", new))
+             for pattern, new in assignment_map]
+    for name in names:
+        for pattern, new in pairs:
+            try:
+                match = re.fullmatch(pattern, name)
+                target = match.expand(new) if match and new is not None else None
+            except re.error as error:
+                raise UserError("the assignment map has a bad regular expression",
+                                got=f"({pattern!r}, {new!r}): {error}") from error
+            if match:
+                if target is None:
+                    dropped.append(name)
+                elif target != name:
+                    renamed[name] = target
+                break
+    return renamed, tuple(dropped)
+
+
+def _refuse(plan: Plan, report: RestoreReport, available: Mapping[str, Any], allow_missing: bool
+            ) -> None:
+    if plan.mismatched:
+        raise UserError("parameters of the checkpoint have other shapes than the model's",
+                        got=report.table(),
+                        fix="use the model's own gin file, or leave them out: assignment_map = "
+                            "[('NAME', None)]")
+    if not plan.recipes and not report.dropped:
+        raise UserError("no parameter of the model is in the checkpoint", got=report.table(),
+                        fix="rename them with assignment_map = [('MODEL NAME', 'ITS NAME')]")
+    if plan.missing and not allow_missing:
+        hint = did_you_mean(plan.missing[0], available)
+        raise UserError("parameters of the model are missing in the checkpoint",
+                        got=report.table(),
+                        fix=f"allow_missing = True starts them afresh{'; ' + hint if hint else ''}")
