@@ -13,6 +13,8 @@ from vishwam_t5x.data.mixture import Mixture, permute, whole_proportions
 
 
 class Task:
+    """Lengths are the record numbers plus one."""
+
     features: dict = {}
 
     def __init__(self, name, num_records):

@@ -16,7 +16,7 @@ import fractions
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -186,6 +186,16 @@ class Mixture:
         """Returns the length of each feature of an example, without reading it."""
         task, record = self.locate(example)
         return self.tasks[task].clean_lengths(record)
+
+    def clean_lengths_many(self, examples: Int[np.ndarray, "N"]
+                           ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Yields, task by task, (example numbers, {feature: lengths of those examples})."""
+        which, record = self.locate_many(examples)
+        for index in np.unique(which).tolist():
+            names, table = self.tasks[index].length_table
+            mine = which == index
+            rows = table[record[mine]]
+            yield np.asarray(examples)[mine], dict(zip(names, rows.T, strict=True))
 
     def read(self, example: int) -> dict[str, Any]:
         """Reads an example.

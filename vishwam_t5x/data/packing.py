@@ -14,6 +14,7 @@ import numpy as np
 
 from vishwam_t5x.core.batch import BatchSpec, DataPosition, ModalityLengths
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.assembly import PlacedExample, assemble, example_lengths
 from vishwam_t5x.data.packing_plan import (
     ExampleStream,
     LengthFunction,
@@ -25,8 +26,6 @@ from vishwam_t5x.data.records import META_PREFIX, DamagedRecord
 
 MIN_RECORDS_FOR_FRACTION = 1000
 """The share of damaged records is taken of at least so many: one in the first ten is no trend."""
-OPTIONAL_ARRAYS = ("task_mask",)
-"""What an objective may tell and a batch need not hold (which codes [R] hid from the encoder)."""
 
 
 class Objective(LengthFunction, Protocol):
@@ -91,18 +90,17 @@ class PackedBatches:
         elif rows is not None:
             wanted = rows
         places = [(index, place) for index, row in enumerate(wanted) for place in plan.rows[row]]
-        arrays = BatchArrays(self.spec, len(wanted))
-        bad = []
+        placed, bad = [], []
         read = self._pool.map if self._pool else map
         for (index, place), clean in zip(
                 places, read(self._read, [place.example for _, place in places]), strict=True):
             if isinstance(clean, DamagedRecord):
                 bad.append(clean)
             else:
-                arrays.add(index, place.lengths, self._corrupt(place, clean))
+                placed.append(PlacedExample(index, place.lengths, self._corrupt(place, clean)))
         self._count(len(places), bad)
         self.examples.release(min((plan.end.next_example, *plan.end.carried)))
-        return HostBatch(arrays.arrays, plan, tuple(bad))
+        return HostBatch(assemble(self.spec, len(wanted), placed), plan, tuple(bad))
 
     def close(self) -> None:
         """Ends the reading threads."""
@@ -136,82 +134,3 @@ class PackedBatches:
                 fix="write the cache again (vishwam cache --task_or_mixture="
                     f"{bad[-1].task} --overwrite), or allow more: max_bad_fraction is "
                     f"{self.max_bad_fraction}")
-
-
-def example_lengths(example: Mapping[str, np.ndarray]) -> ModalityLengths:
-    """Returns the slots that a model example takes; modalities that take none are left out."""
-    sides: dict[str, dict[str, int]] = {"inputs": {}, "targets": {}}
-    for key, value in example.items():
-        side, modality, name = key.split("/")
-        counted = ("tokens", "input") if side == "inputs" else ("targets",)
-        if name in counted and len(value):
-            sides[side][modality] = len(value)
-    return ModalityLengths(sides["inputs"], sides["targets"])
-
-
-class BatchArrays:
-    """The arrays of some rows of a batch, filled example by example."""
-
-    def __init__(self, spec: BatchSpec, num_rows: int) -> None:
-        self.spec = spec
-        # New memory for every batch: on CPU, JAX arrays may go on using it.
-        self.arrays = {key: np.zeros((num_rows, *feature.shape[1:]), feature.dtype)
-                       for key, feature in spec.arrays().items()}
-        self._used = {(side, name): np.zeros((num_rows,), np.int64)
-                      for side, names in self._sides() for name in names}
-        self._columns = {side: np.zeros((num_rows,), np.int64) for side, _ in self._sides()}
-        self._segments = np.zeros((num_rows,), np.int64)
-        # Slots of a row's concatenation that lie before each modality's.
-        self._offsets = {side: dict(zip(names, np.cumsum([0, *names.values()]).tolist(),
-                                        strict=False)) for side, names in self._sides()}
-        if spec.packed:
-            for side, _ in self._sides():
-                self.arrays[f"{side}/row/index"][:] = -1
-
-    def _sides(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
-        return (("inputs", self.spec.input_capacities), ("targets", self.spec.target_capacities))
-
-    def add(self, row: int, lengths: ModalityLengths, example: Mapping[str, np.ndarray]) -> None:
-        """Appends a model example to a row; the plan has made sure that it fits."""
-        self._segments[row] += 1
-        for (side, capacities), sizes in zip(self._sides(), lengths, strict=True):
-            for modality in capacities:  # in row order: an example's slots are contiguous
-                if size := sizes.get(modality, 0):
-                    self._add_modality(row, side, modality, size, example)
-
-    def _add_modality(self, row: int, side: str, modality: str, size: int,
-                      example: Mapping[str, np.ndarray]) -> None:
-        prefix = f"{side}/{modality}/"
-        begin = int(self._used[side, modality][row])
-        slots = slice(begin, begin + size)
-        values = {key[len(prefix):]: value for key, value in example.items()
-                  if key.startswith(prefix)}
-        values.setdefault("mask", np.ones((size,), np.int32))
-        values.setdefault("pos_ids", np.arange(size, dtype=np.int32))
-        if side == "targets":
-            values.setdefault("loss_mask", values["mask"])
-            values.setdefault("inputs", _shift_right(values["targets"]))
-        if self.spec.packed:
-            values["segment_ids"] = np.full((size,), self._segments[row], np.int32)
-        for name, value in values.items():
-            array = self.arrays.get(prefix + name)
-            if array is None and name in OPTIONAL_ARRAYS:
-                continue
-            assert array is not None, f"the objective gave {prefix}{name}, no part of the batch"
-            assert value.shape == (size, *array.shape[2:]), (prefix + name, value.shape)
-            assert np.can_cast(value.dtype, array.dtype, "same_kind"), (prefix + name, value.dtype)
-            array[row, slots] = value
-        self._used[side, modality][row] += size
-        if self.spec.packed:
-            column = int(self._columns[side][row])
-            first = self._offsets[side][modality] + begin
-            self.arrays[f"{side}/row/index"][row, column:column + size] = np.arange(
-                first, first + size)
-            self._columns[side][row] += size
-
-
-def _shift_right(targets: np.ndarray) -> np.ndarray:
-    """Returns the decoder's inputs: the targets one later, after BOS (0)."""
-    inputs = np.zeros_like(targets)
-    inputs[1:] = targets[:-1]
-    return inputs

@@ -14,6 +14,7 @@ second at 256 rows, 106 thousand at 16, 128 thousand at 1,024.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -46,6 +47,10 @@ class LengthFunction(Protocol):
 
     def lengths(self, clean_lengths: Mapping[str, int], *, seed: int, example: int
                 ) -> ModalityLengths: ...
+
+
+_BLOCK = 512
+"""Examples measured together, if objective and examples can."""
 
 
 class Placement(NamedTuple):
@@ -115,6 +120,10 @@ class Packer:
                 if capacity < self._limits[(side, None)]:
                     self._limits[(side, modality)] = capacity
         self._known: dict[int, tuple[ModalityLengths, list[int]]] = {}
+        self._misfits: dict[int, ModalityLengths] = {}
+        self._narrow = list(self._limits)[2:]
+        self._can_measure_many = (hasattr(objective, "lengths_many")
+                                  and hasattr(examples, "clean_lengths_many"))
 
     def plan(self, position: DataPosition) -> PackingPlan | None:
         """Returns the batch that begins at `position`; None at the end of a finite stream.
@@ -130,7 +139,6 @@ class Packer:
         carried: list[int] = []
         todo = list(position.carried)
         next_example = position.next_example
-        known: dict[int, tuple[ModalityLengths, list[int]]] = {}
         while len(carried) < MAX_CARRIED and not state.full:
             if todo:
                 example = todo.pop(0)
@@ -139,51 +147,79 @@ class Packer:
                 next_example += 1
             else:
                 break
-            lengths, needs = entry = self._known.get(example) or self._measure(example)
+            lengths, needs = self._known.get(example) or self._measure(example)
             row = state.place(needs)
             if row < 0:
                 carried.append(example)
-                known[example] = entry
             else:
                 rows[row].append(Placement(example, lengths))
         carried += todo
-        self._known = known
+        self._known = {example: entry for example, entry in self._known.items()
+                       if example >= next_example or example in carried}
         return self._finish(rows, position, DataPosition(next_example, tuple(carried)))
 
     def _measure(self, example: int) -> tuple[ModalityLengths, list[int]]:
         """Returns an example's lengths and what it needs of each limited row dimension."""
-        lengths = self.objective.lengths(
-            self.examples.clean_lengths(example), seed=self.seed, example=example)
+        if self._can_measure_many:
+            self._measure_block(example)
+        else:
+            self._remember(example, self.objective.lengths(
+                self.examples.clean_lengths(example), seed=self.seed, example=example))
+        if example in self._misfits:
+            raise self._explain(example, self._misfits[example])
+        return self._known[example]
+
+    def _remember(self, example: int, lengths: ModalityLengths) -> None:
+        """Notes an example down; one that fits in no row is an error only when its turn comes."""
         inputs, targets = lengths
         needs = [sum(inputs.values()), sum(targets.values())]
-        for side, modality in list(self._limits)[2:]:
+        for side, modality in self._narrow:
             needs.append((inputs if side == "inputs" else targets).get(modality, 0))
-        for (side, modality), need, limit in zip(self._limits, needs, self._limits.values(),
-                                                 strict=True):
-            if need > limit:
-                raise self._too_long(example, lengths, side, modality, need, limit)
-        for side, sizes, capacities in (("inputs", inputs, self.spec.input_capacities),
-                                        ("targets", targets, self.spec.target_capacities)):
-            for modality, size in sizes.items():
-                if size and modality not in capacities:
-                    task, record = self.examples.locate(example)
-                    raise UserError(
-                        f"task '{self.examples.tasks[task].name}' has {side} of a modality the "
-                        "model does not have", got=f"{modality} ({size} slots, record {record})",
-                        fix=f"the model's {side}: {', '.join(capacities)}; choose another model "
-                            "or leave the task out of the mixture")
-        return lengths, needs
+        if (any(map(operator.gt, needs, self._limits.values()))
+                or not inputs.keys() <= self.spec.input_capacities.keys()
+                or not targets.keys() <= self.spec.target_capacities.keys()):
+            self._misfits[example] = lengths
+        else:
+            self._known[example] = lengths, needs
 
-    def _too_long(self, example: int, lengths: ModalityLengths, side: str, modality: str | None,
-                  need: int, limit: int) -> UserError:
+    def _measure_block(self, first: int) -> None:
+        """Measures an example and those that follow it, those of one task in one go."""
+        end = self.examples.num_examples
+        stop = first + _BLOCK if end is None else min(end, first + _BLOCK)
+        for numbers, clean in self.examples.clean_lengths_many(np.arange(first, stop)):
+            inputs, targets = self.objective.lengths_many(clean, numbers, seed=self.seed)
+            sides = [[(modality, sizes.tolist()) for modality, sizes in side.items()]
+                     for side in (inputs, targets)]
+            for index, example in enumerate(numbers.tolist()):
+                self._remember(example, ModalityLengths(*(
+                    {modality: sizes[index] for modality, sizes in side if sizes[index]}
+                    for side in sides)))
+
+    def _explain(self, example: int, lengths: ModalityLengths) -> UserError:
+        """Says why an example fits in no row."""
         task, record = self.examples.locate(example)
-        key = side if modality is None else f"{side}/{modality}"
-        return UserError(
-            f"an example of task '{self.examples.tasks[task].name}' does not fit in an empty row",
-            got=f"record {record} (example {example}) needs {need} of {limit} slots of '{key}'; "
-                f"its lengths: inputs {lengths.inputs}, targets {lengths.targets}",
-            fix=f"TASK_FEATURE_LENGTHS['{key}'] = {need} or more, or cut long examples into "
-                "chunks in the task's preprocessors")
+        name = self.examples.tasks[task].name
+        for side, sizes, capacities in (("inputs", lengths.inputs, self.spec.input_capacities),
+                                        ("targets", lengths.targets, self.spec.target_capacities)):
+            if unknown := sizes.keys() - capacities.keys():
+                modality = min(unknown)
+                return UserError(
+                    f"task '{name}' has {side} of a modality the model does not have",
+                    got=f"{modality} ({sizes[modality]} slots, record {record})",
+                    fix=f"the model's {side}: {', '.join(capacities)}; choose another model, or "
+                        "leave the task out of the mixture")
+            for modality, limit in {None: self._limits[side, None], **capacities}.items():
+                need = sum(sizes.values()) if modality is None else sizes.get(modality, 0)
+                key = side if modality is None else f"{side}/{modality}"
+                if need > limit:
+                    return UserError(
+                        f"an example of task '{name}' does not fit in an empty row",
+                        got=f"record {record} (example {example}) needs {need} of {limit} slots "
+                            f"of '{key}'; its lengths: inputs {lengths.inputs}, targets "
+                            f"{lengths.targets}",
+                        fix=f"TASK_FEATURE_LENGTHS['{key}'] = {need} or more, or cut long examples "
+                            "into chunks in the task's preprocessors")
+        raise AssertionError("it fits")
 
     def _finish(self, rows: list[list[Placement]], start: DataPosition, end: DataPosition
                 ) -> PackingPlan:

@@ -74,6 +74,9 @@ class TaskRecords(Protocol):
     @property
     def features(self) -> Mapping[str, FeatureInfo]: ...
 
+    @property
+    def length_table(self) -> tuple[tuple[str, ...], np.ndarray]: ...
+
     def clean_lengths(self, record: int) -> dict[str, int]: ...
 
     def read(self, record: int) -> dict[str, Any]: ...
@@ -210,6 +213,7 @@ class TaskCache:
         self.manifest = manifest
         self._sizes, self._patch_specs = lengths, dict(patch_specs)
         self._source: Any = None
+        self._kept: dict[int, dict[str, Any]] | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -295,13 +299,39 @@ class TaskCache:
                             error.fix) from error
         return np.asarray(counts, np.int32)[which.reshape(-1)]
 
+    @functools.cached_property
+    def decoded_bytes(self) -> int:
+        """Bytes of all records once decoded, without their string features."""
+        columns = [name for name, _ in self.manifest.length_columns]
+        total = 0
+        for name, (shape, dtype) in self.features.items():
+            if name in columns:
+                first = columns.index(name)
+                elements = self._sizes[:, first:first + columns.count(name)].astype(
+                    np.int64).prod(axis=1).sum()
+                rest = [size or 1 for size in shape[2:]]
+                total += int(elements * np.prod(rest, dtype=np.int64) * np.dtype(dtype).itemsize)
+        return total
+
+    def keep_in_memory(self) -> None:
+        """From now on a record is read from disk once only: for tasks of many epochs."""
+        self._kept = {} if self._kept is None else self._kept
+
     def read(self, record: int) -> dict[str, Any]:
-        """Returns the clean example of a record: arrays, and bytes for string features.
+        """Returns the clean example of a record: read-only arrays, bytes for string features.
 
         Raises:
             DamagedRecord: the bytes cannot be read or decoded, or hold something else than the
                 manifest says.
         """
+        if self._kept is not None and record in self._kept:
+            return dict(self._kept[record])
+        example = self._read(record)
+        if self._kept is not None:
+            self._kept[record] = example
+        return dict(example)
+
+    def _read(self, record: int) -> dict[str, Any]:
         source = self._open_shards()
         try:
             example = _decode(source[record])

@@ -54,6 +54,8 @@ class DatasetConfig:
         cache_dir: directory of the caches; None: $VISHWAM_CACHE_DIR or ~/.cache/vishwam_t5x.
         prefetch: batches made ahead.
         read_threads: records read at a time by this host; more than 1 pays on network file systems.
+        keep_in_memory_mib: MiB of decoded records that each host may keep, so that small tasks are
+            read from disk once; whole tasks only, the smallest first.
         max_bad_fraction: share of damaged records (0 to 1) beyond which to stop.
     """
 
@@ -69,6 +71,7 @@ class DatasetConfig:
     cache_dir: str | None = None
     prefetch: int = 2
     read_threads: int = 1
+    keep_in_memory_mib: int = 64
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
@@ -85,6 +88,8 @@ class DatasetConfig:
         if not isinstance(self.seed, int) or self.seed < 0:
             raise UserError("the data's seed must be a whole number, 0 or more",
                             got=repr(self.seed), fix="set RANDOM_SEED")
+        if self.keep_in_memory_mib < 0:
+            raise UserError("keep_in_memory_mib must be 0 MiB or more", got=self.keep_in_memory_mib)
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError("max_bad_fraction is a share between 0 and 1",
                             got=self.max_bad_fraction)
@@ -193,6 +198,12 @@ def open_mixture(config: DatasetConfig, specs: Mapping[str, PatchSpec], repeat: 
     assert rates is not None
     tasks = [records.TaskCache.open(records.task_directory(config.directory, task, config.split),
                                     specs) for task in rates]
+    budget = config.keep_in_memory_mib * 2**20
+    for task in sorted(tasks, key=lambda task: task.decoded_bytes):
+        budget -= task.decoded_bytes
+        if budget < 0:
+            break
+        task.keep_in_memory()
     return Mixture(tasks, list(rates.values()), config.seed, config.shuffle, repeat)
 
 

@@ -18,7 +18,7 @@ from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
 from vishwam_t5x.data import records, records_writer
-from vishwam_t5x.data.packing import BatchArrays
+from vishwam_t5x.data.assembly import PlacedExample, assemble
 from vishwam_t5x.objectives.masking import PatchSpec
 
 
@@ -97,20 +97,21 @@ class SyntheticTask:
             for name, feature in self._features.items()}
 
     @functools.cached_property
-    def _lengths(self) -> list[dict[str, int]]:
+    def length_table(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """As `records.TaskCache.length_table`."""
         columns = {}
         for name, feature in self._features.items():
-            sizes = self._leading[name].tolist()
+            columns[name] = self._leading[name]
             if feature.rest:
                 spec = self._patch_specs[records.modality_of(name)]
-                sizes = [spec.num_patches((size, *feature.rest)) for size in sizes]
-            columns[name] = sizes
-        return [dict(zip(columns, row, strict=True))
-                for row in zip(*columns.values(), strict=True)]
+                columns[name] = np.asarray([spec.num_patches((int(size), *feature.rest))
+                                            for size in self._leading[name]], np.int32)
+        return tuple(columns), np.stack(list(columns.values()), axis=1)
 
     def clean_lengths(self, record: int) -> dict[str, int]:
         """As `records.TaskCache.clean_lengths`."""
-        return dict(self._lengths[record])
+        names, table = self.length_table
+        return dict(zip(names, table[record].tolist(), strict=True))
 
     def read(self, record: int) -> dict[str, Any]:
         """As `records.TaskCache.read`."""
@@ -216,7 +217,7 @@ def synthetic_batch(spec: BatchSpec, seed: int, num_ids: Mapping[str, int],
         examples_per_row: examples that share each row evenly.
     """
     per_row = examples_per_row if spec.packed else 1
-    arrays = BatchArrays(spec, spec.batch_size)
+    placed = []
     lengths = ModalityLengths(
         _even_share(spec.input_capacities, spec.input_length, per_row),
         _even_share(spec.target_capacities, spec.target_length, per_row))
@@ -234,8 +235,8 @@ def synthetic_batch(spec: BatchSpec, seed: int, num_ids: Mapping[str, int],
             for modality, size in lengths.targets.items():
                 example[f"targets/{modality}/targets"] = rng.integers(
                     3, num_ids[modality], size, dtype=np.int32)
-            arrays.add(row, lengths, example)
-    return arrays.arrays
+            placed.append(PlacedExample(row, lengths, example))
+    return assemble(spec, spec.batch_size, placed)
 
 
 def _even_share(capacities: Mapping[str, int], row_length: int, parts: int) -> dict[str, int]:

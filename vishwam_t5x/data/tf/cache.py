@@ -197,7 +197,7 @@ def _report_bad(manifest: records.Manifest) -> None:
 
 
 class _Progress:
-    """A bar on a terminal, a line now and then elsewhere; stops the run at too many bad examples."""
+    """A bar on a terminal, lines elsewhere; stops the run at too many bad examples."""
 
     def __init__(self, task: str, split: str, total: int | None) -> None:
         self._what, self._total = f"{task} {split}", total

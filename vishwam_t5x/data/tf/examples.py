@@ -168,10 +168,11 @@ class CleanFeatures:
             value = example[name]
             if info.dtype == "float32" and not np.isfinite(value).all():
                 return f"{name} has values that are not finite"
-            if info.dtype == "int32" and value.size:
-                if value.min() < 0 or value.max() >= self.num_ids.get(name, 2**31):
-                    return (f"{name} has ids from {value.min()} to {value.max()}, beyond its "
-                            f"vocabulary of {self.num_ids.get(name, 'any size')}")
+            limit = self.num_ids.get(name, 2**31)
+            if info.dtype == "int32" and value.size and not (
+                    value.min() >= 0 and value.max() < limit):
+                return (f"{name} has ids from {value.min()} to {value.max()}, not in the "
+                        f"vocabulary of {limit}")
             if value.size == 0 and (value.ndim > 1 or name.endswith("_codes")):
                 return f"{name} is empty"
             if len(info.shape) == 3 and info.dtype == "float32" and (
