@@ -28,7 +28,7 @@ MAX_FUNCTION = 80
 # The train loop reads top to bottom as one page.
 LONGER_FUNCTIONS = {("vishwam_t5x/training/loop.py", 120), ("vishwam_t5x/train.py", 120)}
 # A path of the machine that something was written on has no business in the project.
-MACHINE_PATHS = re.compile(r"(?<![\w.])/(work|tmp/w|root|opt/wh)/|\.\./shared\b|\.library\b")
+MACHINE_PATHS = re.compile(r"(?<![\w.])/(work|tmp/w|root|opt/wh)/|\.\./shared\b|(?<!\w)\.library\b")
 
 
 def tracked(*patterns: str) -> list[pathlib.Path]:
