@@ -101,10 +101,12 @@ class StateFactory:
         self.abstract = placed.at(DataPosition())
 
     def _create(self, key: jax.Array) -> TrainState:
-        params = meta.unbox(self._init_params(key))
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params,
-                          opt_state=self._optimizer.init(params),
-                          loss_scale=init_loss_scale(self._policy), stability=StabilityState.create())
+        return self._start(meta.unbox(self._init_params(key)))
+
+    def _start(self, params: Any) -> TrainState:
+        return TrainState(
+            step=jnp.zeros((), jnp.int32), params=params, opt_state=self._optimizer.init(params),
+            loss_scale=init_loss_scale(self._policy), stability=StabilityState.create())
 
     def context(self) -> contextlib.AbstractContextManager:
         """The mesh and axis rules, to be entered while tracing."""
@@ -118,14 +120,8 @@ class StateFactory:
 
     def with_params(self, params: Any) -> TrainState:
         """Starts a run from given parameters (fine-tuning): everything else is fresh."""
-
-        def start(params: Any) -> TrainState:
-            return TrainState(step=jnp.zeros((), jnp.int32), params=params,
-                              opt_state=self._optimizer.init(params),
-                              loss_scale=init_loss_scale(self._policy), stability=StabilityState.create())
-
         with self.context():
-            state = jax.jit(start, out_shardings=self.shardings)(params)
+            state = jax.jit(self._start, out_shardings=self.shardings)(params)
         return state.at(DataPosition())
 
     def adopt(self, state: TrainState) -> TrainState:

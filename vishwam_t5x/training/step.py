@@ -14,6 +14,7 @@ from vishwam_t5x.core.batch import Batch
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.objectives import losses
+from vishwam_t5x.objectives.metrics import loss_metrics
 from vishwam_t5x.precision.loss_scale import LossScaleState
 from vishwam_t5x.training.stability import StabilityConfig, judge
 from vishwam_t5x.training.state import TrainState
@@ -48,17 +49,6 @@ class StepConfig:
     def __post_init__(self) -> None:
         if self.num_microbatches < 1:
             raise UserError("NUM_MICROBATCHES must be at least 1", got=self.num_microbatches)
-
-
-def check_microbatches(batch_size: int, num_microbatches: int, batch_shards: int) -> None:
-    """Raises `UserError` unless every microbatch has whole rows on every shard of the batch."""
-    if batch_size % (num_microbatches * batch_shards):
-        step = num_microbatches * batch_shards
-        lower = batch_size // step * step
-        raise UserError(
-            "BATCH_SIZE must be a multiple of NUM_MICROBATCHES x the devices the batch is cut over",
-            got=f"{batch_size} rows, {num_microbatches} microbatches, {batch_shards} shards",
-            fix=f"BATCH_SIZE = {lower or step}" + (f" or {lower + step}" if lower else ""))
 
 
 def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
@@ -130,8 +120,8 @@ def make_train_step(loss_fn: LossFunction, optimizer: optax.GradientTransformati
                     ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) -> (state, metrics).
 
-    Metrics are float32 scalars: `loss`, `loss_sums` (by modality), `grad_norm`, `param_norm`,
-    `update_applied`, `bad_in_a_row`, `skipped_steps`, `loss_scale`.
+    Metrics are scalars: those of `objectives.metrics.loss_metrics`, and `grad_norm`, `param_norm`
+    (global L2 norms), `update_applied` (bool), `bad_in_a_row`, `skipped_steps`, `loss_scale`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -139,7 +129,8 @@ def make_train_step(loss_fn: LossFunction, optimizer: optax.GradientTransformati
         grads, sums = accumulate_gradients(
             loss_fn, state.params, batch, config, state.loss_scale.scale, key)
         grads = state.loss_scale.unscale(grads)
-        loss = losses.total_loss(sums, losses.normalizers(batch, config.loss), config.loss)
+        metrics = loss_metrics(sums, losses.normalizers(batch, config.loss), config.loss)
+        loss = metrics["loss"]
         grad_norm = optax.tree.norm(grads)
         grads_finite = jnp.isfinite(grad_norm)
         curable = jnp.isfinite(loss) & can_shrink(state.loss_scale)
@@ -154,11 +145,10 @@ def make_train_step(loss_fn: LossFunction, optimizer: optax.GradientTransformati
         new_state = state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, stability=stability,
             loss_scale=state.loss_scale.update(grads_finite))
-        metrics = {"loss": loss, "loss_sums": sums, "grad_norm": grad_norm,
-                   "param_norm": optax.tree.norm(params), "update_applied": apply,
-                   "bad_in_a_row": stability.bad_in_a_row,
-                   "skipped_steps": stability.skipped_steps,
-                   "loss_scale": state.loss_scale.value}
+        metrics |= {"grad_norm": grad_norm, "param_norm": optax.tree.norm(params),
+                    "update_applied": apply, "bad_in_a_row": stability.bad_in_a_row,
+                    "skipped_steps": stability.skipped_steps,
+                    "loss_scale": state.loss_scale.value}
         return new_state, metrics
 
     return train_step

@@ -1,0 +1,54 @@
+"""Compiling the step once, ahead of the first batch, and remembering it across processes."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+
+from vishwam_t5x.core.batch import BatchSpec
+from vishwam_t5x.training.state import StateFactory
+
+DEFAULT_CACHE = "~/.cache/vishwam_t5x/compilation"
+
+
+def enable_compilation_cache(directory: str | None = None) -> str | None:
+    """Turns jax's persistent compilation cache on and returns its folder.
+
+    Args:
+        directory: where; None: JAX_COMPILATION_CACHE_DIR or `DEFAULT_CACHE`; '' turns it off.
+    """
+    if directory is None:
+        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", DEFAULT_CACHE)
+    if not directory:
+        return None
+    path = pathlib.Path(directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logging.warning("no compilation cache: %s", error)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # Small programs too: a debugging run is all small programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return str(path)
+
+
+def abstract_batch(spec: BatchSpec, shardings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a `ShapeDtypeStruct` with its sharding for every array of a batch."""
+    return {name: jax.ShapeDtypeStruct(feature.shape, feature.dtype, sharding=shardings[name])
+            for name, feature in spec.arrays().items()}
+
+
+def compile_step(step: Callable[..., Any], factory: StateFactory, batch: Mapping[str, Any]) -> Any:
+    """Compiles (state, batch) -> (state, metrics), with the state donated and its layout pinned.
+
+    Unpinned, the second step would see a state laid out as the compiler liked and compile again.
+    """
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(factory.shardings, None))
+    with factory.context():
+        return jitted.lower(factory.abstract.on_device(), dict(batch)).compile()

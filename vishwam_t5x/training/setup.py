@@ -1,0 +1,158 @@
+"""From the parts of a run to a loop that is ready: shapes, compiled step, data, saved state.
+
+Compiling, restoring and reading the first batches overlap: the time to the first step is that of
+the longest of the three, not their sum.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import logging
+from jax.sharding import Mesh
+
+from vishwam_t5x.core import hardware
+from vishwam_t5x.core.batch import BatchSpec
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.flops import EncoderDecoderShape, block_flops, train_flops
+from vishwam_t5x.core.rng import key_for
+from vishwam_t5x.objectives.metrics import drop_empty
+from vishwam_t5x.parallelism import sharding
+from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
+from vishwam_t5x.training import compilation, step
+from vishwam_t5x.training.optimizers import Optimizer
+from vishwam_t5x.training.state import StateFactory, TrainState
+from vishwam_t5x.training.throughput import Throughput
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        model: Flax module with `loss_sums`, and `config` with its shapes and precision.
+        optimizer: optimizer configuration.
+        mesh: devices.
+        rules: logical to mesh axes.
+        step: microbatches, loss, stability.
+        spec: shapes of the batch.
+    """
+
+    model: Any
+    optimizer: Optimizer
+    mesh: Mesh
+    rules: LogicalAxisRules
+    step: step.StepConfig
+    spec: BatchSpec
+
+    def factory(self) -> StateFactory:
+        """Shapes and shardings of the train state."""
+        return StateFactory(lambda key: self.model.init(key)["params"], self.optimizer.build(),
+                            self.model.config.policy, self.mesh, self.rules)
+
+    def batch_shardings(self) -> dict[str, Any]:
+        """Where each array of a batch lives."""
+        sharding.check_batch_size(self.spec.batch_size, self.mesh, self.rules,
+                                  self.step.num_microbatches)
+        return sharding.batch_shardings(self.spec.arrays(), self.mesh, self.rules)
+
+    def compile(self, factory: StateFactory, shardings: Mapping[str, Any]) -> Any:
+        """The compiled train step."""
+        function = step.make_train_step(step.model_loss(self.model, self.step.loss),
+                                        self.optimizer.build(), self.step)
+        return compilation.compile_step(
+            function, factory, compilation.abstract_batch(self.spec, shardings))
+
+    def throughput(self) -> Throughput:
+        """Counter of useful work against the peak of all devices."""
+        device = self.mesh.devices.flat[0]
+        peak = hardware.peak_flops(device, self.model.config.policy.name)
+        logging.info(hardware.peak_flops_source(device))
+        total = None if peak is None else peak * self.mesh.size
+        return Throughput(flops_per_slot(self.model.config, self.spec), total)
+
+
+def check_modalities(model: Any, objective: Any, spec: BatchSpec) -> None:
+    """Raises `UserError` unless the model can take what the objective gives."""
+    config = model.config
+    for side, gives, takes in (
+            ("inputs", objective.input_modalities, config.input_modalities),
+            ("targets", objective.target_modalities, config.target_modalities)):
+        lacking = [name for name in gives if name not in takes]
+        if lacking:
+            raise UserError(f"the objective has {side} that the model lacks",
+                            got=", ".join(lacking),
+                            fix=f"add them to EncoderDecoderConfig.{side}, or leave them out of "
+                                f"the objective's modalities ({side}: {', '.join(takes)})")
+    for modality, size in spec.patch_dims.items():
+        if config.patch_dims.get(modality) != size:
+            raise UserError(
+                f"patches of modality '{modality}' differ between objective and model",
+                got=f"{size} numbers a patch against {config.patch_dims.get(modality)}",
+                fix="make PatchSpec of the objective and PatchInput of the model agree")
+    layout = getattr(objective, "vocabulary", None)
+    rows = config.tables.get("text")
+    if layout is not None and rows is not None and rows < layout.size:
+        raise UserError("the model's text table is smaller than the vocabulary",
+                        got=f"{rows} rows, {layout.size} ids",
+                        fix=f"set vocab_size of TextInput and TextOutput to {layout.table_size}")
+
+
+def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:
+    """Returns training FLOPs per filled (encoder slot, decoder slot) of a packed row.
+
+    The row's FLOPs (attention over the whole row) divided by its slots: useful work is then in
+    proportion to how full the rows are.
+    """
+    shape = EncoderDecoderShape(
+        config.emb_dim, config.num_heads, config.kv_heads, config.head_dim, config.mlp_dim,
+        config.num_encoder_layers, config.num_decoder_layers, len(config.mlp_activations) > 1)
+    vocab = {name: (slots, config.tables[name]) for name, slots in spec.target_capacities.items()
+             if name in config.tables}
+    patches = {name: (spec.input_capacities[name], size)
+               for name, size in spec.patch_dims.items()}
+    whole = train_flops(shape, spec.input_length, spec.target_length, vocab, patches)
+    encoder = 3 * shape.num_encoder_layers * block_flops(shape, spec.input_length)
+    return encoder / spec.input_length, (whole - encoder) / spec.target_length
+
+
+def describe_metrics(optimizer: Optimizer) -> Callable[[Mapping[str, Any], int], dict[str, float]]:
+    """Returns the function that turns a step's device metrics into numbers for the log."""
+
+    def describe(metrics: Mapping[str, Any], step_number: int) -> dict[str, float]:
+        record = drop_empty({name: float(value) for name, value in metrics.items()})
+        record["learning_rate"] = float(optimizer.schedule(step_number - 1))
+        return record
+
+    return describe
+
+
+def first_state(factory: StateFactory, seed: int, restore: Callable[[], TrainState | None],
+                initial_params: Callable[[], Any] | None) -> TrainState:
+    """Returns the state to go on from: the newest checkpoint, given parameters, or a fresh start.
+
+    Args:
+        factory: shapes and shardings.
+        seed: of the initial parameters.
+        restore: returns the run's own newest state, or None.
+        initial_params: returns parameters to start from (fine-tuning), or None.
+    """
+    state = restore()
+    if state is not None:
+        return factory.adopt(state)
+    if initial_params is not None:
+        return factory.with_params(initial_params())
+    return factory.create(key_for(seed, "params"))
+
+
+def in_background(function: Callable[[], Any]) -> concurrent.futures.Future:
+    """Starts `function` in a thread and returns its future."""
+    executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="vishwam-setup")
+    future = executor.submit(function)
+    executor.shutdown(wait=False)
+    return future
+
+
