@@ -10,7 +10,7 @@ from typing import Any
 
 from vishwam_t5x import gin_config
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.gin_graph import Graph, Key, Reach, macros_in, name_of, parameters_of
+from vishwam_t5x.gin_graph import Graph, Key, Macro, Reach, macros_in, name_of, parameters_of
 
 # Parameters that may change on resume without changing the mathematics, as patterns over
 # "module.Class.parameter", each with the reason. What only they refer to may change too.
@@ -77,8 +77,12 @@ def differences(old: Graph, new: Graph) -> list[Difference]:
     Several parameters that one changed macro explains are one difference.
     """
     found: dict[str, Difference] = {}
+    for name in {name: None for graph in (old, new) for name in graph.roots()[1]}:
+        before, after = (repr(graph.resolve(Macro(name))) for graph in (old, new))
+        if before != after:  # Not behind a parameter: the MODEL of a bare model file.
+            found[name] = Difference(name, before, after, (), "")
     mathematical = {key for graph in (old, new) for key in Reach(
-        graph, graph.roots(), skip=lambda key: bool(_reason(key))).bindings}
+        graph, *graph.roots(), skip=lambda key: bool(_reason(key))).bindings}
     for key in sorted({*old.bindings, *new.bindings}, key=str):
         before, after = _value(old, key), _value(new, key)
         if before == after:
@@ -134,7 +138,7 @@ def math_differences(old_text: str, new_text: str, allowed: Collection[str] = ()
 
 
 def _with_parameters(change: Difference) -> str:
-    if change.parameters == (change.name,):
+    if change.parameters in ((), (change.name,)):
         return str(change)
     more = len(change.parameters) - _SHOWN
     return f"{change}   in {', '.join(change.parameters[:_SHOWN])}" + (

@@ -105,11 +105,14 @@ class Graph:
                 return bound
         return None
 
-    def roots(self) -> list[Target]:
-        """Returns what has bindings and is referred to by nothing: the functions a user calls."""
-        referred = {leaf.target for bound in [*self.macros.values(), *self.bindings.values()]
-                    for leaf in leaves(bound.value) if isinstance(leaf, Reference)}
-        return list({key.target: None for key in self.bindings if key.target not in referred})
+    def roots(self) -> tuple[list[Target], list[str]]:
+        """Returns the targets and macros that nothing refers to: where a reader begins."""
+        every = [bound.value for bound in [*self.macros.values(), *self.bindings.values()]]
+        targets = {leaf.target for value in every for leaf in leaves(value)
+                   if isinstance(leaf, Reference)}
+        macros = {name for value in every for name in macros_in(value)}
+        return (list({key.target: None for key in self.bindings if key.target not in targets}),
+                [name for name in self.macros if name not in macros])
 
     def resolve(self, value: Any, seen: frozenset[str] = frozenset()) -> Any:
         """Returns `value` with every macro replaced by what it is bound to.

@@ -158,3 +158,16 @@ def test_the_patterns_name_parameters_that_exist():
     unmatched = [pattern for pattern in NOT_MATHEMATICAL if not pattern.startswith("vishwam_t5x.")
                  and not fnmatch.filter(names, pattern)]
     assert unmatched == []
+
+
+def test_a_bare_model_file_is_compared_by_its_model(setup):
+    text = """
+        from __gin__ import dynamic_registration
+        import LIBRARY
+        MODEL = @LIBRARY.NAME()
+        """
+    files = [setup.write("old.gin", text.replace("NAME", "ModelConfig")),
+             setup.write("new.gin", text.replace("NAME", "LongModelConfig"))]
+    old, new = (gin_config.parse([f"--gin_file={file}"], "config") for file in files)
+    (change,) = differences(old.graph, new.graph)
+    assert change.name == "MODEL" and not change.reason
