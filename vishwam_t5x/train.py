@@ -152,7 +152,7 @@ def _checkpoints(run_dir: RunDir, config: CheckpointConfig) -> Any:
     # Imported in a thread: orbax takes a second, during which the step is traced.
     from vishwam_t5x.checkpointing.manager import Checkpoints
 
-    return Checkpoints(run_dir.checkpoints, config)
+    return Checkpoints.open(run_dir.path, config)
 
 
 def _initial_params(factory: StateFactory, path: str | None) -> Callable[[], Any] | None:
@@ -162,9 +162,7 @@ def _initial_params(factory: StateFactory, path: str | None) -> Callable[[], Any
     def load() -> Any:
         from vishwam_t5x.checkpointing.restore import restore_params
 
-        params, report = restore_params(path, factory.abstract.params)
-        logging.info("parameters from %s\n%s", path, report)
-        return params
+        return restore_params(path, factory.abstract.params)[0]
 
     return load
 

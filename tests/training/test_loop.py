@@ -86,18 +86,19 @@ class FakeSaver:
 
     def save(self, step, state, metrics=None):
         self.saved[step] = jax.tree.map(np.array, state)
-        return True
+        return 0.0
 
-    def restore_before(self, abstract, step):
+    def restore_before(self, abstract_state, step):
         good = [saved for saved in self.saved if saved < step]
         if not good:
             return None
         self.saved = {saved: state for saved, state in self.saved.items() if saved < step}
-        return jax.tree.map(jnp.asarray, self.saved[max(good)]).replace(
-            position=self.saved[max(good)].position)
+        last = self.saved[max(good)]
+        state = jax.tree.map(jnp.asarray, last.on_device()).replace(position=last.position)
+        return state, max(good)
 
     def wait(self):
-        pass
+        return True
 
 
 def build(tmp_path, gains=None, total=20, stability=None, policy=None, num_microbatches=1,

@@ -20,7 +20,7 @@ from vishwam_t5x.checkpointing import directory as directories
 from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.layers import Plan, make_plan
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
-from vishwam_t5x.checkpointing.policy import CheckpointConfig, Retention, SavePolicy
+from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.checkpointing.sources import CheckpointSource, assemble, request_of
 from vishwam_t5x.checkpointing.writing import Writer, can_snapshot, snapshot
 from vishwam_t5x.core.distributed import any_process, barrier, is_primary
@@ -39,24 +39,19 @@ class Checkpoints:
     checkpoints of a run that may be going on, use `restore.restore_params`.
     """
 
-    def __init__(self, model_dir: str | os.PathLike, policy: SavePolicy,
-                 keep: Retention | None = None, *, verify: bool = True, compress: bool = False,
+    def __init__(self, folder: str | os.PathLike, config: CheckpointConfig, *,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        """Opens the directory, removing what a killed save left there.
+        """Opens the folder, removing what a killed save left there.
 
         Args:
-            model_dir: the run's directory.
-            policy: after which steps `should_save` says yes.
-            keep: which checkpoints to keep; None: the last three.
-            verify: compare every byte with what was written before restoring.
-            compress: zstd on what is written.
-            clock: seconds, for policies by time.
+            folder: MODEL_DIR/checkpoints; made when the first checkpoint is saved.
+            config: when to save, what to keep, how to verify.
+            clock: seconds, for saving by time.
         """
-        self.folder = epath.Path(os.path.abspath(model_dir) if "://" not in os.fspath(model_dir)
-                                 else model_dir) / directories.FOLDER
-        self._policy, self._keep = policy, keep or Retention()
-        self._verify, self._clock = verify, clock
-        self._writer = Writer(compress)
+        self.folder = directories.absolute(folder)
+        self._policy, self._keep = config.policy(), config.retention()
+        self._verify, self._clock = config.verify, clock
+        self._writer = Writer(config.compress)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._writing: concurrent.futures.Future[bool] | None = None
         self._metrics: dict[int, Mapping[str, float]] = {}
@@ -65,15 +60,13 @@ class Checkpoints:
         self._succeeded = True
         self.failed_saves = 0
         """Writes that failed since the run began."""
+        self.seconds_held = 0.0
+        """How long the last `save` held its caller."""
+        self.restored_step: int | None = None
+        """Step of the checkpoint last restored."""
         if is_primary():
             directories.sweep(self.folder)
         barrier("checkpoints swept")
-
-    @classmethod
-    def open(cls, model_dir: str | os.PathLike, config: CheckpointConfig) -> Checkpoints:
-        """Opens the checkpoints of a run as its configuration says."""
-        return cls(model_dir, config.policy(), config.retention(), verify=config.verify,
-                   compress=config.compress)
 
     # --- saving ---
 
@@ -88,25 +81,29 @@ class Checkpoints:
             return self._policy.due(step, self._last_step, None)
         return any_process(self._policy.due(step, self._last_step, elapsed))
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> float:
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> bool:
         """Saves `state` as the checkpoint of `step`, in the background.
 
         The state may be donated as soon as this returns. If the save before is still being
         written, it is waited for first. A checkpoint of this step saved before in this run is left.
+        Never raises because of the disk; see `wait` for how it went.
 
         Args:
             step: steps done.
             state: pytree of jax and NumPy arrays.
-            metrics: finite or not, for keeping the best.
+            metrics: numbers by name, for keeping the best; those that are not finite never are.
 
         Returns:
-            Seconds the caller was held.
+            Whether the write has begun, or had been done.
         """
         start = time.monotonic()
         self.wait()
         waited = time.monotonic() - start
+        if waited > 1.0:
+            log.warning("saving step %d waited %.1f s for the save before it: saves are ordered "
+                        "faster than they can be written; raise SAVE_PERIOD", step, waited)
         if step == self._saved:
-            return waited
+            return True
         flat = flatten_names(state)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         in_background = can_snapshot()
@@ -119,14 +116,12 @@ class Checkpoints:
             self._succeeded = False
             self._report_failure(step, error)
         else:
+            self._succeeded = True
             self._writing = self._pool.submit(
                 self._write, step, flat if in_background else None, numbers)
         self._last_step, self._last_time = step, self._clock()
-        held = time.monotonic() - start
-        if waited > 1.0:
-            log.warning("saving step %d waited %.1f s for the save before it: saves are ordered "
-                        "faster than they can be written; raise SAVE_PERIOD", step, waited)
-        return held
+        self.seconds_held = time.monotonic() - start
+        return self._succeeded
 
     def wait(self) -> bool:
         """Waits until nothing is being written; returns whether the last save succeeded."""
@@ -196,7 +191,7 @@ class Checkpoints:
             for step in steps:
                 if step not in kept:
                     directories.remove(self.folder / str(step))
-            directories.remove_damaged(self.folder)
+            directories.remove_set_aside(self.folder)
         except OSError as error:
             log.error("checkpoints no longer needed could not be deleted: %s", error)
 
@@ -225,11 +220,12 @@ class Checkpoints:
         scored = {step: self._metrics_of(step) for step in self.all_steps()}
         return self._keep.best_of(scored)
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int] | None:
+    def restore(self, abstract_state: Any, step: int | None = None) -> Any | None:
         """Restores the newest good checkpoint, or that of `step`, and goes on from there.
 
         A damaged one is passed over for the next older one, and said. Checkpoints newer than the
-        one restored are renamed, as they are of a future that will now be another one.
+        one restored are of a future that will now be another one: they are renamed, and deleted
+        after the next save.
 
         Args:
             abstract_state: the state wanted: `jax.ShapeDtypeStruct`s with the shardings and dtypes
@@ -237,7 +233,7 @@ class Checkpoints:
             step: which one; None: the newest.
 
         Returns:
-            (state, its step), or None if there are no checkpoints.
+            The state, or None if there are no checkpoints. `restored_step` says of which step.
 
         Raises:
             UserError: there are only damaged ones, none of `step`, or it is of another model.
@@ -247,19 +243,27 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise UserError("there is no checkpoint of this step", got=step,
                             fix=f"in {self.folder}: {', '.join(map(str, steps)) or 'none'}")
+        return self._restore_newest(abstract_state, [s for s in steps if step is None or s <= step])
+
+    def restore_before(self, abstract_state: Any, step: int) -> Any | None:
+        """Restores the newest good checkpoint of fewer than `step` steps; see `restore`."""
+        self.wait()
+        return self._restore_newest(abstract_state, [s for s in self.all_steps() if s < step])
+
+    def _restore_newest(self, abstract_state: Any, steps: list[int]) -> Any | None:
         damaged: dict[int, str] = {}
-        for candidate in reversed([s for s in steps if step is None or s <= step]):
+        for candidate in reversed(steps):
             try:
                 state = self._restore_one(candidate, abstract_state)
             except DamagedCheckpoint as damage:
                 damaged[candidate] = str(damage)
                 log.error("%s; trying the next older one", damage)
                 continue
-            self._set_aside([s for s in steps if s > candidate], damaged)
+            self._set_aside([s for s in self.all_steps() if s > candidate], damaged)
             self._last_step, self._last_time = candidate, self._clock()
-            self._saved = candidate
+            self._saved = self.restored_step = candidate
             log.info("restored step %d from %s", candidate, self.folder / str(candidate))
-            return state, candidate
+            return state
         if damaged:
             raise directories.all_damaged(self.folder, list(damaged.values()))
         return None
@@ -277,12 +281,14 @@ class Checkpoints:
                                   [arrays[name] for name in wanted])
 
     def _set_aside(self, newer: list[int], damaged: Mapping[int, str]) -> None:
+        barrier("checkpoints listed")  # all processes have listed the newer ones
         for step in newer if is_primary() else ():
-            reason = directories.DAMAGED if step in damaged else directories.ABANDONED
-            name = directories.set_aside(self.folder / str(step), reason)
-            log.warning("checkpoint %d is newer than the one restored: renamed to %s, %s", step,
-                        name, "deleted after the next save" if step in damaged
-                        else "delete it when you do not need it")
+            name = directories.set_aside(
+                self.folder / str(step),
+                directories.DAMAGED if step in damaged else directories.ABANDONED)
+            self._metrics.pop(step, None)
+            log.warning("checkpoint %d is newer than the one restored: renamed to %s, which will "
+                        "be deleted after the next save", step, name)
         barrier("newer checkpoints set aside")
 
 

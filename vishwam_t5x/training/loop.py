@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -21,7 +21,7 @@ from vishwam_t5x.training.signals import StopRequest
 from vishwam_t5x.training.stability import CulpritBatches, StabilityConfig
 from vishwam_t5x.training.state import TrainState
 from vishwam_t5x.training.throughput import StepWork, Throughput
-from vishwam_t5x.training.writers import Record, Writers
+from vishwam_t5x.training.writers import Writers
 
 
 class DeviceBatch(Protocol):
@@ -47,11 +47,13 @@ class Saver(Protocol):
 
     def should_save(self, step: int) -> bool: ...
 
-    def save(self, step: int, state: TrainState, metrics: Record | None = None) -> bool: ...
+    def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None
+             ) -> float: ...
 
-    def restore_before(self, abstract: TrainState, step: int) -> TrainState | None: ...
+    def restore_before(self, abstract_state: TrainState, step: int
+                       ) -> tuple[TrainState, int] | None: ...
 
-    def wait(self) -> None: ...
+    def wait(self) -> bool: ...
 
 
 class Diverged(RuntimeError):
@@ -117,7 +119,7 @@ class Loop:
         self._throughput, self._abstract, self._describe = throughput, abstract, describe
         self._stop = stop or StopRequest()
         self._recent: collections.deque[_Taken] = collections.deque(maxlen=256)
-        self._rollbacks = 0
+        self._rollbacks, self._save_stall = 0, 0.0
 
     def run(self, state: TrainState) -> TrainState:
         """Trains from `state` to the end and returns the last state, saved.
@@ -126,7 +128,8 @@ class Loop:
             Preempted: asked to stop; the state has been saved.
             Diverged: rolled back as often as allowed.
         """
-        step, previous, ended = int(state.step), None, None
+        previous: _Taken | None = None
+        step, ended, extra = int(state.step), None, {}
         while step < self._config.total_steps and ended is None:
             batch = self._next_batch()
             # The state is donated: from here on only the new one exists.
@@ -146,7 +149,7 @@ class Loop:
             # Evaluate before saving, so that keep-best has the metric of this very step.
             extra, ended = self._call_hooks(step, state)
             if self._saver.should_save(step):
-                self._saver.save(step, state, extra)
+                self._save_stall += self._saver.save(step, state, extra)
             # Agreed across processes; last, so that the step just made is what gets saved.
             if self._stop.agreed(step):
                 self._observe(previous)
@@ -158,13 +161,15 @@ class Loop:
                 return self.run(rolled_back)
         if ended is not None:
             logging.info("training ends at step %d: %s", step, ended)
-        self._finish(step, state, None)
+        self._finish(step, state, extra)
         return state
 
-    def _finish(self, step: int, state: TrainState, metrics: Record | None) -> None:
+    def _finish(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
         if self._config.save_at_end:
             self._saver.save(step, state, metrics)
-        self._saver.wait()
+        if not self._saver.wait():
+            raise RuntimeError(f"the last checkpoint, of step {step}, could not be written: see "
+                               "the log above; the one before it is intact")
 
     def _next_batch(self) -> DeviceBatch:
         while True:
@@ -196,8 +201,10 @@ class Loop:
         if taken.step % self._config.stats_period == 0 or taken.step == self._config.total_steps:
             record = {**self._describe(metrics, taken.step), **self._throughput.report(),
                       "next_example": taken.batch.end.next_example,
-                      "carried": len(taken.batch.end.carried)}
+                      "carried": len(taken.batch.end.carried),
+                      "save_stall_seconds": self._save_stall}
             self._writers.write(taken.step, record)
+            self._save_stall = 0.0
         if not bool(metrics["update_applied"]):
             logging.warning(
                 "step %d: update skipped (loss %s, gradient norm %s); examples %s", taken.step,
@@ -221,14 +228,15 @@ class Loop:
                 self._culprits.add(culprit.batch.start, culprit.step, "bad loss",
                                    list(map(int, culprit.batch.example_ids)),
                                    write=jax.process_index() == 0)
-        state = self._saver.restore_before(self._abstract, first_bad)
-        if state is None:
+        restored = self._saver.restore_before(self._abstract, first_bad)
+        if restored is None:
             raise Diverged(
                 f"steps {first_bad} to {taken.step} were bad and there is no earlier checkpoint "
                 f"to go back to; the batches are listed in {self._culprits.path}")
+        state, step = restored
         logging.error(
             "steps %d to %d were bad: back to step %d, stepping over their batches (listed in %s)",
-            first_bad, taken.step, int(state.step), self._culprits.path)
+            first_bad, taken.step, step, self._culprits.path)
         self._recent.clear()
         self._batches.seek(state.data_position)
         self._throughput.restart()

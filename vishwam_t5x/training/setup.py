@@ -130,19 +130,20 @@ def describe_metrics(optimizer: Optimizer) -> Callable[[Mapping[str, Any], int],
     return describe
 
 
-def first_state(factory: StateFactory, seed: int, restore: Callable[[], TrainState | None],
+def first_state(factory: StateFactory, seed: int,
+                restore: Callable[[], tuple[TrainState, int] | None],
                 initial_params: Callable[[], Any] | None) -> TrainState:
     """Returns the state to go on from: the newest checkpoint, given parameters, or a fresh start.
 
     Args:
         factory: shapes and shardings.
         seed: of the initial parameters.
-        restore: returns the run's own newest state, or None.
+        restore: returns the run's own newest (state, step), or None.
         initial_params: returns parameters to start from (fine-tuning), or None.
     """
-    state = restore()
-    if state is not None:
-        return factory.adopt(state)
+    restored = restore()
+    if restored is not None:
+        return factory.adopt(restored[0])
     if initial_params is not None:
         return factory.with_params(initial_params())
     return factory.create(key_for(seed, "params"))
