@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pathlib
 import shutil
 
 import jax
@@ -10,15 +11,15 @@ import numpy as np
 import pytest
 from checkpoint_states import abstract, assert_equal, make_state
 
+import helpers
 from vishwam_t5x.checkpointing.manager import Checkpoints
-from vishwam_t5x.checkpointing.policy import EveryMinutes, EverySteps, Retention
+from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.core.errors import UserError
 
-KEEP_ALL = Retention(last=None)
 
-
-def open_run(model_dir, keep=KEEP_ALL, **options):
-    return Checkpoints(model_dir, EverySteps(10), keep, **options)
+def open_run(model_dir, keep=None, clock=None, **options):
+    config = CheckpointConfig(**{"period": 10, "keep": keep, **options})
+    return Checkpoints(model_dir / "checkpoints", config, **({"clock": clock} if clock else {}))
 
 
 @pytest.fixture
@@ -33,12 +34,10 @@ def three(tmp_path):
 def test_round_trip(three):
     with open_run(three) as run:
         assert run.all_steps() == [10, 20, 30] and run.latest_step() == 30
-        state, step = run.restore(abstract(make_state(0)))
-        assert step == 30
-        assert_equal(state, make_state(30))
-        state, step = run.restore(abstract(make_state(0)), step=10)
-        assert step == 10
-        assert_equal(state, make_state(10))
+        assert_equal(run.restore(abstract(make_state(0))), make_state(30))
+        assert run.restored_step == 30
+        assert_equal(run.restore(abstract(make_state(0)), step=10), make_state(10))
+        assert run.restored_step == 10
 
 
 def test_layout_and_manifest(three):
@@ -76,7 +75,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
         like = {"device": jax.eval_shape(lambda: {"w": jnp.zeros((512, 512))}),
                 "position": np.zeros((), np.int64)}
         for step in (40, 30, 20, 10):
-            got, _ = run.restore(like, step=step)
+            got = run.restore(like, step=step)
             assert int(got["position"]) == step
             np.testing.assert_array_equal(got["device"]["w"], step)
 
@@ -94,7 +93,7 @@ def test_save_returns_while_the_write_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writing.Writer, "finish", slow)
     with open_run(tmp_path) as run:
-        run.save(10, make_state(10))  # would never return if it waited
+        assert run.save(10, make_state(10))  # would never return if it waited
         assert run.latest_step() is None
         let_it.set()
         assert run.wait() and run.latest_step() == 10
@@ -102,7 +101,7 @@ def test_save_returns_while_the_write_goes_on(tmp_path, monkeypatch):
 
 def test_should_save_asks_the_clock_it_is_given(tmp_path):
     now = [0.0]
-    with Checkpoints(tmp_path, EveryMinutes(2.0), clock=lambda: now[0]) as run:
+    with open_run(tmp_path, period=None, minutes=2.0, clock=lambda: now[0]) as run:
         now[0] = 119.0
         assert not run.should_save(5)
         now[0] = 121.0
@@ -119,21 +118,21 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path):
         run.save(10, make_state(10))
         run.save(10, make_state(11))
         assert run.wait()
-        assert_equal(run.restore(abstract(make_state(0)))[0], make_state(10))
+        assert_equal(run.restore(abstract(make_state(0))), make_state(10))
 
 
 # --- retention ---
 
 def test_keeps_the_last_and_the_best(tmp_path):
-    keep = Retention(last=2, best_metric="eval/loss")
+    options = {"keep": 2, "keep_best_metric": "eval/loss"}
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 5.0, 50: float("nan")}
-    with open_run(tmp_path, keep) as run:
+    with open_run(tmp_path, **options) as run:
         for step, loss in losses.items():
             run.save(step, make_state(step), {"eval/loss": loss})
         run.wait()
         assert run.all_steps() == [20, 40, 50] and run.best_step() == 20
     # The metrics are with the checkpoints: another process knows the best, too.
-    with open_run(tmp_path, keep) as run:
+    with open_run(tmp_path, **options) as run:
         run.restore(abstract(make_state(0)))
         run.save(60, make_state(60), {"eval/loss": 0.5})
         run.wait()
@@ -141,7 +140,7 @@ def test_keeps_the_last_and_the_best(tmp_path):
 
 
 def test_keeps_milestones(tmp_path):
-    with open_run(tmp_path, Retention(last=1, every_steps=20)) as run:
+    with open_run(tmp_path, keep=1, keep_every_steps=20) as run:
         for step in (10, 20, 30, 40, 50):
             run.save(step, make_state(step))
         run.wait()
@@ -193,15 +192,14 @@ DAMAGE = [truncate, flip, delete_data, delete_manifest, edit_manifest, halve_man
 def test_damage_is_seen_and_the_older_one_used(three, damage, caplog):
     damage(three / "checkpoints" / "30")
     with open_run(three) as run, caplog.at_level(logging.ERROR):
-        state, step = run.restore(abstract(make_state(0)))
-        assert step == 20 and "30 is damaged" in caplog.text
-        assert_equal(state, make_state(20))
+        assert_equal(run.restore(abstract(make_state(0))), make_state(20))
+        assert run.restored_step == 20 and "30 is damaged" in caplog.text
         # It is out of the way of the new 30, and goes when that is there.
         assert (three / "checkpoints" / "30.damaged").exists() and run.all_steps() == [10, 20]
         run.save(30, make_state(33))
         assert run.wait() and run.all_steps() == [10, 20, 30]
         assert not (three / "checkpoints" / "30.damaged").exists()
-        assert_equal(run.restore(abstract(make_state(0)))[0], make_state(33))
+        assert_equal(run.restore(abstract(make_state(0))), make_state(33))
 
 
 def test_every_file_counts(three):
@@ -217,7 +215,8 @@ def test_every_file_counts(three):
         content[-1] ^= 0x80
         (place / name).write_bytes(content)
         with open_run(three) as run:
-            assert run.restore(abstract(make_state(0)))[1] == 20, name
+            run.restore(abstract(make_state(0)))
+            assert run.restored_step == 20, name
 
 
 def test_all_damaged_is_not_a_fresh_start(three):
@@ -229,13 +228,14 @@ def test_all_damaged_is_not_a_fresh_start(three):
 
 
 def test_going_back_abandons_what_came_after(three):
-    with open_run(three, Retention(last=2)) as run:
-        assert run.restore(abstract(make_state(0)), step=10)[1] == 10
-        assert run.all_steps() == [10]
+    with open_run(three, keep=2) as run:
+        assert_equal(run.restore_before(abstract(make_state(0)), 20), make_state(10))
+        assert run.all_steps() == [10] and (three / "checkpoints" / "30.abandoned").exists()
         run.save(20, make_state(21))
         run.wait()
-        assert_equal(run.restore(abstract(make_state(0)))[0], make_state(21))
-    assert (three / "checkpoints" / "30.abandoned").exists()
+        assert_equal(run.restore(abstract(make_state(0))), make_state(21))
+        assert run.restore_before(abstract(make_state(0)), 10) is None
+    assert not (three / "checkpoints" / "30.abandoned").exists()
 
 
 def test_sizes_only(three):
@@ -243,8 +243,10 @@ def test_sizes_only(three):
     truncate(three / "checkpoints" / "20")
     with open_run(three, verify=False) as run:
         # Without checksums a flipped bit goes unseen; a short file does not.
-        assert run.restore(abstract(make_state(0)))[1] == 30
-        assert run.restore(abstract(make_state(0)), step=20)[1] == 10
+        run.restore(abstract(make_state(0)))
+        assert run.restored_step == 30
+        run.restore(abstract(make_state(0)), step=20)
+        assert run.restored_step == 10
 
 
 def test_another_model_is_refused_not_passed_over(three):
@@ -268,7 +270,7 @@ def test_restored_to_another_dtype(three):
         else jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding),
         abstract(make_state(0)))
     with open_run(three) as run:
-        state, _ = run.restore(wanted)
+        state = run.restore(wanted)
     saved = make_state(30)
     kernel = state["params"]["encoder"]["layers_1"]["mlp"]["wi"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
@@ -289,14 +291,30 @@ def stacked_state(step):
 
 def test_unrolled_into_scanned_and_back(three, tmp_path_factory):
     with open_run(three) as run:
-        state, _ = run.restore(abstract(stacked_state(0)))
-        assert_equal(state, stacked_state(30))
+        assert_equal(run.restore(abstract(stacked_state(0))), stacked_state(30))
     with open_run(tmp_path_factory.mktemp("stacked")) as run:
         run.save(10, stacked_state(10))
-        assert_equal(run.restore(abstract(make_state(0)))[0], make_state(10))
+        assert_equal(run.restore(abstract(make_state(0))), make_state(10))
 
 
 # --- remains ---
+
+def test_orbax_says_nothing_of_its_progress(tmp_path):
+    done = helpers.run(["-c", f"""
+import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+from absl import logging
+logging.set_verbosity(logging.INFO); logging.use_absl_handler()
+from checkpoint_states import abstract, make_state
+from vishwam_t5x.checkpointing.manager import Checkpoints
+from vishwam_t5x.checkpointing.policy import CheckpointConfig
+with Checkpoints({str(tmp_path)!r}, CheckpointConfig()) as run:
+    run.save(1, make_state(1))
+    run.restore(abstract(make_state(0)))
+"""])
+    said = [line for line in done.stderr.splitlines() if "manager.py" in line]
+    assert len(said) == 2 and "1 saved" in said[0] and "restored step 1" in said[1], done.stderr
+    assert len(done.stderr.splitlines()) <= 3, done.stderr
+
 
 def test_remains_of_killed_saves_are_swept(three):
     folder = three / "checkpoints"

@@ -18,16 +18,20 @@ import jax, jax.numpy as jnp, numpy as np
 logging.basicConfig(level=logging.WARNING)
 from checkpoint_states import abstract, assert_equal, make_state
 from vishwam_t5x.checkpointing.manager import Checkpoints
-from vishwam_t5x.checkpointing.policy import EverySteps, Retention
+from vishwam_t5x.checkpointing.policy import CheckpointConfig
+
+def checkpoints(model_dir, keep=None):
+    return Checkpoints(os.path.join(model_dir, "checkpoints"), CheckpointConfig(1, keep=keep))
+
 """
 
 # Saves without pause; what it restores must be exactly what its step says.
 ENDLESS = PRELUDE + """
-with Checkpoints(sys.argv[1], EverySteps(1), Retention(last=2)) as run:
-    restored = run.restore(abstract(make_state(0, width=256)))
+with checkpoints(sys.argv[1], keep=2) as run:
+    state = run.restore(abstract(make_state(0, width=256)))
     step = 0
-    if restored is not None:
-        state, step = restored
+    if state is not None:
+        step = run.restored_step
         assert_equal(state, make_state(step, width=256))
     print("restored", step, flush=True)
     while True:
@@ -77,7 +81,7 @@ import resource
 def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-with Checkpoints(sys.argv[1], EverySteps(1), Retention(last=None)) as run:
+with checkpoints(sys.argv[1]) as run:
     run.save(1, make_state(1, width=256))
     assert run.wait()
     limit(100_000)
@@ -91,7 +95,7 @@ with Checkpoints(sys.argv[1], EverySteps(1), Retention(last=None)) as run:
     run.save(4, make_state(4, width=256))
     assert run.wait()
     for step in (4, 1):
-        assert_equal(run.restore(abstract(make_state(0, width=256)), step=step)[0],
+        assert_equal(run.restore(abstract(make_state(0, width=256)), step=step),
                      make_state(step, width=256))
 print("left", sorted(os.listdir(os.path.join(sys.argv[1], "checkpoints"))))
 """
@@ -107,7 +111,7 @@ def test_files_too_large_for_the_disk(tmp_path):
 
 NO_SPACE = PRELUDE + """
 place = sys.argv[1]
-with Checkpoints(place, EverySteps(1), Retention(last=None)) as run:
+with checkpoints(place) as run:
     run.save(1, make_state(1, width=128))
     assert run.wait()
     with open(os.path.join(place, "ballast"), "wb") as file:
@@ -122,9 +126,9 @@ with Checkpoints(place, EverySteps(1), Retention(last=None)) as run:
     run.save(3, make_state(3, width=128))
     assert run.wait()
     assert run.all_steps() == [1, 3]
-    assert_equal(run.restore(abstract(make_state(0, width=128)), step=3)[0],
+    assert_equal(run.restore(abstract(make_state(0, width=128)), step=3),
                  make_state(3, width=128))
-    assert_equal(run.restore(abstract(make_state(0, width=128)), step=1)[0],
+    assert_equal(run.restore(abstract(make_state(0, width=128)), step=1),
                  make_state(1, width=128))
 """
 
@@ -150,10 +154,10 @@ mesh = Mesh(np.array(jax.devices()).reshape([int(n) for n in shape.split("x")]),
 def place(ndim):
     return NamedSharding(mesh, P(*axes[:ndim]) if ndim == 2 else P())
 
-with Checkpoints(folder, EverySteps(1), Retention(last=None)) as run:
+with checkpoints(folder) as run:
     if take != "-":
-        state, step = run.restore(abstract(make_state(0, sharding=place), place))
-        assert step == int(take)
+        state = run.restore(abstract(make_state(0, sharding=place), place))
+        assert run.restored_step == int(take)
         kernel = state["params"]["encoder"]["layers_0"]["mlp"]["wi"]["kernel"]
         assert kernel.sharding == place(2) and len(kernel.addressable_shards) == len(jax.devices())
         assert_equal(state, make_state(1))
@@ -177,7 +181,7 @@ def test_from_one_device_to_eight_to_two(tmp_path):
 def test_params_onto_a_mesh_restacked(tmp_path, eight_devices):
     """Unrolled and saved on one device, restored into a scanned model split over eight."""
     helpers.run_python(PRELUDE + f"""
-with Checkpoints({str(tmp_path)!r}, EverySteps(1)) as run:
+with checkpoints({str(tmp_path)!r}) as run:
     run.save(1, make_state(1))
 """)
     eight_devices(PRELUDE + f"""

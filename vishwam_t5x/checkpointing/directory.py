@@ -31,6 +31,12 @@ def is_remote(path: epath.Path) -> bool:
     return "://" in os.fspath(path)
 
 
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """Returns the whole path: Orbax takes no relative ones, and the working folder may change."""
+    place = epath.Path(os.path.expanduser(os.fspath(path)))
+    return place if is_remote(place) else epath.Path(os.path.abspath(place))
+
+
 def steps_in(folder: epath.Path) -> list[int]:
     """Returns the steps of the checkpoints in `folder`, rising; damaged ones are among them."""
     if not folder.exists():
@@ -80,10 +86,10 @@ def set_aside(directory: epath.Path, reason: str) -> str:
     return name
 
 
-def remove_damaged(folder: epath.Path) -> None:
-    """Deletes what `set_aside` called damaged."""
+def remove_set_aside(folder: epath.Path) -> None:
+    """Deletes what `set_aside` renamed."""
     for entry in folder.iterdir():
-        if re.fullmatch(rf"\d+\.{DAMAGED}(-\d+)?", entry.name):
+        if re.fullmatch(rf"\d+\.({DAMAGED}|{ABANDONED})(-\d+)?", entry.name):
             remove(entry)
 
 
@@ -142,7 +148,7 @@ def find(path: str | os.PathLike) -> epath.Path:
     Raises:
         UserError: nothing is there; the checkpoints that are near by are named.
     """
-    place = epath.Path(os.path.expanduser(os.fspath(path)))
+    place = absolute(path)
     if place.name == "latest" and not place.exists():
         place = place.parent
     if place.is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,8 +25,6 @@ from vishwam_t5x.checkpointing.sources import (
 )
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.core.trees import flatten_names
-
-log = logging.getLogger(__name__)
 
 AssignmentMap = Sequence[tuple[str, str | None]]
 _SHOWN = 20  # names listed of each kind
@@ -58,6 +55,9 @@ class RestoreReport:
     extra: tuple[str, ...] = ()
     restacked: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """Returns the report as lines of text: counts first, then names."""
         unequal = tuple(f"{name}: {model} in the model, {found} in the checkpoint"
@@ -67,7 +67,7 @@ class RestoreReport:
                 ("left out by the assignment map", self.dropped),
                 ("of another shape", unequal), ("extra in the checkpoint", self.extra))
         at = "" if self.step is None else f" (step {self.step})"
-        lines = [f"parameters restored from {self.path}{at}"]
+        lines = [f"parameters in {self.path}{at}:"]
         lines += [f"  {len(names):>6} {what}" for what, names in rows
                   if names or what == "matched"]
         for what, names in rows[2:]:
@@ -159,7 +159,6 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, *,
         arrays = assemble(source, plan.recipes, requests)
     except DamagedCheckpoint as damage:
         raise UserError("this checkpoint is damaged", got=str(damage)) from damage
-    log.info("%s", report.table())
     leaves = [arrays.get(name, leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), report
 

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.layers import Recipe
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Leaf
+from vishwam_t5x.checkpointing.writing import quiet_orbax
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names, unflatten_names
 
@@ -52,6 +53,7 @@ class CheckpointSource:
     """A checkpoint directory with its manifest."""
 
     def __init__(self, directory: epath.Path, manifest: manifests.Manifest) -> None:
+        quiet_orbax()
         self.directory, self.manifest = directory, manifest
 
     @property

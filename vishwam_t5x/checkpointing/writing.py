@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 
 from vishwam_t5x.checkpointing import manifest as manifests
@@ -17,6 +20,16 @@ from vishwam_t5x.core.trees import unflatten_names
 
 _TIMEOUT = 3600  # seconds a write may take before it counts as failed
 _HOST = "pinned_host"
+
+
+def _says_too_much(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.WARNING and "/orbax/" in record.pathname.replace("\\", "/")
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    """Keeps Orbax's forty lines of progress a save out of the log; its warnings stay."""
+    absl_logging.get_absl_logger().addFilter(lambda record: not _says_too_much(record))
 
 
 class _Handler(ocp.PyTreeCheckpointHandler):
@@ -57,6 +70,7 @@ class Writer:
     """
 
     def __init__(self, compress: bool) -> None:
+        quiet_orbax()
         self._compress = compress
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self._handler = _Handler(compress)
