@@ -324,8 +324,8 @@ class MixtureOfDenoisers:
         """Returns the model example: unbatched, unpadded arrays by batch key.
 
         - inputs/text/tokens [n] int32: prefix token, text, EOS;
-        - inputs/<m>/input [n, patch_dim] and inputs/<m>/pos_ids [n] int32 (place in the patch
-          grid, row-major) for patches;
+        - inputs/<m>/input [n, patch_dim] float32 (uint8 pixels are divided by 255) and
+          inputs/<m>/pos_ids [n] int32 (place in the patch grid, row-major) for patches;
         - targets/text/targets [m] int32, with EOS;
         - targets/<m>/targets, loss_mask, task_mask [m] int32 for codes: targets are code + 2;
           task_mask is 1 where [R] hid the code from the encoder (all 0 for [S], which is plain

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +36,7 @@ def supervised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean,
             _put_patches(out, objective, modality, clean[name], None, seed, example)
     for modality, name in roles.targets.items():
         if modality == "text":
-            out["targets/text/targets"] = np.append(_ids(clean, name), np.int32(EOS_ID))
+            out["targets/text/targets"] = np.concatenate([_ids(clean, name), _EOS])
         else:
             _put_codes(out, modality, _ids(clean, name), None, "all")
     return out
@@ -45,19 +46,19 @@ def denoised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean, d
              split: float, seed: int, example: int) -> Example:
     """Returns the example that `denoiser` makes of a self-supervised one."""
     out: Example = {}
-    rng = example_generator(seed, example, NOISE_STREAM)
+    rng = functools.partial(example_generator, seed, example, NOISE_STREAM)
     text = _ids(clean, roles.inputs["text"]) if "text" in roles.inputs else _NO_IDS
     masks: dict[str, np.ndarray] = {}
     if denoiser.modality == "text":
         text, target = _corrupt_text(objective, denoiser, text, split, rng)
-        out["targets/text/targets"] = np.append(target, np.int32(EOS_ID))
+        out["targets/text/targets"] = np.concatenate([target, _EOS])
     else:
         hidden = None
         modality, codes = denoiser.modality, _ids(clean, roles.targets[denoiser.modality])
         if denoiser.paradigm == "R":
             spec = getattr(objective, modality)
             grid = spec.grid(clean[roles.inputs[modality]].shape)
-            mask = masking.patch_mask(grid[0] * grid[1], denoiser.rate, rng)
+            mask = masking.patch_mask(grid[0] * grid[1], denoiser.rate, rng())
             hidden = masking.code_mask(mask, grid, spec.codes_grid(grid, len(codes)))
             masks[modality] = mask
         _put_codes(out, modality, codes, hidden, objective.masked_loss)
@@ -70,6 +71,7 @@ def denoised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean, d
 
 
 _NO_IDS = np.zeros((0,), np.int32)
+_EOS = np.full((1,), EOS_ID, np.int32)
 
 
 def _ids(clean: Clean, name: str) -> np.ndarray:
@@ -82,19 +84,19 @@ def _ids(clean: Clean, name: str) -> np.ndarray:
 
 
 def _corrupt_text(objective: MixtureOfDenoisers, denoiser: Denoiser, text: np.ndarray,
-                  split: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+                  split: float, rng: Callable[[], np.random.Generator]
+                  ) -> tuple[np.ndarray, np.ndarray]:
     if denoiser.paradigm == "S":
         suffix = span_corruption.suffix_length(len(text), objective.text_s_share(split))
         return text[:len(text) - suffix], text[len(text) - suffix:]
-    mask = span_corruption.noise_mask(len(text), denoiser.rate, denoiser.mean_span, rng)
+    mask = span_corruption.noise_mask(len(text), denoiser.rate, denoiser.mean_span, rng())
     return span_corruption.corrupt(text, mask, objective.vocabulary.sentinels)
 
 
 def _put_input_text(out: Example, objective: MixtureOfDenoisers,
                     tasks: Sequence[tuple[str, str]], text: np.ndarray) -> None:
     prefix = [objective.vocabulary.prefix(*task) for task in tasks] if objective.mode_tokens else []
-    out["inputs/text/tokens"] = np.concatenate(
-        [np.asarray(prefix, np.int32), text, np.asarray([EOS_ID], np.int32)])
+    out["inputs/text/tokens"] = np.concatenate([np.asarray(prefix, np.int32), text, _EOS])
 
 
 def _put_patches(out: Example, objective: MixtureOfDenoisers, modality: str, array: np.ndarray,
@@ -105,10 +107,15 @@ def _put_patches(out: Example, objective: MixtureOfDenoisers, modality: str, arr
         array = augmentation.augment(array, objective.augmentations,
                                      example_generator(seed, example, AUGMENT_STREAM))
     patches = masking.patchify(np.asarray(array), getattr(objective, modality))
+    if patches.dtype == np.uint8:  # Caches keep pixels small; the model reads [0, 1].
+        patches = patches.astype(np.float32) / np.float32(255)
+    elif not np.issubdtype(patches.dtype, np.floating):
+        raise UserError(f"a feature of modality '{modality}' must be floats, or uint8 pixels",
+                        got=str(patches.dtype), fix="convert it in the task's preprocessor")
     positions = np.arange(len(patches), dtype=np.int32)
     if mask is not None:
         patches, positions = patches[~mask], positions[~mask]
-    out[f"inputs/{modality}/input"] = patches
+    out[f"inputs/{modality}/input"] = patches.astype(np.float32, copy=False)
     out[f"inputs/{modality}/pos_ids"] = positions
 
 

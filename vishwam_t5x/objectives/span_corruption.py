@@ -62,18 +62,28 @@ def span_lengths(length: int, density: float, mean_span: float) -> tuple[int, in
     return length - noise + spans, noise + spans
 
 
+def _cuts(total: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, "p"]:
+    """Ends of `parts` consecutive non-empty pieces of `total` items; all cuts equally likely."""
+    assert 1 <= parts <= total, (parts, total)
+    # A composition is a choice of parts - 1 of the total - 1 gaps between items.
+    ends = np.empty((parts,), np.int64)
+    ends[-1] = total
+    if parts > 1:
+        ends[:-1] = rng.permutation(total - 1)[:parts - 1]
+        ends[:-1] += 1
+        ends[:-1].sort()
+    return ends
+
+
 def random_composition(total: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, "p"]:
     """Returns `parts` positive lengths that sum to `total`, uniform over all such lists.
 
     Args:
         total: items to divide, at least `parts`.
         parts: number of lengths, at least 1.
-        rng: consumed once.
+        rng: consumed once; not at all for one part.
     """
-    assert 1 <= parts <= total, (parts, total)
-    # A composition is a choice of parts - 1 of the total - 1 gaps between items.
-    cuts = np.sort(rng.permutation(total - 1)[:parts - 1]) + 1
-    return np.diff(cuts, prepend=0, append=total)
+    return np.diff(_cuts(total, parts, rng), prepend=0)
 
 
 def noise_mask(length: int, density: float, mean_span: float,
@@ -96,10 +106,14 @@ def noise_mask(length: int, density: float, mean_span: float,
     noise, spans = num_noise_and_spans(length, density, mean_span)
     if spans == 0:
         return np.zeros((length,), np.bool_)
-    lengths = np.empty((2 * spans,), np.int64)
-    lengths[1::2] = random_composition(noise, spans, rng)
-    lengths[0::2] = random_composition(length - noise, spans, rng)
-    return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
+    noise_ends = _cuts(noise, spans, rng)
+    kept_ends = _cuts(length - noise, spans, rng)
+    # Span i begins after i + 1 kept pieces and i hidden ones.
+    steps = np.zeros((length + 1,), np.int8)
+    steps[kept_ends + noise_ends] = -1
+    steps[kept_ends[1:] + noise_ends[:-1]] = 1
+    steps[kept_ends[0]] = 1
+    return np.cumsum(steps[:-1], dtype=np.int8).view(np.bool_)
 
 
 def corrupt(tokens: Int[np.ndarray, "n"], mask: Bool[np.ndarray, "n"],
