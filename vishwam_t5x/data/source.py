@@ -231,8 +231,10 @@ def ensure_cached(config: DatasetConfig) -> None:
     _logger.info("no cache yet of %s, split %s: writing it to %s", ", ".join(missing),
                  config.split, config.directory)
     command = [sys.executable, "-m", "vishwam_t5x", "cache", "--json",
-               f"--task_or_mixture={config.mixture_or_task_name}", f"--splits={config.split}",
+               f"--task_or_mixture={config.mixture_or_task_name}",
                f"--cache_dir={config.directory}"]
+    # Who trains will evaluate: one start of TensorFlow for all splits. The others are smaller.
+    command += [f"--splits={config.split}"] if config.split != "train" else []
     command += [f"--module={','.join(config.modules)}"] if config.modules else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False,
                           env=_environment())
