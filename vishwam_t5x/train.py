@@ -152,7 +152,7 @@ def _checkpoints(run_dir: RunDir, config: CheckpointConfig) -> Any:
     # Imported in a thread: orbax takes a second, during which the step is traced.
     from vishwam_t5x.checkpointing.manager import Checkpoints
 
-    return Checkpoints.open(run_dir.path, config)
+    return Checkpoints(run_dir.checkpoints, config)
 
 
 def _initial_params(factory: StateFactory, path: str | None) -> Callable[[], Any] | None:

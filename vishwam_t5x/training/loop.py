@@ -47,11 +47,13 @@ class Saver(Protocol):
 
     def should_save(self, step: int) -> bool: ...
 
-    def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None
-             ) -> float: ...
+    seconds_held: float
+    """How long the last `save` held the loop."""
 
-    def restore_before(self, abstract_state: TrainState, step: int
-                       ) -> tuple[TrainState, int] | None: ...
+    def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None
+             ) -> bool: ...
+
+    def restore_before(self, abstract_state: TrainState, step: int) -> TrainState | None: ...
 
     def wait(self) -> bool: ...
 
@@ -149,7 +151,8 @@ class Loop:
             # Evaluate before saving, so that keep-best has the metric of this very step.
             extra, ended = self._call_hooks(step, state)
             if self._saver.should_save(step):
-                self._save_stall += self._saver.save(step, state, extra)
+                self._saver.save(step, state, extra)
+                self._save_stall += self._saver.seconds_held
             # Agreed across processes; last, so that the step just made is what gets saved.
             if self._stop.agreed(step):
                 self._observe(previous)
@@ -228,15 +231,14 @@ class Loop:
                 self._culprits.add(culprit.batch.start, culprit.step, "bad loss",
                                    list(map(int, culprit.batch.example_ids)),
                                    write=jax.process_index() == 0)
-        restored = self._saver.restore_before(self._abstract, first_bad)
-        if restored is None:
+        state = self._saver.restore_before(self._abstract, first_bad)
+        if state is None:
             raise Diverged(
                 f"steps {first_bad} to {taken.step} were bad and there is no earlier checkpoint "
                 f"to go back to; the batches are listed in {self._culprits.path}")
-        state, step = restored
         logging.error(
             "steps %d to %d were bad: back to step %d, stepping over their batches (listed in %s)",
-            first_bad, taken.step, step, self._culprits.path)
+            first_bad, taken.step, int(state.step), self._culprits.path)
         self._recent.clear()
         self._batches.seek(state.data_position)
         self._throughput.restart()

@@ -131,19 +131,19 @@ def describe_metrics(optimizer: Optimizer) -> Callable[[Mapping[str, Any], int],
 
 
 def first_state(factory: StateFactory, seed: int,
-                restore: Callable[[], tuple[TrainState, int] | None],
+                restore: Callable[[], TrainState | None],
                 initial_params: Callable[[], Any] | None) -> TrainState:
     """Returns the state to go on from: the newest checkpoint, given parameters, or a fresh start.
 
     Args:
         factory: shapes and shardings.
         seed: of the initial parameters.
-        restore: returns the run's own newest (state, step), or None.
+        restore: returns the run's own newest state, or None.
         initial_params: returns parameters to start from (fine-tuning), or None.
     """
-    restored = restore()
-    if restored is not None:
-        return factory.adopt(restored[0])
+    state = restore()
+    if state is not None:
+        return factory.adopt(state)
     if initial_params is not None:
         return factory.with_params(initial_params())
     return factory.create(key_for(seed, "params"))
