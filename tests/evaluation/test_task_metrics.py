@@ -29,13 +29,17 @@ def lower(output, example, is_target):
 
 
 EXAMPLES = [{"meta_id": 0}, {"meta_id": 1}, {"meta_id": 0}]
-OUTPUTS = ModelOutputs(tokens=[np.array([3])] * 3, decoded=["A", "B", "C"],
+OUTPUTS = ModelOutputs(tokens=[np.array([3])] * 3,
                        prediction_scores=[-3.0, -1.0, -2.0], target_scores=[-1.0, -2.0, -6.0])
 
 
 def test_functions_get_postprocessed_values_by_the_names_of_their_arguments():
     metrics = TaskMetrics("t", (exact, mean_score, with_aux), lower)
-    got = metrics.compute(EXAMPLES, "text_targets", ["a", "B", "x"], OUTPUTS)
+    targets = [metrics.postprocess(text, example, is_target=True)
+               for text, example in zip(["a", "B", "x"], EXAMPLES, strict=True)]
+    predictions = [metrics.postprocess(text, example, is_target=False)
+                   for text, example in zip("ABC", EXAMPLES, strict=True)]
+    got = metrics.compute(targets, predictions, OUTPUTS)
     # 'a0' == 'a0'; 'b1' != 'b0'; 'x0' != 'c0'
     assert got == {"exact": pytest.approx(1 / 3), "mean_score": -3.0, "targets": 3.0, "best": "b0"}
     assert metrics.needs_predictions and metrics.needs_scores
@@ -44,7 +48,7 @@ def test_functions_get_postprocessed_values_by_the_names_of_their_arguments():
 def test_only_what_is_needed():
     assert not TaskMetrics("t", (mean_score,)).needs_predictions
     assert not TaskMetrics("t", (exact,)).needs_scores
-    assert not TaskMetrics("t").any
+    assert not TaskMetrics("t").has_metrics
 
 
 def test_mistakes_of_a_metric_are_named():
@@ -53,12 +57,14 @@ def test_mistakes_of_a_metric_are_named():
             return {}
         TaskMetrics("t", (f,))
     with pytest.raises(UserError, match="two metrics of task 't' are called 'exact'"):
-        TaskMetrics("t", (exact, exact)).compute(EXAMPLES, "x", ["A"] * 3, OUTPUTS)
+        TaskMetrics("t", (exact, exact)).compute("AAA", "AAA", OUTPUTS)
 
     def broken(targets, predictions):
         raise KeyError("lost")
     with pytest.raises(UserError, match="'broken' of task 't' failed"):
-        TaskMetrics("t", (broken,)).compute(EXAMPLES, "x", ["A"] * 3, OUTPUTS)
+        TaskMetrics("t", (broken,)).compute("AAA", "AAA", OUTPUTS)
+    with pytest.raises(UserError, match="'postprocess_fn' of task 't' failed"):
+        TaskMetrics("t", (exact,), lower).postprocess(3, {}, is_target=False)
 
 
 def test_metadata_gives_addresses(monkeypatch):
@@ -107,9 +113,8 @@ def test_seqio_task_functions_and_objects(run_python):
         assert metrics.needs_predictions
         examples = [{'text_targets': np.array([100, 101], np.int32)},
                     {'text_targets': np.array([102], np.int32)}]
-        outputs = ModelOutputs(tokens=[np.array([100, 101]), np.array([103])],
-                               decoded=['ab', 'c'])
-        print(metrics.compute(examples, 'text_targets', ['ab', 'd'], outputs))
+        outputs = ModelOutputs(tokens=[np.array([100, 101]), np.array([103])])
+        print(metrics.compute(['ab', 'd'], ['ab', 'c'], outputs, examples, 'text_targets'))
         try:
             seqio_metrics('tinny')
         except Exception as error:

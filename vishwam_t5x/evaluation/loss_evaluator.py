@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,17 +11,24 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from vishwam_t5x.core.batch import Batch, BatchSpec, DataPosition
+from vishwam_t5x.core.batch import Batch, DataPosition
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import source
 from vishwam_t5x.data.mixture import Mixture
-from vishwam_t5x.data.packing import HostBatch, Objective, PackedBatches
+from vishwam_t5x.data.packing import Objective, PackedBatches
+from vishwam_t5x.data.prefetch import Prefetcher
 from vishwam_t5x.data.records import TaskRecords
-from vishwam_t5x.evaluation.placement import Placement
-from vishwam_t5x.objectives.losses import LossConfig, LossSums
+from vishwam_t5x.data.source import DatasetConfig
+from vishwam_t5x.evaluation.placement import Placement, sum_over_processes
+from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 
-LossSumsFunction = Callable[[Any, Batch], Mapping[str, LossSums]]
-"""(parameters, batch) -> sums by target modality, without dropout."""
+
+def without_augmentation(objective: Any) -> Any:
+    """Returns the objective for evaluation: as `objective.without_augmentation()` gives it, or as
+    it is where it has no such method."""
+    plain = getattr(objective, "without_augmentation", None)
+    return objective if plain is None else plain()
 
 
 class FirstExamples:
@@ -78,6 +85,16 @@ class SplitSums:
             for name, value in parts.items():
                 mine[name] += float(value)
 
+    @classmethod
+    def of_all(cls, splits: Iterable[SplitSums]) -> SplitSums:
+        """Returns the sums over several splits."""
+        everything = cls()
+        for split in splits:
+            everything.add(split.sums)
+            everything.num_examples += split.num_examples
+            everything.num_damaged += split.num_damaged
+        return everything
+
     def per_modality(self) -> dict[str, float]:
         """Returns loss, accuracy, cross_entropy (the loss without z-loss) and weight_sum, each
         '/<modality>', of the modalities that occur; the first three per unit of weight."""
@@ -104,55 +121,72 @@ class SplitSums:
                       / max(weight, 1.0))
         return total
 
+    def metrics(self, config: LossConfig) -> dict[str, float]:
+        """Returns `loss`, what `per_modality` gives, `num_examples`, `num_damaged` unless 0."""
+        out = {"loss": self.total(config), **self.per_modality(),
+               "num_examples": float(self.num_examples)}
+        if self.num_damaged:
+            out["num_damaged"] = float(self.num_damaged)
+        return out
+
 
 class LossEvaluator:
     """Scores parameters by the loss of every task's split; `training.hooks.Evaluator`.
 
-    Each task is packed by itself, in the order of its records, with the objective's random numbers
-    fixed by `seed`: the same parameters always get the same numbers, on any mesh. One function is
-    compiled, whatever the number of tasks.
+    Each task is packed by itself, in the order of its records, without augmentation and with the
+    objective's random numbers fixed by the dataset's seed: the same parameters always get the same
+    numbers, on any mesh. One function is compiled, whatever the number of tasks.
     """
 
-    def __init__(self, loss_sums: LossSumsFunction, tasks: Sequence[TaskRecords],
-                 objective: Objective, spec: BatchSpec, loss: LossConfig, mesh: Mesh,
-                 rules: LogicalAxisRules | None = None, seed: int = 0,
-                 max_examples: int | None = None, max_bad_fraction: float = 0.01) -> None:
+    def __init__(self, model: Any, loss: LossConfig, objective: Objective, config: DatasetConfig,
+                 mesh: Mesh, rules: LogicalAxisRules | None = None,
+                 max_examples: int | None = None,
+                 tasks: Sequence[TaskRecords] | None = None) -> None:
         """Args:
-            loss_sums: teacher-forced sums of a batch; traced once.
-            tasks: the split of each task of a mixture.
-            objective: makes model examples; without augmentation, for numbers to compare.
-            spec: shapes of the batches.
-            loss: how sums become one number.
+            model: Flax module with `loss_sums(batch, loss)`.
+            loss: z-loss, label smoothing, and how sums become one number.
+            objective: makes model examples; its augmentation is left out.
+            config: which tasks, split, shapes and seed; order and rates do not matter.
             mesh: devices.
             rules: logical axis rules; the standard ones by default.
-            seed: of the objective's corruption.
             max_examples: at most so many examples of each task, the first ones; None: all.
-            max_bad_fraction: share of damaged records beyond which to stop.
+            tasks: the splits to read; None: the caches of `config`, written first if missing.
 
         Raises:
-            UserError: no tasks, or a limit below 1, or rows that do not divide over the mesh.
+            UserError: no tasks, a limit below 1, rows that do not divide over the mesh, or what
+                `data.source.open_mixture` says.
         """
-        if not tasks:
-            raise UserError("there is no task to evaluate")
         if max_examples is not None and max_examples < 1:
             raise UserError("the limit of examples must be at least 1", got=max_examples,
                             fix="leave it out to use all of them")
+        objective = without_augmentation(objective)
+        if tasks is None:
+            tasks = source.open_mixture(config, source.patch_specs(objective), repeat=False).tasks
+        spec = source.batch_spec(config, objective)
         self._placement = Placement(mesh, rules, spec.batch_size)
-        self._loss = loss
-        self._streams = {}
+        self._loss, self._objective, self._config, self._spec = loss, objective, config, spec
+        self._streams: dict[str, FirstExamples] = {}
         for task in tasks:
             stream = FirstExamples(Mixture([task], [1.0], shuffle=False, repeat=False),
                                    max_examples)
             if stream.num_examples < task.num_records:
                 logging.info("evaluating the first %d of %d examples of %s", stream.num_examples,
                              task.num_records, task.name)
-            self._streams[task.name] = PackedBatches(stream, objective, spec, seed,
-                                                     max_bad_fraction)
-        self._compiled = jax.jit(
-            lambda params, batch: {m: {field.name: getattr(part, field.name)
-                                       for field in dataclasses.fields(part)}
-                                   for m, part in loss_sums(params, batch).items()},
-            out_shardings=self._placement.replicated)
+            self._streams[task.name] = stream
+        if not self._streams:
+            raise UserError("there is no task to evaluate")
+
+        def sums(params: Any, batch: Batch) -> dict[str, dict[str, jax.Array]]:
+            found = model.apply({"params": params}, batch, loss, method="loss_sums")
+            return {m: {field.name: getattr(part, field.name)
+                        for field in dataclasses.fields(part)} for m, part in found.items()}
+
+        self._compiled = jax.jit(sums, out_shardings=self._placement.replicated)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return tuple(self._streams)
 
     @property
     def num_compiles(self) -> int:
@@ -166,16 +200,8 @@ class LossEvaluator:
         `weight_sum/<modality>`; `num_examples`, `num_damaged`; with several tasks also
         `loss/<task>/<modality>` and so on. Tasks weigh as much as their splits are long.
         """
-        splits = {name: self.split_sums(params, name) for name in self._streams}
-        everything = SplitSums()
-        for split in splits.values():
-            everything.add(split.sums)
-            everything.num_examples += split.num_examples
-            everything.num_damaged += split.num_damaged
-        metrics = {"loss": everything.total(self._loss), **everything.per_modality(),
-                   "num_examples": float(everything.num_examples)}
-        if everything.num_damaged:
-            metrics["num_damaged"] = float(everything.num_damaged)
+        splits = {task: self.split_sums(params, task) for task in self._streams}
+        metrics = SplitSums.of_all(splits.values()).metrics(self._loss)
         if len(splits) > 1:
             for task, split in splits.items():
                 for name, value in split.per_modality().items():
@@ -183,42 +209,37 @@ class LossEvaluator:
                     metrics[f"{kind}/{task}/{modality}"] = value
         return metrics
 
-    def by_task(self, params: Any) -> dict[str, dict[str, float]]:
-        """Returns for each task its `loss`, the metrics by modality, and `num_examples`."""
-        out = {}
-        for name in self._streams:
-            split = self.split_sums(params, name)
-            out[name] = {"loss": split.total(self._loss), **split.per_modality(),
-                         "num_examples": float(split.num_examples)}
-        return out
-
     def split_sums(self, params: Any, task: str) -> SplitSums:
-        """Returns the sums over one task's split."""
-        result, sums = SplitSums(), []
-        with self._placement.context():
-            for host in self._batches(task):
-                # Not waited for: the next batch is read while this one is computed. The one before
-                # is, so that a slow device does not gather batches in its queue.
+        """Returns the sums over one task's split; every process must call it together."""
+        result, sums, damaged = SplitSums(), [], 0
+        with (self._placement.context(),
+              Prefetcher(self._batches(task), self._placement.rows) as batches):
+            for batch in batches:
+                # Not waited for, so that the device never idles; the one before is, so that a slow
+                # device does not gather batches in its queue.
                 jax.block_until_ready(sums[-1:])
-                sums.append(self._compiled(params, self._placement.put(host.arrays)))
-                result.num_examples += host.plan.num_examples - len(host.bad)
-                result.num_damaged += len(host.bad)
-                for record in host.bad:
+                sums.append(self._compiled(params, batch.arrays))
+                result.num_examples += batch.info.num_examples
+                damaged += len(batch.info.skipped)
+                for record in batch.info.skipped:
                     logging.warning("left out of the evaluation: %s", record)
         for part in jax.device_get(sums):
             result.add(part)
+        result.num_damaged = sum_over_processes(damaged)
+        result.num_examples -= result.num_damaged
         return result
 
     def target_tokens(self, task: str, modality: str) -> Iterator[np.ndarray]:
         """Yields the target ids that count in the loss, a 1-D array a batch: for a baseline."""
-        for host in self._batches(task):
+        batches, position = self._batches(task), DataPosition()
+        while (host := batches.batch(position)) is not None:
             targets = host.arrays.get(f"targets/{modality}/targets")
             if targets is not None:
                 yield targets[host.arrays[f"targets/{modality}/loss_mask"] > 0]
-
-    def _batches(self, task: str) -> Iterator[HostBatch]:
-        batches, position = self._streams[task], DataPosition()
-        # All rows on every process: an evaluation reads little, and its counts need no exchange.
-        while (host := batches.batch(position)) is not None:
-            yield host
             position = host.plan.end
+        batches.close()
+
+    def _batches(self, task: str) -> PackedBatches:
+        # New for each pass: it counts damaged records, and whoever reads closes it.
+        return PackedBatches(self._streams[task], self._objective, self._spec, self._config.seed,
+                             self._config.max_bad_fraction, self._config.read_threads)

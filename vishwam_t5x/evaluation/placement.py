@@ -42,3 +42,12 @@ class Placement:
         if self.rows.is_fully_addressable:
             return jax.device_put(array, self.rows)
         return jax.make_array_from_callback(array.shape, self.rows, lambda index: array[index])
+
+
+def sum_over_processes(count: int) -> int:
+    """Returns the sum of `count` over all processes, which must call it together."""
+    if jax.process_count() == 1:
+        return count
+    from jax.experimental import multihost_utils
+
+    return int(np.sum(multihost_utils.process_allgather(np.asarray(count))))

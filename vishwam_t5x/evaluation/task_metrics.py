@@ -35,13 +35,11 @@ class ModelOutputs:
     Attributes:
         tokens: written ids of each example, int32 [n], as the vocabulary knows them; None if no
             metric looks at what is written.
-        decoded: text, or the codes of an image, before postprocessing; None as above.
         prediction_scores: log-probability of what was written, in nats; None as above.
         target_scores: log-probability of the targets, in nats; None if no metric needs it.
     """
 
     tokens: Sequence[np.ndarray] | None = None
-    decoded: Sequence[Any] | None = None
     prediction_scores: Sequence[float] | None = None
     target_scores: Sequence[float] | None = None
 
@@ -97,7 +95,7 @@ class TaskMetrics:
                    _find(task, postprocess) if postprocess else None)
 
     @property
-    def any(self) -> bool:
+    def has_metrics(self) -> bool:
         """Whether there is anything to compute."""
         return bool(self.metric_fns or self.metric_objs)
 
@@ -112,20 +110,27 @@ class TaskMetrics:
         return SCORE in self._kinds()
 
     def postprocess(self, output: Any, example: Mapping[str, Any], is_target: bool) -> Any:
-        """Returns what the metric functions get for a decoded output or target."""
+        """Returns what the metric functions get for a decoded output or target.
+
+        Raises:
+            UserError: the task's postprocess_fn failed.
+        """
         if self.postprocess_fn is None:
             return output
-        return self.postprocess_fn(output, example=example, is_target=is_target)
+        return self._call("postprocess_fn", lambda: self.postprocess_fn(
+            output, example=example, is_target=is_target))
 
-    def compute(self, examples: Sequence[Mapping[str, Any]], target_feature: str,
-                targets: Sequence[Any], outputs: ModelOutputs) -> dict[str, float | str]:
+    def compute(self, targets: Sequence[Any], predictions: Sequence[Any] | None,
+                outputs: ModelOutputs, examples: Sequence[Mapping[str, Any]] = (),
+                target_feature: str = "") -> dict[str, float | str]:
         """Calls every metric.
 
         Args:
-            examples: the clean examples.
+            targets: postprocessed targets.
+            predictions: postprocessed predictions; None if no metric needs them.
+            outputs: of the model, in the same order.
+            examples: the clean examples; `metric_objs` need them.
             target_feature: name of the feature that is predicted, e.g. 'text_targets'.
-            targets: decoded targets, not postprocessed.
-            outputs: of the model, in the order of the examples.
 
         Returns:
             {metric: number or text}. A value that is neither is left out, and the log says so.
@@ -133,14 +138,8 @@ class TaskMetrics:
         Raises:
             UserError: two metrics have one name, or a function of the task failed.
         """
-        def processed(values: Sequence[Any], is_target: bool) -> list[Any]:
-            return [self._call("postprocess_fn", lambda v=value, e=example: self.postprocess(
-                v, e, is_target)) for value, example in zip(values, examples, strict=True)]
-
         arguments: dict[str, Any] = {
-            "targets": processed(targets, True), "scores": outputs.target_scores,
-            "predictions": (None if outputs.decoded is None
-                            else processed(outputs.decoded, False)),
+            "targets": targets, "predictions": predictions, "scores": outputs.target_scores,
             "aux_values": {"scores": outputs.prediction_scores}}
         results: dict[str, float | str] = {}
         for function in self.metric_fns:
