@@ -183,15 +183,14 @@ class Curves:
     def draw(self, figure: Any) -> None:
         ax = figure.add_axes((0.06, 0.15, 0.92, 0.80))
         for index, (name, (steps, values)) in enumerate(self.lines.items()):
-            steps, values = np.asarray(steps, float), np.asarray(values, float)
-            finite = np.isfinite(values)
-            steps, values = steps[finite], values[finite]
-            if not steps.size:
+            finite = np.isfinite(np.asarray(values, float))
+            x, y = np.asarray(steps, float)[finite], np.asarray(values, float)[finite]
+            if not x.size:
                 continue
             colour = _COLOURS[index % len(_COLOURS)]
-            smooth = _smooth(values)
-            ax.plot(steps, values, color=colour, alpha=0.25, lw=0.8)
-            ax.plot(steps, smooth, color=colour, lw=1.7, label=f"{name}: {smooth[-1]:.2f}")
+            smooth = _smooth(y)
+            ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
+            ax.plot(x, smooth, color=colour, lw=1.7, label=f"{name}: {smooth[-1]:.2f}")
         for index, (name, level) in enumerate(self.levels.items()):
             ax.axhline(level, color=_FAINT, lw=1, ls=("--", ":", "-.")[index % 3],
                        label=f"{name}: {level:.2f}")
@@ -235,7 +234,7 @@ def write_page(path: str | os.PathLike, title: str, sections: Sequence[Section],
     heights = [heading, *(section.height() + gap for section in sections)]
     figure = Figure(figsize=(_WIDTH, sum(heights)), dpi=_DOTS, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0)
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0)
     _text(parts[0], 0.012, 0.62, title, size=20, weight="bold", va="center")
     _text(parts[0], 0.012, 0.22, subtitle, size=9.5, color=_FAINT, va="center")
     for part, section, height in zip(parts[1:], sections, heights[1:], strict=True):
