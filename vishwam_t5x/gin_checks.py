@@ -206,9 +206,12 @@ def _reference_fits(reference: Reference, annotation: Any) -> bool:
     if origin is typing.Literal or annotation is None or annotation is type(None):
         return False
     wanted = origin or annotation
-    if not inspect.isclass(wanted) or getattr(wanted, "_is_protocol", False):
+    if not inspect.isclass(wanted):
         return True
+    structural = getattr(wanted, "_is_protocol", False)
     if not reference.evaluate:
+        if structural:
+            return "__call__" in _members(wanted)
         if wanted is type:
             bound = arguments[0] if arguments else object
             return inspect.isclass(reference.target) and (
@@ -218,7 +221,18 @@ def _reference_fits(reference: Reference, annotation: Any) -> bool:
     given = typing.get_origin(given) or given
     if not inspect.isclass(given):
         return True  # No return annotation, or a union: the function knows better.
+    if structural:
+        return getattr(given, "_is_protocol", False) or all(
+            hasattr(given, name) or annotation_of(given, name) is not UNKNOWN
+            for name in _members(wanted))
     return issubclass(given, wanted) or issubclass(wanted, given)
+
+
+def _members(protocol: type) -> set[str]:
+    """Returns the methods and attributes that a Protocol asks for."""
+    return {name for base in inspect.getmro(protocol) if getattr(base, "_is_protocol", False)
+            for name in [*vars(base), *inspect.get_annotations(base)]
+            if name == "__call__" or not name.startswith("_")}
 
 
 def _mend(value: Any, annotation: Any) -> str:
@@ -234,6 +248,11 @@ def _mend(value: Any, annotation: Any) -> str:
     for candidate in _candidates(value):
         if not has_reference(candidate) and _fits(candidate, annotation):
             return f"write {candidate!r}"
+    wanted = [member for member in typing.get_args(annotation) or (annotation,)
+              if inspect.isclass(member) and member.__module__ != "builtins"
+              and member is not type(None)]
+    if wanted:
+        return f"refer to something that gives one, such as @{name_of(wanted[0])}()"
     return f"write a value of type {_describe(annotation)}"
 
 

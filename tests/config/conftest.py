@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import flax.linen as nn
 
@@ -52,6 +52,24 @@ class Patch(NamedTuple):
     channels: int = 3
 
 
+class Named(Protocol):
+    name: str
+
+    def shout(self) -> str: ...
+
+
+class Rate(Protocol):
+    def __call__(self, step: int) -> float: ...
+
+
+@dataclasses.dataclass
+class Speaker:
+    name: str = "it"
+
+    def shout(self) -> str:
+        return self.name.upper()
+
+
 class Plain:
     def __init__(self, width: int, note: str = ""):
         self.width, self.note = width, note
@@ -79,6 +97,7 @@ def a_number() -> int:
 def train(model: nn.Module, model_dir: str, train_data: Data | None = None,
           eval_data: Data | None = None, steps: int = 10, optimizer: Callable | None = None,
           names: Sequence[str] = (), anything: Any = None, verbose: bool = False,
+          speaker: Named | None = None, rate: Rate | None = None,
           extras: Sequence[Patch] = (), **options):
     return dict(locals())
 

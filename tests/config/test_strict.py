@@ -135,6 +135,9 @@ def test_t5x_main_import_is_explained(setup):
     ("--gin.train.steps=@adamw", "int", "int"),
     ("--gin.Data.lengths={'inputs': '3'}", "Mapping[str, int]", "Mapping[str, int]"),
     ("--gin.Data.patch=@ModelConfig()", "Patch", "Patch"),
+    ("--gin.train.speaker=@Speaker", "Named", "Speaker()"),
+    ("--gin.train.speaker=@Data()", "Named", "Named"),
+    ("--gin.train.speaker=3", "Named", "Named"),
     ("--gin.train.extras=[@ModelConfig()]", "Sequence", "Patch"),
 ])
 def test_wrong_type(setup, flag, expected, fix):
@@ -157,6 +160,8 @@ def test_wrong_type(setup, flag, expected, fix):
     "--gin.train.optimizer=@lion",
     "--gin.train.model=@other/Net()",
     "--gin.train.steps=-3",
+    "--gin.train.speaker=@Speaker()",
+    "--gin.train.rate=@lion",
     "--gin.Data.lengths={'inputs': 3}",
     "--gin.train.whatever=3",  # **options takes any name.
 ])
