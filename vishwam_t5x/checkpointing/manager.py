@@ -64,9 +64,8 @@ class Checkpoints:
         """How long the last `save` held its caller."""
         self.restored_step: int | None = None
         """Step of the checkpoint last restored."""
-        if is_primary():
+        if is_primary():  # nobody waits: no process writes before all begin their first save
             directories.sweep(self.folder)
-        barrier("checkpoints swept")
 
     # --- saving ---
 
