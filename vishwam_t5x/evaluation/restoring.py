@@ -1,0 +1,115 @@
+"""Parameters of a checkpoint, placed on the mesh for a model that is only run, not trained."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pathlib
+from typing import Any
+
+import jax
+from flax.core import meta
+from jax.sharding import Mesh
+
+from vishwam_t5x.checkpointing.restore import RestoreReport, open_source, restore_params
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.trees import flatten_names
+from vishwam_t5x.parallelism import sharding
+from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
+
+LATEST = "latest"
+_SHOWN = 12
+
+
+def abstract_params(model: Any, mesh: Mesh, rules: LogicalAxisRules | None = None) -> Any:
+    """Returns shape, dtype and sharding of every parameter, allocating nothing.
+
+    Args:
+        model: Flax module with `init(key)`.
+        mesh: devices.
+        rules: logical axis rules; the standard ones by default.
+
+    Raises:
+        UserError: a dimension does not divide over its mesh axes.
+    """
+    boxed = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    places = sharding.parameter_shardings(boxed, mesh, rules)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        meta.unbox(boxed), places)
+
+
+def load_params(model: Any, path: str | os.PathLike, mesh: Mesh,
+                rules: LogicalAxisRules | None = None) -> tuple[Any, RestoreReport]:
+    """Restores every parameter of the model, each straight to its devices.
+
+    Args:
+        model: Flax module with `init(key)`.
+        path: MODEL_DIR, a checkpoint folder, or a flat `.npz`; see `restore_params`.
+        mesh: devices.
+        rules: logical axis rules; the standard ones by default.
+
+    Raises:
+        UserError: nothing is there, it is damaged, or it is another model's: then the first
+            differences are shown side by side.
+    """
+    wanted = abstract_params(model, mesh, rules)
+    try:
+        return restore_params(path, wanted)
+    except UserError as error:
+        differences = _differences(wanted, path)
+        if not differences:
+            raise
+        raise UserError(error.problem, differences,
+                        "give the gin file the checkpoint was trained with (its MODEL_DIR has it: "
+                        "config.gin)") from error
+
+
+def checkpoint_place(checkpoint: str | None, model_dir: str) -> str:
+    """Returns the path that `--checkpoint` means: 'latest' (or None), a step, or a path.
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    if checkpoint in (None, "", LATEST):
+        return model_dir
+    if not checkpoint.isdigit():
+        return checkpoint
+    place = pathlib.Path(model_dir).expanduser() / "checkpoints" / checkpoint
+    if not place.is_dir():
+        there = sorted(int(entry.name) for entry in place.parent.glob("*")
+                        if entry.name.isdigit())
+        raise UserError(f"{model_dir} has no checkpoint of step {checkpoint}",
+                        got="steps " + ", ".join(map(str, there)) if there else "no checkpoints",
+                        fix="--checkpoint=latest, or one of these steps, or a path")
+    return str(place)
+
+
+def _differences(wanted: Any, path: str | os.PathLike) -> str:
+    """The first parameters that differ, model on the left, checkpoint on the right; '' if none."""
+    try:
+        source, _, where = open_source(path, checksums=False)
+    except UserError:
+        return ""  # It cannot be opened: the first error says why.
+    mine = {name: tuple(leaf.shape) for name, leaf in flatten_names(wanted).items()}
+    theirs = {name: tuple(leaf.shape) for name, leaf in source.leaves.items()}
+    extra = {name: shape for name, shape in theirs.items() if name not in mine}
+    rows = []
+    for name, shape in mine.items():
+        if theirs.get(name) == shape:
+            continue
+        if name in theirs:
+            rows.append((f"{name} {shape}", f"{name} {theirs[name]}"))
+            continue
+        near = difflib.get_close_matches(name, extra, n=1, cutoff=0.7)
+        rows.append((f"{name} {shape}", f"{near[0]} {extra.pop(near[0])}" if near else "-"))
+    rows += [("-", f"{name} {shape}") for name, shape in extra.items()]
+    if not rows or all(left == "-" for left, _ in rows):
+        return ""
+    width = max(len(left) for left, _ in [("model", ""), *rows[:_SHOWN]])
+    lines = [f"{len(rows)} of {len(mine)} parameters differ from {where}",
+             f"       {'model':<{width}}   checkpoint"]
+    lines += [f"       {left:<{width}}   {right}" for left, right in rows[:_SHOWN]]
+    if len(rows) > _SHOWN:
+        lines.append(f"       … and {len(rows) - _SHOWN} more")
+    return "\n".join(lines)
