@@ -117,7 +117,7 @@ def parse(argv: Sequence[str], verb: str, *, flags: Sequence[str] = (), position
         every = [found.wrapped for found in reader.used.values()
                  if gin_graph.name_of(found.wrapped) in _ROOTS]
     by_name = set().union(*READ_BY_NAME.values())
-    wanted = gin_graph.Reach(graph, running, READ_BY_NAME.get(verb, ())).missing
+    wanted = gin_graph.Reach(graph, running, READ_BY_NAME.get(verb, ()), shadowed=False).missing
     absent = {found.name: found for found in [*gin_checks.undefined(graph), *wanted.values()]}
     gin_checks.raise_all([
         *gin_checks.unread(graph, gin_graph.Reach(graph, every, by_name, history=True)),

@@ -167,14 +167,16 @@ class Reach:
     """
 
     def __init__(self, graph: Graph, roots: Iterable[Target], macros: Iterable[str] = (),
-                 history: bool = False, skip: Callable[[Key], bool] = lambda key: False) -> None:
+                 history: bool = False, shadowed: bool = True,
+                 skip: Callable[[Key], bool] = lambda key: False) -> None:
         """Follows `roots` and what is bound to their parameters.
 
         Args:
             graph: the configuration.
             roots: functions whose parameters are read.
             macros: macros read by name.
-            history: follow replaced values too.
+            history: follow what a later line replaced, too.
+            shadowed: follow what a binding in a longer scope hides, too.
             skip: bindings that are not followed.
         """
         self.bindings: set[Key] = set()
@@ -182,7 +184,7 @@ class Reach:
         self.targets: set[Target] = set()
         self.missing: dict[str, Missing] = {}
         self._graph, self._history = graph, graph.superseded if history else {}
-        self._index, self._skip = graph.index(), skip
+        self._index, self._skip, self._shadowed = graph.index(), skip, shadowed
         self._visited: set[tuple[Target, Scope, bool]] = set()
         for name in macros:
             if graph.macro(name) is not None:
@@ -196,16 +198,17 @@ class Reach:
             return
         self._visited.add((target, scope, bool(called_at)))
         self.targets.add(target)
-        effective: dict[str, tuple[Key, Bound]] = {}
+        effective: dict[str, list[tuple[Key, Bound]]] = {}
         for length in range(len(scope) + 1):
             for key, bound in self._index.get((scope[:length], target), ()):
                 if not self._skip(key):
                     self.bindings.add(key)
-                    effective[key.parameter] = key, bound
-        for parameter, (key, bound) in effective.items():
+                    effective.setdefault(key.parameter, []).append((key, bound))
+        for parameter, found in effective.items():
             annotation = annotation_of(target, parameter)
-            for each in [bound, *self._history.get(key, ())]:
-                self._walk(each.value, scope, each.where, annotation, str(key))
+            for key, bound in found if self._shadowed else found[-1:]:
+                for each in [bound, *self._history.get(key, ())]:
+                    self._walk(each.value, scope, each.where, annotation, str(key))
         if called_at:
             for name in required_parameters(target):
                 if name not in effective:

@@ -250,3 +250,30 @@ def test_include_of_itself(setup):
 
 def test_macro_circle_is_not_followed_forever(setup):
     setup.parse(DIRECTORY, "--gin.TRAIN_STEPS=%A_STEPS", "--gin.A_STEPS=%TRAIN_STEPS")
+
+
+@pytest.mark.parametrize(("flags", "read"), [
+    # A macro's value is built in a scope named after the macro, and what it builds inherits it.
+    (["--gin.MODEL/ModelConfig.emb_dim=64"], lambda result: result["model"].config.emb_dim == 64),
+    (["--gin.Data.patch=@Patch()", "--gin.Patch.size=1", "--gin.eval/Patch.size=2"],
+     lambda result: (result["train_data"].patch.size, result["eval_data"].patch.size) == (1, 2)),
+    # A longer scope sees the bindings of its beginnings.
+    (["--gin.train.train_data=@a/b/Data()", "--gin.a/Data.name='of a'"],
+     lambda result: result["train_data"].name == "of a"),
+    # A scope of its own replaces the one around it.
+    (["--gin.Data.patch=@p/Patch()", "--gin.p/Patch.size=3"],
+     lambda result: result["eval_data"].patch.size == 3),
+])
+def test_scopes_are_followed_as_gin_follows_them(setup, flags, read):
+    assert read(setup.parse(DIRECTORY, *flags).call(setup.library.train))
+
+
+@pytest.mark.parametrize("flag", [
+    "--gin.a/b/Data.name='x'",  # Only @a/Data() is there: a longer scope is not entered.
+    "--gin.eval/Patch.size=3",  # In the scope eval, but replaced by p.
+    "--gin.TRAIN_STEPS/Data.name='x'",
+])
+def test_scopes_that_gin_does_not_enter_are_refused(setup, flag):
+    error = refused(setup, DIRECTORY, "--gin.train.train_data=@a/Data()",
+                    "--gin.Data.patch=@p/Patch()", "--gin.Patch.size=1", flag)
+    assert "nothing reads" in error.problem and flag.partition("=")[0] in error.problem

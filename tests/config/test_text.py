@@ -171,3 +171,18 @@ def test_a_bare_model_file_is_compared_by_its_model(setup):
     old, new = (gin_config.parse([f"--gin_file={file}"], "config") for file in files)
     (change,) = differences(old.graph, new.graph)
     assert change.name == "MODEL" and not change.reason
+
+
+@pytest.mark.parametrize("flags", [
+    ["--gin.MODEL/ModelConfig.emb_dim=64"],  # Hides the binding that reads EMB_DIM.
+    ["--gin.OPTIMIZER=@lion()", "--gin.lion.rate=0.5"],  # Leaves adamw's settings unread.
+    ["--gin.train.optimizer=@adamw()", "--gin.adamw.rate=%EMB_DIM"],
+    ["--gin.Data.patch=@p/Patch()", "--gin.p/Patch.size=3", "--gin.eval/Data.lengths={'a': 1}"],
+    ["--gin.train.anything={'a': (1, 2.5, None, True, 'it\\'s \"so\"', -1e-8)}"],
+])
+def test_whatever_was_given_parses_again(setup, flags):
+    first = setup.parse(DIRECTORY, *flags)
+    setup.write("config.gin", first.text())
+    second = setup.parse(recipe="config.gin")
+    assert second.text() == first.text() and second.flat() == first.flat()
+    assert math_differences(first.text(), second.text()) == []
