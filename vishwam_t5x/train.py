@@ -29,7 +29,7 @@ from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism import show
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
-from vishwam_t5x.training import compilation, hooks, setup, step
+from vishwam_t5x.training import compilation, hooks, setup
 from vishwam_t5x.training.loop import Loop, LoopConfig
 from vishwam_t5x.training.optimizers import Optimizer
 from vishwam_t5x.training.run_dir import RunDir
@@ -82,7 +82,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         initial_checkpoint_path: parameters to start from where MODEL_DIR has no checkpoint yet.
         train_eval_dataset_cfg: what the loss is evaluated on during training; None: nothing.
         eval_period: steps between evaluations.
-        eval_examples: examples per evaluation; None: all.
+        eval_examples: examples of each task per evaluation; None: all.
         early_stop: ends the run when evaluation no longer improves.
         stats_period: steps between metric records.
         num_microbatches: parts a batch is cut into to save memory.
@@ -171,12 +171,8 @@ def _evaluator(parts: setup.Parts, objective: Objective, config: source.DatasetC
                num_examples: int | None) -> hooks.Evaluator:
     from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator
 
-    mixture = source.open_mixture(config, source.patch_specs(objective), repeat=False)
-    sums = step.model_loss(parts.model, parts.step.loss)
-    return LossEvaluator(
-        lambda params, batch: sums(params, batch, dropout_key=None), mixture.tasks, objective,
-        source.batch_spec(config, objective), parts.step.loss, parts.mesh, parts.rules,
-        config.seed, num_examples, config.max_bad_fraction)
+    return LossEvaluator(parts.model, parts.step.loss, objective, config, parts.mesh, parts.rules,
+                         num_examples)
 
 
 def _writers(run_dir: RunDir, first_step: int, total_steps: int, tensorboard: bool) -> Writers:

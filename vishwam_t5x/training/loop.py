@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -204,6 +205,8 @@ class Loop:
         if taken.step % self._config.stats_period == 0 or taken.step == self._config.total_steps:
             record = {**self._describe(metrics, taken.step), **self._throughput.report(),
                       "next_example": taken.batch.end.next_example,
+                      # Two runs that saw the same examples at a step show the same number.
+                      "examples_crc32": zlib.crc32(repr(taken.batch.example_ids).encode()),
                       "carried": len(taken.batch.end.carried),
                       "save_stall_seconds": self._save_stall}
             self._writers.write(taken.step, record)

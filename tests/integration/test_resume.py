@@ -1,0 +1,75 @@
+"""What is done to the process changes nothing of what it learns: killed, stopped, on other devices."""
+
+import random
+import signal
+
+import numpy as np
+import pytest
+
+import runs
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, quickstart_cache):
+    """A run of 60 steps that nobody disturbs."""
+    model_dir = tmp_path_factory.mktemp("straight") / "run"
+    runs.train(model_dir, STEPS, env=quickstart_cache)
+    return model_dir
+
+
+def assert_same_batches(one, other):
+    for name in ("examples_crc32", "next_example", "carried", "weight_sum/text"):
+        assert runs.column(one, name) == runs.column(other, name), name
+
+
+def test_killed_and_resumed_is_bit_equal(straight, tmp_path, quickstart_cache):
+    model_dir = tmp_path / "run"
+    process = runs.start(model_dir, STEPS, env=quickstart_cache)
+    runs.wait_for_step(process, model_dir, random.SystemRandom().randrange(12, 55))
+    runs.kill(process)
+    killed_at = runs.last_step(model_dir)
+    runs.train(model_dir, STEPS, env=quickstart_cache)
+    assert "restored step" in (done := runs.train(model_dir, STEPS, env=quickstart_cache)).stderr
+    assert f"training from step {STEPS}" in done.stderr, "a finished run has nothing left to do"
+    assert 0 < killed_at < STEPS
+    assert_same_batches(straight, model_dir)
+    assert sorted(runs.column(model_dir, "loss")) == list(range(1, STEPS + 1))
+    for name in ("loss", "loss/text", "loss/image", "grad_norm", "param_norm"):
+        assert runs.column(straight, name) == runs.column(model_dir, name), name
+
+
+def test_resumed_on_eight_devices(straight, tmp_path, quickstart_cache):
+    model_dir = tmp_path / "run"
+    process = runs.start(model_dir, STEPS, env=quickstart_cache)
+    runs.wait_for_step(process, model_dir, 25)
+    runs.kill(process)
+    on_one = runs.column(model_dir, "loss")
+    mesh = ("--gin.MeshConfig.data=2", "--gin.MeshConfig.fsdp=2", "--gin.MeshConfig.tensor=2")
+    runs.train(model_dir, STEPS, *mesh, env=quickstart_cache, devices=8)
+    assert_same_batches(straight, model_dir)
+    expected, found = runs.column(straight, "loss"), runs.column(model_dir, "loss")
+    np.testing.assert_allclose([found[s] for s in expected], list(expected.values()), rtol=1e-4)
+    assert found != {**expected, **on_one}, "eight devices add up in another order than one"
+
+
+def test_sigterm_saves_and_exits_resumable(straight, tmp_path, quickstart_cache):
+    model_dir = tmp_path / "run"
+    process = runs.start(model_dir, STEPS, "--gin.SAVE_PERIOD=1000", env=quickstart_cache)
+    runs.wait_for_step(process, model_dir, 5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75
+    saved = sorted(int(path.name) for path in (model_dir / "checkpoints").iterdir())
+    assert saved == [runs.last_step(model_dir)], "the very step it stopped at is saved"
+    runs.train(model_dir, STEPS, "--gin.SAVE_PERIOD=1000", env=quickstart_cache)
+    assert runs.column(straight, "loss") == runs.column(model_dir, "loss")
+
+
+def test_changed_config_is_refused_or_said(straight, quickstart_cache):
+    refused = runs.train(straight, STEPS, "--gin.LEARNING_RATE=0.01", env=quickstart_cache,
+                         exit_code=2)
+    assert "LEARNING_RATE" in refused.stderr and "0.003" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    said = runs.train(straight, STEPS, "--gin.LOG_PERIOD=7", env=quickstart_cache)
+    assert "LOG_PERIOD" in said.stderr
