@@ -44,7 +44,16 @@ def import_task_modules(names: Sequence[str]) -> list[types.ModuleType]:
         package = importlib.import_module(BUILT_IN_TASKS)
         names = sorted(f"{BUILT_IN_TASKS}.{info.name}"
                        for info in pkgutil.iter_modules(package.__path__))
-    return [_import_file(name) if name.endswith(".py") else _import_name(name) for name in names]
+    try:
+        return [_import_file(name) if name.endswith(".py") else _import_name(name)
+                for name in names]
+    except ValueError as error:
+        if "different output features" not in str(error):
+            raise
+        raise UserError(
+            "a seqio.Mixture wants the same features of every Task", got=error,
+            fix="seqio.MixtureRegistry.add(name, tasks, mixture_cls=MultimodalMixture), from "
+                "vishwam_t5x.data.tf.multimodal_mixture") from error
 
 
 def _import_name(name: str) -> types.ModuleType:
@@ -71,7 +80,11 @@ def _import_file(path: str) -> types.ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[file.stem]  # half of it must not be found by the next import
+        raise
     return module
 
 

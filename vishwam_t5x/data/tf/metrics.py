@@ -99,3 +99,20 @@ def _padded(tokens: Sequence[np.ndarray]) -> np.ndarray:
     for index, row in enumerate(tokens):
         out[index, :len(row)] = row
     return out
+
+
+def text_vocabulary(name: str) -> seqio.Vocabulary:
+    """Returns the vocabulary of a registered Task's text.
+
+    Raises:
+        UserError: there is no such Task, or none of its features is text.
+    """
+    if name not in seqio.TaskRegistry.names():
+        raise UserError("no SeqIO Task has this name", got=repr(name),
+                        fix=did_you_mean(name, seqio.TaskRegistry.names())
+                        or "import the module that registers it")
+    features = seqio.TaskRegistry.get(name).output_features
+    for feature in ("text_targets", "text_inputs", "text"):
+        if feature in features:
+            return features[feature].vocabulary
+    raise UserError(f"task '{name}' has no text", got=", ".join(features))
