@@ -22,6 +22,7 @@ PRETOKENIZED = META_PREFIX + "targets_pretokenized"
 """Feature that, where a task has it, is the reference instead of the detokenised target."""
 
 DecodeText = Callable[[np.ndarray], str]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +80,15 @@ class Evaluator:
     """
 
     def __init__(self, generator: Generator, objective: Any, decode_text: DecodeText,
-                 seed: int = 0) -> None:
+                 seed: int = 0, progress: Progress | None = None) -> None:
         """Args:
             generator: writes.
             objective: turns clean examples into model examples.
             decode_text: ids -> text.
             seed: of the objective, for self-supervised examples.
+            progress: called with (task, examples written so far, examples to write).
         """
-        self._generator, self._seed = generator, seed
+        self._generator, self._seed, self._progress = generator, seed, progress
         self._objective = without_augmentation(objective)
         self._decode_text = decode_text
 
@@ -129,12 +131,16 @@ class Evaluator:
         for record in records:
             for modality in self._lengths(task, record).targets:
                 by_modality.setdefault(modality, []).append(record)
+        total, written = sum(map(len, by_modality.values())), 0
         for modality, wanted in by_modality.items():
             requests = self._requests(task, wanted, answers, damaged)
             for done in self._generator.generate(params, requests, modality):
                 answer = answers[done.tag]
                 answer.tokens.update(done.tokens)
                 answer.scores.update(done.scores)
+                written += 1
+                if self._progress is not None:
+                    self._progress(task.name, written, total)
 
     def _score(self, params: Any, task: TaskRecords, records: Sequence[int],
                answers: dict[int, _Answer], damaged: dict[int, DamagedRecord]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -165,16 +166,7 @@ class LossEvaluator:
         spec = source.batch_spec(config, objective)
         self._placement = Placement(mesh, rules, spec.batch_size)
         self._loss, self._objective, self._config, self._spec = loss, objective, config, spec
-        self._streams: dict[str, FirstExamples] = {}
-        for task in tasks:
-            stream = FirstExamples(Mixture([task], [1.0], shuffle=False, repeat=False),
-                                   max_examples)
-            if stream.num_examples < task.num_records:
-                logging.info("evaluating the first %d of %d examples of %s", stream.num_examples,
-                             task.num_records, task.name)
-            self._streams[task.name] = stream
-        if not self._streams:
-            raise UserError("there is no task to evaluate")
+        self._streams = _streams(tasks, max_examples)
 
         def sums(params: Any, batch: Batch) -> dict[str, dict[str, jax.Array]]:
             found = model.apply({"params": params}, batch, loss, method="loss_sums")
@@ -187,6 +179,13 @@ class LossEvaluator:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks."""
         return tuple(self._streams)
+
+    def with_tasks(self, tasks: Sequence[TaskRecords], max_examples: int | None = None
+                   ) -> LossEvaluator:
+        """Returns the evaluator of other splits, sharing what is compiled."""
+        other = copy.copy(self)
+        other._streams = _streams(tasks, max_examples)
+        return other
 
     @property
     def num_compiles(self) -> int:
@@ -243,3 +242,16 @@ class LossEvaluator:
         # New for each pass: it counts damaged records, and whoever reads closes it.
         return PackedBatches(self._streams[task], self._objective, self._spec, self._config.seed,
                              self._config.max_bad_fraction, self._config.read_threads)
+
+
+def _streams(tasks: Sequence[TaskRecords], max_examples: int | None) -> dict[str, FirstExamples]:
+    streams = {}
+    for task in tasks:
+        stream = FirstExamples(Mixture([task], [1.0], shuffle=False, repeat=False), max_examples)
+        if stream.num_examples < task.num_records:
+            logging.info("reading the first %d of %d examples of %s", stream.num_examples,
+                         task.num_records, task.name)
+        streams[task.name] = stream
+    if not streams:
+        raise UserError("there is no task to evaluate")
+    return streams

@@ -1,0 +1,150 @@
+"""What the verbs ask of cached tasks: how their text is written, and what judges them.
+
+A cache's manifest says both where it can; otherwise the SeqIO Task is asked, which imports
+TensorFlow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from absl import logging
+
+from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.data import source
+from vishwam_t5x.data.records import TaskCache
+from vishwam_t5x.data.source import DatasetConfig
+from vishwam_t5x.evaluation.task_metrics import TaskMetrics
+from vishwam_t5x.objectives.vocabulary import EOS_ID, PAD_ID, VocabularyLayout
+
+
+class TextCodec(Protocol):
+    """Text to ids and back; extra tokens by their names."""
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str: ...
+
+
+class VocabularyCodec:
+    """A SeqIO vocabulary that is no SentencePiece model, with a layout's extra tokens."""
+
+    def __init__(self, vocabulary: Any, layout: VocabularyLayout | None) -> None:
+        self._vocabulary, self._layout = vocabulary, layout
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns ids, int32 [n], without an end token."""
+        return np.asarray(self._vocabulary.encode(text), np.int32)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Returns the text of ids up to the first end token; padding is skipped."""
+        parts: list[str] = []
+        run: list[int] = []
+        for token in [*np.asarray(ids, np.int64).tolist(), EOS_ID]:
+            extra = self._layout.name(token) if self._layout is not None else None
+            if token == EOS_ID or extra is not None:
+                if run:
+                    parts.append(self._vocabulary.decode(run))
+                    run = []
+                if extra is not None:
+                    parts.append(extra)
+            elif token != PAD_ID:
+                run.append(token)
+            if token == EOS_ID:
+                break
+        return " ".join(parts)
+
+
+def open_tasks(config: DatasetConfig, objective: Any, names: Sequence[str] = ()
+               ) -> tuple[TaskCache, ...]:
+    """Opens the cached tasks of a mixture, writing what is missing.
+
+    Args:
+        config: the mixture and its split.
+        objective: gives the patches.
+        names: only these tasks; none: all.
+
+    Raises:
+        UserError: an unknown mixture, task or split, or a broken cache.
+    """
+    if not config.use_cached:
+        logging.info("reading the cache: evaluation needs every example once, which a live "
+                     "stream cannot promise")
+    # Postprocessors look for what tasks fitted to their data beside the caches.
+    os.environ[source.CACHE_DIR_VARIABLE] = config.directory
+    tasks = source.open_mixture(config, source.patch_specs(objective), repeat=False).tasks
+    known = [task.name for task in tasks]
+    for name in names:
+        if name not in known:
+            raise UserError(f"'{config.mixture_or_task_name}' has no task '{name}'", got=name,
+                            fix=did_you_mean(name, known) or "its tasks: " + ", ".join(known))
+    return tuple(task for task in tasks if not names or task.name in names)
+
+
+def metrics_of(task: TaskCache, config: DatasetConfig) -> TaskMetrics:
+    """Returns what judges a task: by its cache's manifest, or else by its SeqIO Task.
+
+    Raises:
+        UserError: the manifest or the Task names something that does not exist.
+    """
+    found = TaskMetrics.from_metadata(task.name, task.metadata)
+    if found is not None:
+        return found
+    _register(config)
+    from vishwam_t5x.data.tf import metrics
+
+    given = metrics.seqio_metrics(task.name)
+    return TaskMetrics(task.name, given.metric_fns, given.postprocess_fn, given.metric_objs)
+
+
+def text_codec(tasks: Sequence[TaskCache], config: DatasetConfig,
+               layout: VocabularyLayout | None) -> TextCodec:
+    """Returns how the tasks' text is written; they share one vocabulary.
+
+    Args:
+        tasks: cached tasks.
+        config: names the modules that register them.
+        layout: the objective's extra tokens; None: those behind the pieces, by default.
+
+    Raises:
+        UserError: no task says how, they differ, or the vocabulary is gone.
+    """
+    described = {task.name: task.metadata["vocabulary"] for task in tasks
+                 if isinstance(task.metadata.get("vocabulary"), dict)}
+    kinds = {entry.get("sha256") for entry in described.values()}
+    if len(kinds) > 1:
+        raise UserError("the tasks were cached with different vocabularies",
+                        got=", ".join(f"{name}: {entry['path']}"
+                                      for name, entry in described.items()),
+                        fix="cache them again: vishwam cache --task_or_mixture="
+                            f"{config.mixture_or_task_name} --overwrite")
+    if described:
+        return _tokenizer(next(iter(described.values()))["path"], layout)
+    _register(config)
+    from vishwam_t5x.data.tf import metrics
+
+    vocabulary = metrics.text_vocabulary(_with_text(tasks))
+    path = getattr(vocabulary, "sentencepiece_model_file", None)
+    return _tokenizer(path, layout) if path else VocabularyCodec(vocabulary, layout)
+
+
+def _tokenizer(path: str, layout: VocabularyLayout | None) -> TextCodec:
+    from vishwam_t5x.serving.tokenizer import Tokenizer
+
+    return Tokenizer(path, layout)
+
+
+def _with_text(tasks: Sequence[TaskCache]) -> str:
+    for task in tasks:
+        if any(name == "text" or name.startswith("text_") for name in task.features):
+            return task.name
+    raise UserError("none of the tasks has text", got=", ".join(task.name for task in tasks))
+
+
+def _register(config: DatasetConfig) -> None:
+    from vishwam_t5x.data.tf import examples
+
+    examples.import_task_modules(config.modules)
