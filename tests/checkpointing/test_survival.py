@@ -184,6 +184,26 @@ def test_from_one_device_to_eight_to_two(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+def test_of_what_devices_hold_alike_one_is_copied(eight_devices):
+    eight_devices("""
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from vishwam_t5x.checkpointing.writing import snapshot
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+value = np.arange(16 * 8, dtype=np.float32).reshape(16, 8)
+overwrite = jax.jit(lambda array: array * 0 - 1, donate_argnums=0)
+for spec, pieces in ((P(), 1), (P("fsdp"), 2), (P(None, "data"), 2), (P("tensor", "fsdp"), 4),
+                     (P(("fsdp", "data")), 4), (P(("data", "tensor"), "fsdp"), 8)):
+    array = jax.device_put(value, NamedSharding(mesh, spec))
+    copy = snapshot({"w": array})["w"]
+    array = overwrite(array)
+    assert len(copy.addressable_shards) == pieces, (spec, len(copy.addressable_shards))
+    assert copy.sharding.memory_kind == "pinned_host"
+    assert sum(shard.data.size for shard in copy.addressable_shards) == value.size
+    np.testing.assert_array_equal(np.asarray(copy), value)
+""")
+
+
 def test_params_onto_a_mesh_restacked(tmp_path, eight_devices):
     """Unrolled and saved on one device, restored into a scanned model split over eight."""
     with checkpoints(tmp_path) as run:

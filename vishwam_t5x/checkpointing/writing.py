@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
+from jax.sharding import Mesh, NamedSharding
 
 from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.manifest import Leaf, Manifest
@@ -122,10 +123,30 @@ def can_snapshot() -> bool:
 
 
 def snapshot(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Starts copying the arrays to host memory and returns the copies; NumPy arrays are copied."""
-    on_device = {name: leaf for name, leaf in flat.items() if isinstance(leaf, jax.Array)}
-    copies = jax.device_put(
-        on_device, {name: leaf.sharding.with_memory_kind(_HOST)
-                    for name, leaf in on_device.items()})
+    """Starts copying the arrays to host memory and returns the copies.
+
+    Of parts that several devices hold alike one is copied. NumPy arrays are copied at once.
+    """
+    parts = {name: _one_of_each(leaf) for name, leaf in flat.items() if isinstance(leaf, jax.Array)}
+    copies = jax.device_put(parts, {name: leaf.sharding.with_memory_kind(_HOST)
+                                    for name, leaf in parts.items()})
     return {name: copies[name] if name in copies else np.array(leaf)
             for name, leaf in flat.items()}
+
+
+def _one_of_each(array: jax.Array) -> jax.Array:
+    """The same array on the fewest devices that hold all of it; nothing is copied."""
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding):
+        return array
+    mesh, spec = sharding.mesh, sharding.spec
+    used = {axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
+    if used.issuperset(mesh.axis_names):
+        return array
+    devices = mesh.devices[tuple(slice(None) if axis in used else 0 for axis in mesh.axis_names)]
+    by_device = {shard.device: shard.data for shard in array.addressable_shards}
+    if not used - {None}:
+        return by_device[np.asarray(devices).item()]
+    smaller = Mesh(devices, [axis for axis in mesh.axis_names if axis in used])
+    return jax.make_array_from_single_device_arrays(
+        array.shape, NamedSharding(smaller, spec), [by_device[device] for device in devices.flat])
