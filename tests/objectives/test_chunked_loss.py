@@ -172,18 +172,22 @@ def test_positions_of_weight_zero_count_nothing_even_if_they_are_nan(problem, to
 
 
 def test_choice_by_size():
-    assert not should_chunk(16, 128, 1_152)
-    assert should_chunk(128, 128, 33_280)  # 2.1 GB: T5 base, batch 128.
-    assert not should_chunk(128, 128, 33_280, batch_shards=16)
-    assert num_chunks_for(16, 128, 1_152) == 1
+    assert not should_chunk(16, 128, 1_152, platform="gpu")
+    assert should_chunk(128, 128, 33_280, platform="gpu")  # 2.1 GB: T5 base, batch 128.
+    assert not should_chunk(128, 128, 33_280, batch_shards=16, platform="tpu")
+    assert should_chunk(16, 128, 1_152, platform="cpu")  # 9 MiB: more than fits a cache.
+    assert not should_chunk(16, 40, 384, platform="cpu")
+    assert should_chunk(16, 128, 1_152) == should_chunk(16, 128, 1_152, platform="cpu")
     assert num_chunks_for(128, 1_024, 16_512, chunk_tokens=0) == 1
-    for batch, length, vocab, shards in (
-            (128, 128, 33_280, 1), (16, 1_024, 16_512, 1), (128, 100, 33_280, 4), (1, 7, 10**8, 1)):
-        chunks = num_chunks_for(batch, length, vocab, batch_shards=shards)
-        columns = -(-length // chunks)
-        assert 1 < chunks <= length
-        assert columns == 1 or 4 * batch * columns * vocab / shards <= 1.01 * (
-            chunked_loss.CHUNK_ABOVE_BYTES / 4)
+    for platform, budget in (("cpu", chunked_loss.CHUNK_BYTES["cpu"]),
+                             ("gpu", chunked_loss.OTHER_CHUNK_BYTES)):
+        assert num_chunks_for(16, 40, 384, platform=platform) == 1
+        for batch, length, vocab, shards in ((128, 128, 33_280, 1), (16, 1_024, 16_512, 1),
+                                             (128, 100, 33_280, 4), (1, 7, 10**8, 1)):
+            chunks = num_chunks_for(batch, length, vocab, batch_shards=shards, platform=platform)
+            columns = -(-length // chunks)
+            assert 1 < chunks <= length
+            assert columns == 1 or 4 * batch * columns * vocab <= budget * shards
     assert num_chunks_for(4, 96, V, chunk_tokens=4 * 20) == 6  # 5 would do; 6 divides 96.
     assert num_chunks_for(4, 97, V, chunk_tokens=4 * 20) == 5
 
