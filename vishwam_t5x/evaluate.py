@@ -19,31 +19,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
-from vishwam_t5x import task_lookup
+from vishwam_t5x import evaluation_setup, task_lookup
 from vishwam_t5x.core import distributed
-from vishwam_t5x.core.errors import EXIT_OK, UserError
+from vishwam_t5x.core.errors import EXIT_OK
 from vishwam_t5x.data import source
 from vishwam_t5x.data.source import DatasetConfig
-from vishwam_t5x.evaluation import predictions, report, restoring
+from vishwam_t5x.evaluation import predictions, report
 from vishwam_t5x.evaluation.evaluator import Evaluator, TaskResult
-from vishwam_t5x.evaluation.generator import DecodingConfig, Generator
+from vishwam_t5x.evaluation.generator import DecodingConfig
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator, SplitSums
 from vishwam_t5x.evaluation.metrics.text import unigram_loss
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
-from vishwam_t5x.training import compilation, setup
 
 FLAGS = ("checkpoint", "split", "tasks")
 MIXTURE = "(all tasks)"
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclasses.dataclass
@@ -104,25 +101,19 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
     Raises:
         UserError: the parts do not fit together, or a task's metric failed.
     """
-    compilation.enable_compilation_cache(compilation_cache_dir)
-    config = dataclasses.replace(dataset_cfg, shuffle=False, split=split or dataset_cfg.split)
-    caches = task_lookup.open_tasks(config, objective, tasks)
+    ready = evaluation_setup.prepare(model, objective, dataset_cfg, split, decoding,
+                                     decode_batch_size, mesh, logical_axis_rules,
+                                     compilation_cache_dir)
+    config = ready.config
+    caches = task_lookup.open_tasks(config, ready.objective, tasks)
     judges = {task.name: task_lookup.metrics_of(task, config) for task in caches}
     codec = task_lookup.text_codec(caches, config, getattr(objective, "vocabulary", None))
-    spec = source.batch_spec(config, objective)
-    setup.check_modalities(model, objective, spec)
-    devices = mesh_lib.make_mesh(mesh)
-    logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
-    params, restored = restoring.load_params(
-        model, restoring.checkpoint_place(checkpoint_path, model_dir), devices, logical_axis_rules)
-    losses = LossEvaluator(model, loss, objective, config, devices, logical_axis_rules,
+    params, restored = ready.load(checkpoint_path, model_dir)
+    losses = LossEvaluator(model, loss, ready.objective, config, ready.devices, ready.rules,
                            max_examples, caches)
-    generator = Generator(model, devices, logical_axis_rules, decode_batch_size, decoding or {},
-                          spec.target_capacities.get("text", spec.target_length),
-                          spec.input_capacities)
-    bar = Progress()
-    evaluator = Evaluator(generator, objective, codec.decode, config.seed, bar)
-    baseline = _Baseline(losses, model, objective, config, baseline_examples)
+    baseline = _Baseline(losses, ready, baseline_examples)
+    bar = evaluation_setup.Progress()
+    evaluator = Evaluator(ready.generator, ready.objective, codec.decode, config.seed, bar)
 
     results, splits = [], []
     for task in caches:
@@ -140,8 +131,8 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
     if len(results) > 1:
         results.append(TaskResult(MIXTURE, SplitSums.of_all(splits).metrics(loss)))
     directory = pathlib.Path(output_dir or pathlib.Path(model_dir) / "evaluation").expanduser()
-    name = str(restored.step) if restored.step is not None else pathlib.Path(restored.path).stem
-    found = Evaluation(restored.step, results, directory / name / config.split)
+    found = Evaluation(restored.step, results, directory
+                       / evaluation_setup.checkpoint_name(restored) / config.split)
     if distributed.is_primary():
         _write(found, config, model_dir, page)
     return found
@@ -150,11 +141,10 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
 class _Baseline:
     """The loss of unigram models of the training split, for targets a task does not judge."""
 
-    def __init__(self, evaluated: LossEvaluator, model: Any, objective: Any,
-                 config: DatasetConfig, max_examples: int) -> None:
-        self._evaluated, self._model, self._objective = evaluated, model, objective
-        self._config = dataclasses.replace(config, split="train")
-        self._max_examples = max_examples
+    def __init__(self, evaluated: LossEvaluator, ready: evaluation_setup.Prepared,
+                 max_examples: int) -> None:
+        self._evaluated, self._ready, self._max_examples = evaluated, ready, max_examples
+        self._config = dataclasses.replace(ready.config, split="train")
         self._training: LossEvaluator | None = None
 
     def of(self, task: str, split: SplitSums) -> dict[str, float]:
@@ -167,39 +157,13 @@ class _Baseline:
             return {}
         if self._training is None:
             self._training = self._evaluated.with_tasks(
-                task_lookup.open_tasks(self._config, self._objective), self._max_examples)
+                task_lookup.open_tasks(self._config, self._ready.objective), self._max_examples)
         return {
             f"unigram/{modality}": unigram_loss(
                 self._training.target_tokens(task, modality),
                 self._evaluated.target_tokens(task, modality),
-                self._model.config.target(modality).table.num_embeddings)
+                self._ready.model.config.target(modality).table.num_embeddings)
             for modality, parts in split.sums.items() if parts["weight"] > 0}
-
-
-class Progress:
-    """A bar on a terminal, a line now and then elsewhere; called as `evaluator.Progress`."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._last = time.monotonic()
-
-    def __call__(self, task: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` examples of a task are written."""
-        if sys.stderr.isatty():
-            if self._bar is None:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=total, desc=task, unit=" examples", leave=False)
-            self._bar.update(done - self._bar.n)
-        elif time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            logging.info("%s: %d of %d examples", task, done, total)
-
-    def close(self) -> None:
-        """Removes the bar, before another task."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def _write(found: Evaluation, config: DatasetConfig, model_dir: str,
@@ -217,7 +181,8 @@ def _write(found: Evaluation, config: DatasetConfig, model_dir: str,
         at = "" if found.step is None else f" at step {found.step}"
         found.page = report.write(
             folder / page.file, f"What {config.mixture_or_task_name} taught",
-            found.results, page, folder / "metrics.jsonl", f"split '{config.split}'{at}")
+            [result for result in found.results if result.task != MIXTURE], page,
+            folder / "metrics.jsonl", f"split '{config.split}'{at}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -227,28 +192,10 @@ def main(argv: Sequence[str]) -> int:
     config = gin_config.parse(argv, "evaluate", flags=FLAGS)
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
-    found = config.call(evaluate, **overrides(config.flags))
+    found = config.call(evaluate, **evaluation_setup.overrides(config.flags))
     print(found.table())
     print(f"\nmetrics and predictions: {found.directory}")
     if found.page is not None:
         print(f"page: {found.page}")
     return EXIT_OK
 
-
-def overrides(flags: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the arguments that the flags --checkpoint, --split and --tasks stand for.
-
-    Raises:
-        UserError: a flag has no value.
-    """
-    for name in flags:
-        if not flags[name]:
-            raise UserError(f"--{name} needs a value", fix=f"write --{name}=VALUE")
-    given: dict[str, Any] = {}
-    if "checkpoint" in flags:
-        given["checkpoint_path"] = flags["checkpoint"]
-    if "split" in flags:
-        given["split"] = flags["split"]
-    if "tasks" in flags:
-        given["tasks"] = tuple(filter(None, flags["tasks"].split(",")))
-    return given

@@ -122,16 +122,17 @@ def text_codec(tasks: Sequence[TaskCache], config: DatasetConfig,
                         fix="cache them again: vishwam cache --task_or_mixture="
                             f"{config.mixture_or_task_name} --overwrite")
     if described:
-        return _tokenizer(next(iter(described.values()))["path"], layout)
+        return tokenizer(next(iter(described.values()))["path"], layout)
     _register(config)
     from vishwam_t5x.data.tf import metrics
 
     vocabulary = metrics.text_vocabulary(_with_text(tasks))
     path = getattr(vocabulary, "sentencepiece_model_file", None)
-    return _tokenizer(path, layout) if path else VocabularyCodec(vocabulary, layout)
+    return tokenizer(path, layout) if path else VocabularyCodec(vocabulary, layout)
 
 
-def _tokenizer(path: str, layout: VocabularyLayout | None) -> TextCodec:
+def tokenizer(path: str, layout: VocabularyLayout | None) -> TextCodec:
+    """Returns the codec of a SentencePiece model with a layout's extra tokens."""
     from vishwam_t5x.serving.tokenizer import Tokenizer
 
     return Tokenizer(path, layout)

@@ -14,6 +14,7 @@ from vishwam_t5x.evaluation import page
 from vishwam_t5x.evaluation.evaluator import Sample, TaskResult
 
 _MOST_FIGURES = 12
+_LOSS_METRICS = ("loss", "cross_entropy", "accuracy", "weight_sum", "num_examples", "num_damaged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +77,24 @@ def sections(results: Sequence[TaskResult], config: PageConfig,
 
 
 def _figures(results: Sequence[TaskResult]) -> dict[str, float]:
-    """The tasks' own metrics, then losses and what they are held against."""
-    own, losses = {}, {}
+    """The tasks' own metrics, then losses beside the unigram models they are held against."""
+    own, compared = {}, {}
     for result in results:
+        task = _short(result.task, results)
         for name, value in result.metrics.items():
-            if isinstance(value, str) or name.startswith(("num_", "weight_sum/", "accuracy/")):
-                continue
-            if name == "loss" or name.startswith("loss/"):
-                continue
-            kind = losses if name.startswith(("cross_entropy/", "unigram/")) else own
-            kind[f"{_short(result.task, results)} {name}"] = float(value)
-    compared = {name: value for name, value in losses.items()
-                if " unigram/" in name or name.replace(" cross_entropy/", " unigram/") in losses}
+            kind, _, modality = name.partition("/")
+            if kind == "unigram":
+                of = f" of {modality}s" if _ambiguous(result) else ""
+                compared[f"{task} loss{of}"] = float(result.metrics[f"cross_entropy/{modality}"])
+                compared[f"{task} unigram{of}"] = float(value)
+            elif kind not in _LOSS_METRICS and not isinstance(value, str):
+                own[f"{task} {name.replace('_', ' ')}"] = float(value)
     return dict([*own.items(), *compared.items()][:_MOST_FIGURES])
+
+
+def _ambiguous(result: TaskResult) -> bool:
+    """Whether a task writes more than one modality."""
+    return sum(name.startswith("unigram/") for name in result.metrics) > 1
 
 
 def _short(task: str, results: Sequence[TaskResult]) -> str:
@@ -107,7 +113,8 @@ def _levels(results: Sequence[TaskResult]) -> dict[str, float]:
     for result in results:
         for name, value in result.metrics.items():
             if name.startswith("unigram/"):
-                levels[f"unigram model of {_short(result.task, results)}, {name[8:]}"] = value
+                of = f" ({name.partition('/')[2]})" if _ambiguous(result) else ""
+                levels[f"unigram model, {_short(result.task, results)}{of}"] = value
     return levels
 
 
@@ -119,7 +126,8 @@ def _samples(result: TaskResult, num_samples: int) -> page.Section | None:
     if all(_is_picture(sample.output) for sample in samples):
         return page.Captioned(
             f"{title}: what it drew", [sample.output for sample in samples],
-            [_words(sample.prediction.inputs) for sample in samples])
+            [str(sample.target) if np.ndim(sample.target) == 0 else "" for sample in samples],
+            asked=[_words(sample.prediction.inputs) for sample in samples])
     for feature, kind in (("image_inputs", "image"), ("audio_inputs", "spectrogram")):
         if all(feature in sample.clean for sample in samples):
             return page.Captioned(

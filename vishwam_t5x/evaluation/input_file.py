@@ -1,0 +1,215 @@
+"""A file of inputs: JSON lines of text and paths of pictures and recordings, as clean examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import wave
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from vishwam_t5x.core.batch import BatchSpec
+from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.objectives.masking import PatchSpec
+
+FIELDS = ("text", "image", "audio")
+Spectrogram = Callable[[Float[np.ndarray, "samples"], int, int], Float[np.ndarray, "frames mels"]]
+"""(waveform in [-1, 1], samples per second, multiple of frames wanted) -> log-mel spectrogram."""
+
+
+class BadLine(Exception):
+    """One line of the file cannot be used; the others are.
+
+    Attributes:
+        number: of the line, from 1.
+        why: what is wrong with it.
+    """
+
+    def __init__(self, number: int, why: str) -> None:
+        self.number, self.why = number, why
+        super().__init__(f"line {number}: {why}")
+
+
+class InputLine(NamedTuple):
+    """A usable line.
+
+    Attributes:
+        number: from 1.
+        fields: what it said.
+        example: the model example, 'inputs/…' only.
+    """
+
+    number: int
+    fields: dict[str, str]
+    example: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputReader:
+    """Turns lines into what the encoder reads.
+
+    Attributes:
+        objective: puts the prefix token in front and cuts patches.
+        target: the modality that is to be written.
+        encode: text -> ids, without an end token.
+        spec: the longest inputs.
+        grids: (rows, columns) of patches the model knows, by continuous modality.
+        spectrogram: for recordings; None: they cannot be read.
+    """
+
+    objective: Any
+    target: str
+    encode: Callable[[str], np.ndarray]
+    spec: BatchSpec
+    grids: Mapping[str, tuple[int, int]]
+    spectrogram: Spectrogram | None = None
+
+    def read(self, path: str | os.PathLike) -> Iterator[InputLine | BadLine]:
+        """Yields every line that is not blank: as inputs, or what is wrong with it.
+
+        Paths in the file are relative to its folder.
+
+        Raises:
+            UserError: the file itself cannot be read.
+        """
+        path = pathlib.Path(path).expanduser()
+        try:
+            lines = path.open(encoding="utf-8")
+        except OSError as error:
+            raise UserError("the file of inputs cannot be read", got=f"{path}: {error.strerror}",
+                            fix='give a file of lines like {"text": "what is this?", '
+                                '"image": "a.png"}') from error
+        with lines:
+            for number, text in enumerate(lines, 1):
+                if text.strip():
+                    yield self._line(number, text, path.parent)
+
+    def _line(self, number: int, text: str, folder: pathlib.Path) -> InputLine | BadLine:
+        try:
+            fields = _fields(text)
+            return InputLine(number, fields, self._example(fields, folder))
+        except UserError as error:
+            got = "" if error.got is None else f" ({error.got})"
+            return BadLine(number, f"{error.problem}{got}")
+
+    def _example(self, fields: Mapping[str, str], folder: pathlib.Path) -> dict[str, np.ndarray]:
+        clean: dict[str, np.ndarray] = {}
+        for name, value in fields.items():
+            if name not in self.objective.input_modalities:
+                raise UserError(f"the model reads no {name}")
+            if name == "text":
+                clean["text_inputs"] = np.asarray(self.encode(value), np.int32)
+            elif name == "image":
+                clean["image_inputs"] = read_image(folder / value, self.objective.image,
+                                                   self.grids["image"])
+            else:
+                clean["audio_inputs"] = self._audio(folder / value)
+        # The objective wants something to predict; what it makes of it is thrown away.
+        wanted = "text_targets" if self.target == "text" else f"{self.target}_target_codes"
+        clean[wanted] = np.zeros((0 if self.target == "text" else 1,), np.int32)
+        example = self.objective.apply(clean, seed=0, example=0)
+        self._check_lengths(example)
+        return {key: value for key, value in example.items() if key.startswith("inputs/")}
+
+    def _audio(self, path: pathlib.Path) -> np.ndarray:
+        if self.spectrogram is None:
+            raise UserError("recordings cannot be read: infer.infer.log_mel is not bound")
+        waveform, rate = read_wave(path)
+        spec: PatchSpec = self.objective.audio
+        spectrogram = self.spectrogram(waveform, rate, spec.height)
+        rows, columns = spec.grid(spectrogram.shape)
+        most, mels = self.grids["audio"]
+        if columns != mels:
+            raise UserError("the spectrogram has another number of mel bins than the model's",
+                            got=f"{columns * spec.width}, not {mels * spec.width}")
+        if rows > most:
+            raise UserError("the recording is too long",
+                            got=f"{rows * spec.height} frames, at most {most * spec.height}")
+        return spectrogram
+
+    def _check_lengths(self, example: Mapping[str, np.ndarray]) -> None:
+        total = 0
+        for modality, most in self.spec.input_capacities.items():
+            name = "tokens" if modality == "text" else "input"
+            length = len(example.get(f"inputs/{modality}/{name}", ()))
+            total += length
+            if length > most:
+                unit = "tokens, with prefix and end" if modality == "text" else "patches"
+                raise UserError(f"the {modality} is too long",
+                                got=f"{length} {unit}, at most {most}")
+        if total > self.spec.input_length:
+            raise UserError("the inputs are too long together",
+                            got=f"{total} tokens and patches, at most {self.spec.input_length}")
+
+
+def _fields(text: str) -> dict[str, str]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise UserError("not JSON", got=str(error)) from error
+    if not isinstance(fields, dict) or not fields:
+        raise UserError('not an object with one of "text", "image", "audio"')
+    for name, value in fields.items():
+        if name not in FIELDS:
+            raise UserError(f"unknown field {name!r}",
+                            got=did_you_mean(name, FIELDS) or "fields: " + ", ".join(FIELDS))
+        if not isinstance(value, str):
+            raise UserError(f"the {name} is not a string", got=repr(value))
+    return fields
+
+
+def read_image(path: pathlib.Path, spec: PatchSpec, grid: tuple[int, int]
+               ) -> Float[np.ndarray, "height width channels"]:
+    """Reads a picture as a model with this grid of patches knows pictures.
+
+    It keeps its aspect ratio, is resized to fit and centred on black, as `data.tf.image` does.
+
+    Args:
+        path: any format that Pillow reads.
+        spec: patch size and channels (1 or 3).
+        grid: (rows, columns) of patches.
+
+    Returns:
+        float32 in [0, 1].
+
+    Raises:
+        UserError: there is no such picture, or it cannot be decoded.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    size = grid[1] * spec.width, grid[0] * spec.height
+    try:
+        with Image.open(path) as image:
+            image = image.convert("L" if spec.channels == 1 else "RGB")
+            image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=0)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
+        raise UserError("the image cannot be read", got=error) from error
+    return (np.asarray(image, np.float32) / 255).reshape(size[1], size[0], spec.channels)
+
+
+def read_wave(path: pathlib.Path) -> tuple[Float[np.ndarray, "samples"], int]:
+    """Reads a WAV file of 8, 16 or 32 bit PCM; channels are averaged.
+
+    Returns:
+        The waveform, float64 in [-1, 1], and the samples per second.
+
+    Raises:
+        UserError: there is no such file, or it is another format.
+    """
+    try:
+        with wave.open(str(path), "rb") as file:
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            data = file.readframes(file.getnframes())
+    except (OSError, EOFError, wave.Error) as error:
+        raise UserError("the recording cannot be read", got=f"{path}: {error}") from error
+    dtypes = {1: "u1", 2: "<i2", 4: "<i4"}
+    if width not in dtypes:
+        raise UserError("the recording is not 8, 16 or 32 bit PCM", got=f"{8 * width} bit")
+    samples = np.frombuffer(data, dtypes[width]).astype(np.float64)
+    samples = (samples - 128) / 128 if width == 1 else samples / 2.0**(8 * width - 1)
+    return samples.reshape(-1, channels).mean(axis=1), rate

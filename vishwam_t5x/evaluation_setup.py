@@ -1,0 +1,142 @@
+"""What `evaluate` and `infer` set up alike: shapes, devices, the generator, restored parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from jax.sharding import Mesh
+
+from vishwam_t5x.checkpointing.restore import RestoreReport
+from vishwam_t5x.core.batch import BatchSpec
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import source
+from vishwam_t5x.data.source import DatasetConfig
+from vishwam_t5x.evaluation import restoring
+from vishwam_t5x.evaluation.generator import DecodingConfig, Generator
+from vishwam_t5x.evaluation.loss_evaluator import without_augmentation
+from vishwam_t5x.parallelism import mesh as mesh_lib
+from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
+from vishwam_t5x.training import compilation, setup
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to write, but for its parameters.
+
+    Attributes:
+        model: Flax module.
+        objective: without augmentation.
+        config: the dataset, unshuffled, of the split asked for.
+        spec: shapes of its batches.
+        devices: the mesh.
+        rules: logical axis rules.
+        generator: writes.
+    """
+
+    model: Any
+    objective: Any
+    config: DatasetConfig
+    spec: BatchSpec
+    devices: Mesh
+    rules: LogicalAxisRules
+    generator: Generator
+
+    def load(self, checkpoint: str | None, model_dir: str) -> tuple[Any, RestoreReport]:
+        """Restores the parameters that `--checkpoint` means; see `evaluation.restoring`."""
+        place = restoring.checkpoint_place(checkpoint, model_dir)
+        params, report = restoring.load_params(self.model, place, self.devices, self.rules)
+        logging.info("%s", report.table())
+        return params, report
+
+
+def prepare(model: Any, objective: Any, dataset_cfg: DatasetConfig, split: str | None,
+            decoding: Mapping[str, DecodingConfig] | None, decode_batch_size: int,
+            mesh: mesh_lib.MeshConfig | None, rules: LogicalAxisRules,
+            compilation_cache_dir: str | None) -> Prepared:
+    """Checks that the parts fit together and builds what needs no parameters.
+
+    Args:
+        model: Flax module.
+        objective: what it was trained with.
+        dataset_cfg: mixture, split and shapes.
+        split: instead of that of `dataset_cfg`; None: that.
+        decoding: how each modality is written; greedily those not named.
+        decode_batch_size: examples written together.
+        mesh: devices along each axis; None: what suits the devices at hand.
+        rules: logical axis rules.
+        compilation_cache_dir: as for `train`.
+
+    Raises:
+        UserError: they do not.
+    """
+    compilation.enable_compilation_cache(compilation_cache_dir)
+    config = dataclasses.replace(dataset_cfg, shuffle=False, split=split or dataset_cfg.split)
+    objective = without_augmentation(objective)
+    spec = source.batch_spec(config, objective)
+    setup.check_modalities(model, objective, spec)
+    devices = mesh_lib.make_mesh(mesh)
+    logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
+    generator = Generator(model, devices, rules, decode_batch_size, decoding or {},
+                          spec.target_capacities.get("text", spec.target_length),
+                          spec.input_capacities)
+    return Prepared(model, objective, config, spec, devices, rules, generator)
+
+
+def checkpoint_name(report: RestoreReport) -> str:
+    """Returns the step, or the name of a file of parameters."""
+    return str(report.step) if report.step is not None else pathlib.Path(report.path).stem
+
+
+def overrides(flags: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the arguments that the flags --checkpoint, --split and --tasks stand for.
+
+    Raises:
+        UserError: a flag, any flag, has no value.
+    """
+    for name in flags:
+        if not flags[name]:
+            raise UserError(f"--{name} needs a value", fix=f"write --{name}=VALUE")
+    given: dict[str, Any] = {}
+    if "checkpoint" in flags:
+        given["checkpoint_path"] = flags["checkpoint"]
+    if "split" in flags:
+        given["split"] = flags["split"]
+    if "tasks" in flags:
+        given["tasks"] = tuple(filter(None, flags["tasks"].split(",")))
+    return given
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere; called as `evaluator.Progress`."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task, self._last = "", 0.0
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` (0: unknown) examples of a task are written."""
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total or None, desc=task, unit=" examples", leave=False)
+            self._bar.update(done - self._bar.n)
+        elif task != self._task:
+            self._task, self._last = task, time.monotonic()
+        elif time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            logging.info("%s: %d%s examples", task, done, f" of {total}" if total else "")
+
+    def close(self) -> None:
+        """Removes the bar, before another task."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
