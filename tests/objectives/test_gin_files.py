@@ -67,3 +67,18 @@ def test_a_single_t5_objective_as_the_comment_says():
     assert objective.lengths({"text": 512}, seed=0, example=3) == ({"text": 462}, {"text": 104})
     with pytest.raises(UserError, match="mean span"):
         build(path, "MixtureOfDenoisers.text_r=((0.15, 3.0),)")
+
+
+def test_augmentations_are_added_in_gin(tmp_path):
+    path = tmp_path / "shifted.gin"
+    path.write_text("""
+        from __gin__ import dynamic_registration
+        from vishwam_t5x.objectives import augmentation
+        from vishwam_t5x.objectives import denoisers
+        include 'gin/objectives/mixture_of_denoisers.gin'
+        denoisers.MixtureOfDenoisers.image_shift = 1
+        denoisers.MixtureOfDenoisers.image_augmentations = [@augmentation.RandomShift()]
+        augmentation.RandomShift.pixels = 3
+    """.replace("\n        ", "\n"))
+    steps = build(path).augmentations
+    assert [step.pixels for step in steps] == [1, 3]

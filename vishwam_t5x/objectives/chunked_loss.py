@@ -135,10 +135,10 @@ def _lift(weights: Array, dtype: Any) -> Array:
 
 
 class _Gradients(NamedTuple):
-    """Gradients of the loss sum; None where nobody asked."""
+    """Gradients of the loss sum: arrays, or None where nobody asked."""
 
-    hidden: Array | None
-    table: Array | None
+    hidden: Any
+    table: Any
 
 
 def _chunk_gradients(logits: Array, log_z: Array, hidden: Array, table: Array, targets: Array,
@@ -223,7 +223,7 @@ def _chunked_forward(hidden: Any, table: Any, targets: Any, weights: Any,
 def _chunked_backward(static: _Static, residuals: Any, cotangent: LossSums) -> tuple[Any, ...]:
     gradients, like, weights = residuals
     del static
-    out = []
+    out: list[Array | None] = []
     for gradient, empty in zip(gradients, like, strict=True):
         if gradient is None or isinstance(cotangent.loss, SymbolicZero):
             out.append(None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,13 @@ from vishwam_t5x.objectives.settings import check_settings
 from vishwam_t5x.objectives.vocabulary import VocabularyLayout
 
 CHOICE_STREAM = "objective/choice"
+
+
+class ManyLengths(NamedTuple):
+    """`ModalityLengths` of n examples: int64 [n] by modality; 0 where an example lacks it."""
+
+    inputs: dict[str, np.ndarray]
+    targets: dict[str, np.ndarray]
 
 
 class Objective(Protocol):
@@ -111,6 +118,7 @@ class MixtureOfDenoisers:
     mode_tokens: bool = True
     supervised_only: bool = False
     ignored_features: Sequence[str] = ()
+    _plans: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("input_modalities", "target_modalities", "text_r", "text_x",
@@ -122,7 +130,6 @@ class MixtureOfDenoisers:
             frozen = tuple(tuple(item) if isinstance(item, list) else item for item in value)
             object.__setattr__(self, name, frozen)
         check_settings(self)
-        object.__setattr__(self, "_plans", {})
 
     @functools.cached_property
     def augmentations(self) -> tuple[augmentation.ImageAugmentation, ...]:
@@ -154,8 +161,8 @@ class MixtureOfDenoisers:
         """Roles of these features, and the choices with and without an empty text."""
         plan = self._plans.get(names)
         if plan is None:
-            roles = feature_roles(names, self.input_modalities, self.target_modalities,
-                                  self.ignored_features)
+            roles = feature_roles(names, tuple(self.input_modalities),
+                                  tuple(self.target_modalities), tuple(self.ignored_features))
             plan = self._plans[names] = (roles, self._tables(roles, names))
         return plan
 
@@ -252,16 +259,13 @@ class MixtureOfDenoisers:
             self.text_s_fraction + 0.0 * split)
 
     def lengths_many(self, clean_lengths: Mapping[str, np.ndarray], examples: np.ndarray, *,
-                     seed: int) -> ModalityLengths:
+                     seed: int) -> ManyLengths:
         """`lengths` of many examples that have the same features, in array operations.
 
         Args:
             clean_lengths: for each feature the length in each example, [n].
             examples: example numbers, [n].
             seed: seed of the run.
-
-        Returns:
-            For each modality an int64 array [n]; 0 where an example does not use the modality.
 
         Raises:
             UserError: as `lengths`.
@@ -271,7 +275,7 @@ class MixtureOfDenoisers:
         text = inputs.pop("text", np.zeros((len(examples),), np.int64))
         if roles.supervised:
             text = text + 1 + (len(roles.targets) if self.mode_tokens else 0)
-            return ModalityLengths({"text": text, **inputs}, {
+            return ManyLengths({"text": text, **inputs}, {
                 m: np.array(clean_lengths[name], np.int64) + (m == "text")
                 for m, name in roles.targets.items()})
         uniforms = two_uniforms(seed, examples, CHOICE_STREAM)
@@ -292,7 +296,7 @@ class MixtureOfDenoisers:
                 elif denoiser.modality in inputs:
                     inputs[denoiser.modality][at] = 0
                 targets[denoiser.modality][at] = target
-        return ModalityLengths({"text": text + 1 + self.mode_tokens, **inputs}, targets)
+        return ManyLengths({"text": text + 1 + self.mode_tokens, **inputs}, targets)
 
     def _text_lengths_many(self, denoiser: Denoiser, lengths: np.ndarray, splits: np.ndarray
                            ) -> tuple[np.ndarray, np.ndarray]:
