@@ -1,0 +1,134 @@
+"""One token at a time with a cache, against the whole sequence at once; and `generate`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import model_fixtures
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.models.cache import DecodeCache
+from vishwam_t5x.models.generate import DecodingConfig, generate
+
+ALONE = tuple((number,) for number in range(len(model_fixtures.EXAMPLES)))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_cached_equals_uncached(scan_layers):
+    """Two decodes per example, of text and of image codes, with keys shared by query heads."""
+    model, variables = model_fixtures.build(scan_layers=scan_layers)
+    batch, where = model_fixtures.lay_out(ALONE, with_index=False)
+    whole = jax.jit(functools.partial(model.apply, method="logits"))(variables, batch)
+    inputs = {key: array for key, array in batch.items() if key.startswith("inputs/")}
+    encoded = jax.jit(functools.partial(model.apply, method="encode"))(variables, inputs)
+    for modality, length in (("text", 6), ("image", 6)):
+        cache = model.apply(variables, encoded, length, 2, method="init_cache")
+        assert isinstance(cache, DecodeCache) and cache.stacked == scan_layers
+        assert (cache.max_length, cache.num_rows, cache.num_decodes) == (6, 10, 2)
+
+        @jax.jit
+        def step(tokens, cache, modality=modality):
+            return model.apply(variables, tokens, cache, modality, method="decode_step")
+
+        found = []
+        for column in range(length):
+            tokens = jnp.repeat(jnp.asarray(batch[f"targets/{modality}/inputs"][:, column]), 2)
+            logits, cache = step(tokens, cache)
+            found.append(logits)
+        found = np.stack(found, axis=1)
+        assert int(cache.index) == length
+        compared = 0
+        for (example, name), (row, slots) in where.items():
+            if name == modality:
+                for decode in (2 * example, 2 * example + 1):
+                    np.testing.assert_allclose(found[decode, slots], whole[name][row, slots],
+                                               atol=1e-5)
+                compared += 1
+        assert compared == {"text": 4, "image": 2}[modality]
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_reordered_rows_go_on_from_their_parent(scan_layers):
+    model, variables = model_fixtures.build(scan_layers=scan_layers, **model_fixtures.TEXT_ONLY)
+    inputs = {"inputs/text/tokens": np.asarray([[3, 4, 5], [6, 7, 0]], np.int32)}
+    encoded = model.apply(variables, inputs, method="encode")
+
+    @jax.jit
+    def last_logits(first, rows, second):
+        cache = model.apply(variables, encoded, 3, 2, method="init_cache")
+        for tokens in (jnp.zeros(4, jnp.int32), first):
+            _, cache = model.apply(variables, tokens, cache, "text", method="decode_step")
+        return model.apply(variables, second, cache.reorder(rows), "text",
+                           method="decode_step")[0]
+
+    first, second = jnp.asarray([10, 20, 30, 40]), jnp.asarray([5, 6, 7, 8])
+    rows = jnp.asarray([1, 1, 3, 2])
+    moved = last_logits(first, rows, second)
+    straight = last_logits(first[rows], jnp.arange(4), second)
+    np.testing.assert_allclose(moved, straight, atol=1e-6)
+    assert np.abs(moved - last_logits(first, jnp.arange(4), second)).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    return model_fixtures.build(**model_fixtures.TEXT_ONLY)
+
+
+def sequence_score(model, variables, inputs, tokens):
+    """Log-probability of one sequence up to and with its end, by the uncached model."""
+    length = int(np.argmax(tokens == 1)) + 1 if (tokens == 1).any() else len(tokens)
+    shifted = np.concatenate([[0], tokens[:-1]]).astype(np.int32)
+    batch = {"inputs/text/tokens": inputs[None], "targets/text/inputs": shifted[None],
+             "targets/text/mask": np.ones((1, len(tokens)), np.int32)}
+    logits = jax.jit(functools.partial(model.apply, method="logits"))(variables, batch)["text"][0]
+    steps = jax.nn.log_softmax(logits)[np.arange(len(tokens)), tokens]
+    return float(steps[:length].sum()), length
+
+
+@pytest.mark.parametrize("config", [
+    DecodingConfig(max_length=5),
+    DecodingConfig(method="sample", max_length=5, num_decodes=3, temperature=0.7, top_k=10,
+                   top_p=0.9),
+    DecodingConfig(method="beam", max_length=5, num_decodes=3)], ids=lambda c: c.method)
+def test_scores_are_true_log_probabilities(text_model, config):
+    model, variables = text_model
+    tokens = np.asarray([[3, 4, 5, 6], [7, 8, 0, 0]], np.int32)
+    decoded = jax.jit(lambda variables, key: generate(
+        model, variables, {"inputs/text/tokens": tokens}, "text", config, key))(
+            variables, jax.random.key(0))
+    assert decoded.tokens.shape == (2, config.num_decodes, 5)
+    assert (np.diff(decoded.scores, axis=1) >= 0).all()
+    for example in range(2):
+        best = np.asarray(decoded.best[example])
+        score, length = sequence_score(model, variables, tokens[example], best)
+        if config.method == "beam" and (best == 1).any():
+            score /= ((5 + length) / 6) ** config.alpha
+        np.testing.assert_allclose(decoded.scores[example, -1], score, rtol=1e-4)
+
+
+def test_images_have_every_place_and_only_codes():
+    model, variables = model_fixtures.build()
+    config = DecodingConfig(method="sample", num_decodes=4, temperature=5.0)
+    inputs = {"inputs/text/tokens": np.asarray([[3, 4]], np.int32)}
+    decoded = jax.jit(lambda key: generate(model, variables, inputs, "image", config, key))(
+        jax.random.key(0))
+    assert decoded.tokens.shape == (1, 4, 6)
+    assert decoded.tokens.min() >= 2 and np.isfinite(decoded.scores).all()
+    with pytest.raises(UserError, match="beam search is for texts"):
+        generate(model, variables, inputs, "image", DecodingConfig(method="beam"),
+                 jax.random.key(0))
+    with pytest.raises(UserError, match="unknown target modality"):
+        generate(model, variables, inputs, "audio", config, jax.random.key(0))
+
+
+@pytest.mark.parametrize("settings, match", [
+    ({"method": "greed"}, "did you mean 'greedy'"), ({"num_decodes": 2}, "one decode"),
+    ({"temperature": 0.5}, "method = 'sample'"), ({"alpha": 1.0}, "method = 'beam'"),
+    ({"method": "sample", "temperature": 0.0}, "greedy"), ({"max_length": 0}, "max_length")])
+def test_decoding_config_refuses(settings, match):
+    with pytest.raises(UserError, match=match):
+        DecodingConfig(**settings)
