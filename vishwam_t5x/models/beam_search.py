@@ -48,8 +48,8 @@ def beam_search(step: StepFn, cache: Any, reorder: Callable[[Any, Int[Array, "R"
 
     Twice as many continuations as beams are looked at in each step, so that beams that end do not
     thin out those that grow. It stops when no growing beam can beat the worst ended one, its score
-    taken over the penalty of `max_length` + 1 (T5X counts the BOS there). Where nothing has ended by then, the growing beams are
-    returned with plain sums of log-probabilities.
+    taken over the penalty of `max_length` + 1 (T5X counts the BOS there). Where nothing has ended
+    by then, the growing beams are returned with plain sums of log-probabilities.
 
     Args:
         step: next-token logits of B · num_beams rows.

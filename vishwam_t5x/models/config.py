@@ -86,7 +86,7 @@ class EncoderDecoderConfig:
         for name in ("inputs", "targets", "mlp_activations"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or not value:
-                raise UserError(f"EncoderDecoderConfig.{name} must be a tuple with an entry or more",
+                raise UserError(f"EncoderDecoderConfig.{name} must be a tuple of one entry or more",
                                 got=repr(value),
                                 fix="e.g. mlp_activations = ('silu', 'linear'), "
                                 "inputs = (@config.TextInput(),)")

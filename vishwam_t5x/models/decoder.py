@@ -43,7 +43,7 @@ class Encoded:
 
 
 class DecoderLayer(nn.Module):
-    """x += Drop(SelfAttention(Norm x)); x += Drop(CrossAttention(Norm x)); x += Drop(MLP(Norm x))."""
+    """As `EncoderLayer`, with cross-attention between self-attention and MLP."""
 
     config: EncoderDecoderConfig
 

@@ -57,7 +57,7 @@ def _log_probs(logits: Float[Array, "R V"], hook: LogitsHook | None, position: I
 
 
 def keep_top_k(log_probs: Float[Array, "R V"], top_k: int) -> Float[Array, "R V"]:
-    """Returns `log_probs` with -inf for all but the `top_k` greatest (all that tie with the last)."""
+    """Returns `log_probs` with -inf for all below the `top_k`-th greatest."""
     cutoff = jax.lax.top_k(log_probs, min(top_k, log_probs.shape[-1]))[0][..., -1:]
     return jnp.where(log_probs < cutoff, -jnp.inf, log_probs)
 

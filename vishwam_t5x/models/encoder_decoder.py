@@ -46,7 +46,7 @@ class ModelOutput:
 
 
 class EncoderDecoder(nn.Module):
-    """Encoder-decoder over any of the modalities of its config (arXiv 2312.17172, arXiv 1910.10683).
+    """Encoder-decoder over the modalities of its config (arXiv 2312.17172, arXiv 1910.10683).
 
     Every method takes a flat batch (see `core.batch`): arrays of each modality and, for packed
     rows, `inputs/row/index` and `targets/row/index`. A batch may leave configured modalities out;
@@ -120,7 +120,7 @@ class EncoderDecoder(nn.Module):
 
     def decode(self, batch: Batch, encoded: Encoded, enable_dropout: bool = False
                ) -> dict[str, Float[Array, "B M D"]]:
-        """Returns the decoder's hidden states (see `ModelOutput.hidden`) for the batch's targets."""
+        """Returns the decoder's hidden states for the batch's targets; see `ModelOutput.hidden`."""
         fields = _fields(batch, "targets", self.config.target_modalities)
         parts = [self._embed_target(name, part) for name, part in fields.items()]
         sequence = TargetSequence.concatenate(parts)
