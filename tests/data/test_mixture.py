@@ -74,6 +74,14 @@ def test_rates_hold_in_every_window():
         np.testing.assert_allclose(counts, [50, 30, 20], atol=2)
 
 
+def test_examples_before_a_number_are_counted_by_task():
+    mixture = Mixture(TASKS, [0.5, 0.3, 0.2], seed=0)
+    counts = [0, 0, 0]
+    for example in range(300):
+        assert mixture.count_before(example) == counts
+        counts[mixture.locate(example)[0]] += 1
+
+
 def test_interleaving_is_the_one_of_grain():
     weights = [3, 2, 1]
     starts = np.cumsum([0, *(task.num_records for task in TASKS)])

@@ -17,7 +17,9 @@ from vishwam_t5x.data.packing import PackedBatches
 from vishwam_t5x.data.packing_plan import Packer, packing_report
 from vishwam_t5x.data.records import DamagedRecord
 from vishwam_t5x.data.synthetic import SyntheticFeature, SyntheticTask
+from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
 from vishwam_t5x.objectives.masking import PatchSpec, patchify
+from vishwam_t5x.objectives.vocabulary import VocabularyLayout
 
 
 def batches(batch_size=4, packed=True, repeat=True, num_records=200, **options):
@@ -104,10 +106,28 @@ def test_a_plan_depends_on_its_position_only():
         assert fresh.plan(DataPosition.from_arrays(plan.start.to_arrays())) == plan
 
 
+def test_lengths_in_blocks_give_the_plans_of_lengths_one_by_one():
+    objective = MixtureOfDenoisers(
+        vocabulary=VocabularyLayout(base_size=256), image=PATCHES["image"])
+
+    class OneByOne:
+        lengths = objective.lengths
+
+    for repeat in (True, False):
+        plans = []
+        for kind in (objective, OneByOne()):
+            packer = Packer(Mixture(small_tasks(900), [2, 1], seed=5, repeat=repeat), kind,
+                            small_spec(6), seed=3)
+            plans.append(list(walk(packer, limit=60)))
+            # Back in the data, as after a rollback.
+            assert packer.plan(plans[-1][2].start) == plans[-1][2]
+        assert plans[0] == plans[1] and len(plans[0]) > 40
+
+
 def test_an_example_longer_than_a_row_is_refused_by_name():
     task = SyntheticTask("novels", {"text": SyntheticFeature(100, 100)}, 5)
     packer = Packer(Mixture([task], [1.0]), HideSome(), small_spec(), seed=0)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="does not fit in an empty row") as error:
         packer.plan(DataPosition())
     for word in ("novels", "record", "TASK_FEATURE_LENGTHS['", "64 slots"):
         assert word in str(error.value)

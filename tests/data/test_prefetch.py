@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,11 +15,12 @@ import pytest
 from data.small_data import HideSome, small_spec, small_tasks
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import helpers
 from vishwam_t5x.core.batch import DataPosition
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing import PackedBatches
-from vishwam_t5x.data.prefetch import Prefetcher, local_rows
+from vishwam_t5x.data.prefetch import Prefetcher
 
 
 def stream(batch_size=8, repeat=True, num_records=60, cls=PackedBatches, **options):
@@ -132,25 +137,12 @@ def test_depth_must_be_positive():
         Prefetcher(stream(), one_device(), depth=0)
 
 
-def test_a_host_reads_only_the_rows_of_its_devices():
-    """Half of the devices pretend to be another host's."""
-    class HalfSharding:
-        def __init__(self, sharding):
-            self.sharding = sharding
-
-        def addressable_devices_indices_map(self, shape):
-            everything = self.sharding.addressable_devices_indices_map(shape)
-            return dict(list(everything.items())[:1])
-
-    assert local_rows(HalfSharding(one_device()), 8) == list(range(8))
-
-
 EIGHT = """
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from data.test_prefetch import stream
 from vishwam_t5x.core.batch import DataPosition
-from vishwam_t5x.data.prefetch import Prefetcher, local_rows
+from vishwam_t5x.data.prefetch import Prefetcher
 
 devices = np.array(jax.devices()).reshape(2, 2, 2)
 mesh = Mesh(devices, ("data", "fsdp", "tensor"))
@@ -166,31 +158,64 @@ with Prefetcher(stream(), {key: sharding for key in reference.spec.arrays()}) as
             assert {s.data.shape[0] for s in got.addressable_shards} == {2}
         position = batch.end
 
-# As on a host that owns four of the eight devices, every other one of a row of the mesh.
-class Partial(Prefetcher):
-    pass
-
-partial = Prefetcher(stream(), sharding)
-partial.close()
-partial._rows = [0, 1, 4, 5]
-local = stream().batch(DataPosition(), partial._rows).arrays
-full = stream().batch(DataPosition()).arrays
-seen = {}
-make = jax.make_array_from_callback
-def record(shape, sharding, callback):
-    seen[shape] = [callback((slice(first, first + 2), *[slice(None)] * (len(shape) - 1)))
-                   for first in (0, 4)]
-    return make(shape, sharding, lambda index: np.zeros([2, *shape[1:]]))
-jax.make_array_from_callback = record
-partial._put({"inputs/image/input": local["inputs/image/input"]})
-for first, got in zip((0, 4), seen[(8, 24, 4)]):
-    np.testing.assert_array_equal(got, full["inputs/image/input"][first:first + 2])
 print("ok")
 """
 
 
 def test_eight_devices_as_data_2_fsdp_2_tensor_2(eight_devices):
-    import helpers
-
     code = f"import sys; sys.path.insert(0, {str(helpers.ROOT / 'tests')!r})\n" + EIGHT
     assert eight_devices(code).strip() == "ok"
+
+
+HOST = """
+import sys
+sys.path.insert(0, {tests!r})
+import jax, numpy as np
+jax.distributed.initialize("localhost:{port}", 2, {process})
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from data.test_prefetch import Counting, stream
+from vishwam_t5x.core.batch import DataPosition
+from vishwam_t5x.data.packing import PackedBatches
+from vishwam_t5x.data.prefetch import Prefetcher
+
+# Devices of the two processes take turns along the rows: this host's rows are not neighbours.
+devices = sorted(jax.devices(), key=lambda d: (d.id % 2, d.process_index))
+sharding = NamedSharding(Mesh(np.array(devices), ("data",)), P("data"))
+asked = []
+
+class Watched(PackedBatches):
+    def batch(self, position, rows=None):
+        asked.append(rows)
+        return super().batch(position, rows)
+
+reference, position = stream(), DataPosition()
+with Prefetcher(stream(cls=Watched), sharding) as batches:
+    for _ in range(3):
+        host, batch = reference.batch(position), next(batches)
+        assert batch.end == host.plan.end and batch.example_ids == host.plan.example_ids
+        for key, array in host.arrays.items():
+            got = batch.arrays[key]
+            assert got.shape == array.shape and len(got.addressable_shards) == 2
+            for shard in got.addressable_shards:
+                np.testing.assert_array_equal(shard.data, array[shard.index])
+        position = batch.end
+    total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(sharding.mesh, P()))(
+        batch.arrays["inputs/text/tokens"])
+    assert int(total) == host.arrays["inputs/text/tokens"].sum()
+print(asked[0])
+"""
+
+
+def test_two_processes_read_their_own_rows_and_hold_one_batch():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    tests = str(helpers.ROOT / "tests")
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", HOST.format(tests=tests, port=port, process=process)],
+        env=helpers.environment(devices=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True) for process in range(2)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    rows = [json.loads(out.strip().splitlines()[-1]) for out, _ in outputs]
+    assert rows == [[0, 1, 4, 5], [2, 3, 6, 7]]

@@ -41,6 +41,7 @@ def cached(files, tmp_path_factory):
     directory = tmp_path_factory.mktemp("cache")
     out = helpers.run_python(f"""
         import json, logging, sys
+        sys.path.insert(0, {str(helpers.ROOT / "tests")!r})
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
         from vishwam_t5x.core.errors import UserError
         from vishwam_t5x.data.tf import cache, examples
@@ -64,15 +65,27 @@ def cached(files, tmp_path_factory):
             def emit(self, record):
                 self.lines.append(record.getMessage())
         logging.getLogger().addHandler(Log())
-        result = dict(first=run("toy"), second=run("toy"), again=run("toy_lines", ["train"], True),
-                      unknown=run("toy_sqares"), split=run("toy", ["validation"]),
-                      module=run("toy", modules=("no_such_module",)),
-                      file=run("toy", modules=("/no/such/file.py",)), broken=run("toy_broken"),
-                      plain=run("toy_plain", modules=(plain_file(),)))
-        result["log"] = Log.lines
+        from data.test_tf_cache import hashes
+        first = run("toy")
+        before = hashes({str(directory)!r})
+        result = dict(first=first, before=before, second=run("toy"),
+                      again=run("toy_lines", ["train"], True), unknown=run("toy_sqares"),
+                      split=run("toy", ["validation"]), module=run("toy", modules=("no_such_module",)),
+                      file=run("toy", modules=("/no/such/file.py",)), broken=run("toy_broken"))
+        result["log"] = list(Log.lines)
+        from data.test_tf_cache import live_facts
+        del Log.lines[:]
+        result["live"] = live_facts({str(directory)!r}, {str(files)!r})
+        result["live"]["log"] = Log.lines
+        result["plain"] = run("toy_plain", modules=(plain_file(),))
         print(json.dumps(result))
         """, env={"TOY_FILES": str(files)})
     return directory, json.loads(out.strip().splitlines()[-1])
+
+
+def hashes(directory):
+    task = records.TaskCache.open(records.task_directory(directory, "toy_lines", "train"))
+    return [shard.sha256 for shard in task.manifest.shards]
 
 
 def open_task(cached, name, split="train"):
@@ -125,6 +138,7 @@ def test_a_second_run_does_nothing_and_overwrite_repeats_it_exactly(cached):
     assert cached[1]["again"] == {"toy_lines": {"train": {
         "num_records": 55, "num_bad": 0, "written": True}}}
     # Random preprocessing has fixed seeds: what was appended is not all the same, and repeatable.
+    assert hashes(cached[0]) == cached[1]["before"]
     task = open_task(cached, "toy_lines")
     noise = [int(task.read(record)["text"][-1]) for record in range(30)]
     assert len(set(noise)) > 20
@@ -174,6 +188,48 @@ def test_evaluation_reads_a_split_once(cached, files):
         seen += batch.plan.example_ids
         position = batch.plan.end
     assert sorted(seen) == list(range(7))
+
+
+def live_facts(directory, files):
+    """Runs in the process that has TensorFlow: the same mixture as a live stream."""
+    from vishwam_t5x.data.tf import live
+
+    settings = config(directory, files, use_cached=False, max_bad_fraction=0.2)
+    straight = live.open_live_dataset(settings, objective())
+    cached = source.open_dataset(config(directory, files, shuffle=False), objective())
+    position, batches, waiting = source.DataPosition(), [], []
+    for _ in range(12):
+        batches.append(straight.batches.batch(position))
+        position = batches[-1].plan.end
+        waiting.append(sum(len(task._waiting) for task in straight.examples.tasks))
+    resumed = live.open_live_dataset(settings, objective())
+    again = resumed.batches.batch(batches[9].plan.start)
+    unshuffled = live.open_live_dataset(
+        config(directory, files, use_cached=False, max_bad_fraction=0.2, shuffle=False),
+        objective())
+    same_order = []
+    for example in range(30):
+        # Bad examples are left out of both; the noise of toy_lines has other seeds by part.
+        left, right = unshuffled.examples.read(example), cached.examples.read(example)
+        name = "text" if "text" in left else "text_targets"
+        same_order.append(left[name][:1].tolist() == right[name][:1].tolist())
+    return {
+        "resumed": all((again.arrays[key] == value).all()
+                       for key, value in batches[9].arrays.items()),
+        "ids": [number for batch in batches for number in batch.plan.example_ids],
+        "end": [batches[-1].plan.end.next_example, *batches[-1].plan.end.carried],
+        "waiting": waiting, "same_order": same_order}
+
+
+def test_a_live_stream_loses_nothing_and_says_that_it_is_approximate(cached):
+    facts = cached[1]["live"]
+    following, *carried = facts["end"]
+    assert sorted([*facts["ids"], *carried]) == list(range(following))
+    assert max(facts["waiting"]) <= 40, "examples already used must be forgotten"
+    assert all(facts["same_order"])
+    assert facts["resumed"]
+    assert any("APPROXIMATE" in line for line in facts["log"])
+    assert any("skipping" in line and "approximate" in line for line in facts["log"])
 
 
 def test_a_missing_cache_is_written_by_a_subprocess(tmp_path, files):

@@ -73,6 +73,16 @@ def interleave(examples: Int[np.ndarray, "N"], proportions: Sequence[int]
     return which, number
 
 
+def count_before(example: int, proportions: Sequence[int]) -> list[int]:
+    """Returns how many of the examples below a number `interleave` gives to each dataset."""
+    counts, remaining, left = [], sum(proportions), example
+    for proportion in proportions:
+        others = left * (remaining - proportion) // remaining
+        counts.append(left - others)
+        left, remaining = others, remaining - proportion
+    return counts
+
+
 def permute(indices: Int[np.ndarray, "N"], size: int, key: Int[np.ndarray, "N"]
             ) -> Int[np.ndarray, "N"]:
     """Returns where a keyed pseudo-random permutation of range(size) sends each index.
@@ -181,6 +191,11 @@ class Mixture:
             record[mine] = (permute(within, size, self._key(task.name, epoch)) if self.shuffle
                             else within)
         return which, record
+
+    def count_before(self, example: int) -> list[int]:
+        """Returns how many examples below a number each task has, in an endless mixture."""
+        assert self.repeat
+        return count_before(example, self._proportions)
 
     def clean_lengths(self, example: int) -> dict[str, int]:
         """Returns the length of each feature of an example, without reading it."""

@@ -148,11 +148,7 @@ def _num_parts(task: seqio.Task, split: str) -> int:
 
 def _dataset(task: seqio.Task, split: str, part: int, num_parts: int) -> tf.data.Dataset:
     shard = seqio.ShardInfo(part, num_parts) if num_parts > 1 else None
-    # Random preprocessors get the same seeds whenever and in whatever pieces the cache is written.
-    with seqio.map_seed_manager(initial_seed=part):
-        return task.get_dataset(
-            sequence_length=None, split=split, use_cached=False, shuffle=False, shard_info=shard,
-            num_epochs=1, trim_output_features=False, try_in_mem_cache=False)
+    return examples.read_task(task, split, seed=part, shard_info=shard)
 
 
 def _write_part(task: seqio.Task, split: str, part: int, writer: records_writer.TaskCacheWriter,

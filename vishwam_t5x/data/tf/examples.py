@@ -12,6 +12,7 @@ import logging
 import pathlib
 import pkgutil
 import sys
+import threading
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from vishwam_t5x.data import records
 BUILT_IN_TASKS = "vishwam_t5x_tasks"
 
 _logger = logging.getLogger(__name__)
+# SeqIO counts the seeds of random preprocessors in a global: one dataset is built at a time.
+_building = threading.Lock()
 
 
 # -- tasks -------------------------------------------------------------------------------------
@@ -125,6 +128,53 @@ def task_metadata(modules: Sequence[types.ModuleType], task: str) -> dict[str, A
     if refusal is not None:
         _logger.info("no metadata of task %s: %s", task, refusal)
     return {}
+
+
+class _SeedlessSource:
+    """A Task's source, read in its own order, to which no seed is passed.
+
+    SeqIO hands one seed to the preprocessors, which need it, and to the source, whose function may
+    take none (`FunctionDataSource` then refuses).
+    """
+
+    def __init__(self, source: seqio.DataSource) -> None:
+        self._source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def get_dataset(self, split: str, shuffle: bool = False, seed: int | None = None,
+                    shard_info: seqio.ShardInfo | None = None) -> tf.data.Dataset:
+        del seed
+        return self._source.get_dataset(split=split, shuffle=shuffle, shard_info=shard_info)
+
+
+def read_task(task: seqio.Task, split: str, seed: int, shard_info: seqio.ShardInfo | None = None,
+              num_epochs: int | None = 1) -> tf.data.Dataset:
+    """Returns a Task's preprocessed examples in the order of its source, nothing trimmed.
+
+    Args:
+        task: the Task.
+        split: one of its splits.
+        seed: of random preprocessors: the same examples whenever they are read.
+        shard_info: a part of the source.
+        num_epochs: None: endless.
+
+    Raises:
+        UserError: there is no such split, or the Task does not yield what it declares.
+    """
+    if split not in task.splits:
+        raise UserError(f"task '{task.name}' has no split '{split}'", got=split,
+                        fix="its splits: " + ", ".join(task.splits))
+    try:
+        with _building:
+            return task.replace(source=_SeedlessSource(task.source)).get_dataset(
+                sequence_length=None, split=split, use_cached=False, shuffle=False, seed=seed,
+                shard_info=shard_info, num_epochs=num_epochs, trim_output_features=False,
+                try_in_mem_cache=False)
+    except ValueError as error:
+        raise UserError(f"the dataset of task '{task.name}' cannot be made", got=error,
+                        fix="mend the task's source, preprocessors or output_features") from error
 
 
 # -- examples ----------------------------------------------------------------------------------

@@ -80,33 +80,27 @@ class LiveTask:
                 self._advance(record)
             return dict(self._waiting[record])
 
-    def release(self, record: int) -> None:
-        """Forgets an example."""
+    def release(self, before: int) -> None:
+        """Forgets the examples below a number."""
         with self._lock:
-            self._waiting.pop(record, None)
+            for record in [record for record in self._waiting if record < before]:
+                del self._waiting[record]
 
     def _dataset(self) -> tf.data.Dataset:
         config = self._config
-        if config.split not in self._task.splits:
-            raise UserError(f"task '{self.name}' has no split '{config.split}'", got=config.split,
-                            fix="its splits: " + ", ".join(self._task.splits))
-        with seqio.map_seed_manager(initial_seed=config.seed):
-            dataset = self._task.get_dataset(
-                sequence_length=None, split=config.split, use_cached=False, shuffle=False,
-                num_epochs=None, trim_output_features=False)
-        # Shuffled here: SeqIO would hand a seed to source functions that take none.
+        dataset = examples.read_task(self._task, config.split, config.seed, num_epochs=None)
         if config.shuffle and self._task.shuffle_buffer_size:
             dataset = dataset.shuffle(self._task.shuffle_buffer_size, seed=config.seed)
         return dataset
 
     def _advance(self, record: int) -> None:
         if self._iterator is None or record < self._next:
-            dataset = self._dataset()
+            self._iterator, self._next = self._dataset().as_numpy_iterator(), record
             if record:
                 _logger.warning("%s: skipping %d examples of a live stream (approximate resume)",
                                 self.name, record)
-                dataset = dataset.skip(record)
-            self._iterator, self._next = dataset.as_numpy_iterator(), record
+            for _ in range(record):  # not `dataset.skip`: unusable examples have no number
+                self._pull()
         while self._next <= record:
             self._waiting[self._next] = self._pull()
             self._next += 1
@@ -138,13 +132,12 @@ class LiveTask:
 
 
 class LiveMixture:
-    """Live tasks mixed by rate; remembers what was read and not yet put into a batch."""
+    """Live tasks mixed by rate."""
 
     def __init__(self, tasks: Sequence[LiveTask], rates: Sequence[float]) -> None:
         self.tasks = tuple(tasks)
         # Within an endless task the records are numbered as they come, so no shuffle here.
         self._order = Mixture(tasks, rates, shuffle=False)
-        self._read: set[int] = set()
 
     @property
     def num_examples(self) -> None:
@@ -156,20 +149,16 @@ class LiveMixture:
 
     def clean_lengths(self, example: int) -> dict[str, int]:
         """As `Mixture.clean_lengths`, but reads the example."""
-        self._read.add(example)
         return self._order.clean_lengths(example)
 
     def read(self, example: int) -> dict[str, Any]:
         """As `Mixture.read`."""
-        self._read.add(example)
         return self._order.read(example)
 
     def release(self, before: int) -> None:
         """Forgets the examples below a number."""
-        for example in [example for example in self._read if example < before]:
-            task, record = self.locate(example)
-            self.tasks[task].release(record)
-            self._read.discard(example)
+        for task, count in zip(self.tasks, self._order.count_before(before), strict=True):
+            task.release(count)
 
 
 def open_live_dataset(config: DatasetConfig, objective: Objective) -> Dataset:
