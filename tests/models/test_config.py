@@ -58,11 +58,7 @@ def test_derived_values():
 
 
 def model(*files: str) -> EncoderDecoder:
-    def root() -> None:
-        """Reads nothing: a model file is read through MODEL."""
-
-    parsed = gin_config.parse([f"--gin_file=gin/{name}.gin" for name in files], "forward",
-                              roots=[root])
+    parsed = gin_config.parse([f"--gin_file=gin/{name}.gin" for name in files], "forward")
     return parsed.macro("MODEL")
 
 

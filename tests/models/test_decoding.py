@@ -70,7 +70,7 @@ def test_wide_beam_search_is_exhaustive(alpha):
 
 
 def test_beam_search_without_an_end_returns_what_grew():
-    step, cache, table = markov(1, 2, 9, eos_bias=-1e5)
+    step, cache, table = markov(1, 2, 9, eos_bias=-np.inf)
     found = beam_search(step, cache, keep_cache, batch_size=2, max_length=3, num_beams=9)
     for example in range(2):
         _, cut = all_sequences(table, example, 3)

@@ -111,7 +111,7 @@ def _advance(state: _State, step: StepFn, reorder: Callable[[Any, jax.Array], An
     parents, token = flat // vocab, (flat % vocab).astype(jnp.int32)
     sequences = jnp.take_along_axis(state.live, parents[:, :, None], axis=1)
     sequences = jax.lax.dynamic_update_slice_in_dim(sequences, token[:, :, None], position, axis=2)
-    ends = token == eos_id
+    ends = (token == eos_id) & (scores > NEVER / 2)  # a forbidden end is none
 
     live_scores, kept = _best(scores + ends * NEVER, beams)
     rows = jnp.take_along_axis(parents, kept, axis=1) + beams * jnp.arange(batch)[:, None]
