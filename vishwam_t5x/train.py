@@ -23,6 +23,7 @@ from vishwam_t5x import gin_config, gin_differences
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import EXIT_OK, UserError
+from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data import source
 from vishwam_t5x.objectives.denoisers import Objective
 from vishwam_t5x.objectives.losses import LossConfig
@@ -59,6 +60,8 @@ def train(model: Trainable, model_dir: str, objective: Objective,
           logical_axis_rules: LogicalAxisRules = LogicalAxisRules(),
           checkpoint_cfg: CheckpointConfig = CheckpointConfig(),
           initial_checkpoint_path: str | None = None,
+          assignment_map: Sequence[tuple[str, str | None]] = (),
+          fallback_to_scratch: bool = False,
           train_eval_dataset_cfg: source.DatasetConfig | None = None,
           eval_period: int = 1000, eval_examples: int | None = None,
           early_stop: hooks.EarlyStop | None = None,
@@ -80,6 +83,9 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         logical_axis_rules: which dimension is split over which mesh axis.
         checkpoint_cfg: when to save, what to keep.
         initial_checkpoint_path: parameters to start from where MODEL_DIR has no checkpoint yet.
+        assignment_map: T5X's (pattern, name in the checkpoint) pairs for the initial checkpoint;
+            None for the name leaves the parameter out.
+        fallback_to_scratch: parameters that it lacks start afresh instead of being an error.
         train_eval_dataset_cfg: what the loss is evaluated on during training; None: nothing.
         eval_period: steps between evaluations.
         eval_examples: examples of each task per evaluation; None: all.
@@ -104,7 +110,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
     compilation.enable_compilation_cache(compilation_cache_dir)
     run_dir = RunDir.open(model_dir)
     saver_ready = setup.in_background(lambda: _checkpoints(run_dir, checkpoint_cfg))
-    dataset_ready = setup.in_background(lambda: source.open_dataset(train_dataset_cfg, objective))
+    dataset_ready = setup.in_background(lambda: _dataset(train_dataset_cfg, objective))
     devices = mesh_lib.make_mesh(mesh)
     logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
     parts = setup.Parts(
@@ -122,12 +128,15 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         stack.callback(saver.close)
         state_ready = setup.in_background(lambda: setup.first_state(
             factory, random_seed, lambda: saver.restore(factory.abstract),
-            _initial_params(factory, initial_checkpoint_path)))
+            _initial_params(factory, initial_checkpoint_path, assignment_map,
+                            fallback_to_scratch, random_seed)))
         step_ready = setup.in_background(lambda: parts.compile(factory, batch_shardings))
         dataset = dataset_ready.result()
         state = state_ready.result()
         batches = stack.enter_context(dataset.prefetch(batch_shardings, state.data_position))
         first_step = int(state.step)
+        if early_stop is not None:
+            early_stop.replay(run_dir.metrics, first_step)
         writers = _writers(run_dir, first_step, total_steps, use_tensorboard)
         stack.callback(writers.close)
         each_step: list[hooks.Hook] = []
@@ -155,14 +164,31 @@ def _checkpoints(run_dir: RunDir, config: CheckpointConfig) -> Any:
     return Checkpoints(run_dir.checkpoints, config)
 
 
-def _initial_params(factory: StateFactory, path: str | None) -> Callable[[], Any] | None:
+def _dataset(config: source.DatasetConfig, objective: Objective) -> source.Dataset:
+    if config.use_cached:
+        return source.open_dataset(config, objective)
+    # TensorFlow and SeqIO in the training process: what a live stream costs.
+    from vishwam_t5x.data.tf.live import open_live_dataset
+
+    return open_live_dataset(config, objective)
+
+
+def _initial_params(factory: StateFactory, path: str | None,
+                    assignment_map: Sequence[tuple[str, str | None]], fallback_to_scratch: bool,
+                    seed: int) -> Callable[[], Any] | None:
     if not path:
         return None
 
     def load() -> Any:
         from vishwam_t5x.checkpointing.restore import restore_params
 
-        return restore_params(path, factory.abstract.params)[0]
+        wanted = factory.abstract.params
+        partial = fallback_to_scratch or any(name is None for _, name in assignment_map)
+        if partial:
+            wanted = factory.create(key_for(seed, "params")).params
+        params, _ = restore_params(path, wanted, assignment_map=tuple(assignment_map),
+                                   allow_missing=fallback_to_scratch)
+        return params
 
     return load
 

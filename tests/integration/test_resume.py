@@ -1,11 +1,10 @@
-"""What is done to the process changes nothing of what it learns: killed, stopped, on other devices."""
+"""What is done to the process changes nothing of what it learns: kills, stops, new devices."""
 
 import random
 import signal
 
 import numpy as np
 import pytest
-
 import runs
 
 STEPS = 60

@@ -246,6 +246,15 @@ def test_early_stop_and_evaluation_records(tmp_path):
     assert 8 in loop._saver.saved
 
 
+def test_early_stop_goes_on_after_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    values = [(2, 3.0), (4, 2.0), (6, 2.5), (8, 1.0)]
+    path.write_text("".join(json.dumps({"step": s, "eval/loss": v}) + "\n" for s, v in values))
+    early_stop = EarlyStop(patience=2)
+    early_stop.replay(path, last_step=6)
+    assert early_stop.observe(8, {"eval/loss": 2.2}) is not None, "2.0 was the best, two ago"
+
+
 def test_jsonl_drops_half_lines_and_lost_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')

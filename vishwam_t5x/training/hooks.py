@@ -13,6 +13,7 @@ from absl import logging
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.training.state import TrainState
+from vishwam_t5x.training.writers import read_records
 
 
 @dataclasses.dataclass
@@ -85,6 +86,17 @@ class EarlyStop:
             raise UserError("patience of EarlyStop must be at least 1", got=self.patience)
         self._best: float | None = None
         self._waited = 0
+
+    def replay(self, metrics_file: pathlib.Path, last_step: int) -> None:
+        """Takes up again what a run observed up to `last_step`, so that a resume forgets nothing.
+
+        Args:
+            metrics_file: the run's `metrics.jsonl`.
+            last_step: the step it resumes at.
+        """
+        for record in read_records(metrics_file):
+            if self.metric in record and record["step"] <= last_step:
+                self.observe(record["step"], {self.metric: float(record[self.metric])})
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Returns why to stop, or None."""

@@ -132,7 +132,8 @@ class Loop:
             Diverged: rolled back as often as allowed.
         """
         previous: _Taken | None = None
-        step, ended, extra = int(state.step), None, {}
+        step, ended = int(state.step), None
+        extra: dict[str, float] = {}
         while step < self._config.total_steps and ended is None:
             batch = self._next_batch()
             # The state is donated: from here on only the new one exists.
@@ -201,6 +202,8 @@ class Loop:
     def _observe(self, taken: _Taken) -> TrainState | None:
         """Logs a finished step; returns an older state when it is time to go back."""
         self._throughput.add(taken.batch.work)
+        for damaged in taken.batch.work.skipped:
+            logging.warning("step %d: damaged record left out: %s", taken.step, damaged)
         metrics = jax.device_get(taken.metrics)
         if taken.step % self._config.stats_period == 0 or taken.step == self._config.total_steps:
             record = {**self._describe(metrics, taken.step), **self._throughput.report(),

@@ -22,9 +22,10 @@ from vishwam_t5x.precision.policy import Policy
 from vishwam_t5x.training.stability import StabilityState
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything a run needs to go on exactly where it was.
+
+    The same structure also holds shapes (`StateFactory.abstract`) and shardings.
 
     Attributes:
         step: int32 [], batches trained on (or skipped) so far.
@@ -36,7 +37,7 @@ class TrainState:
             compiled step, which has no use for it.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
     loss_scale: LossScaleState

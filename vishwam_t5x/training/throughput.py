@@ -11,7 +11,7 @@ from vishwam_t5x.training.writers import Record
 
 @dataclasses.dataclass(frozen=True)
 class StepWork:
-    """What one batch held, counted on the host.
+    """What one batch held, counted on the host; `data.prefetch.BatchInfo` has these fields too.
 
     Attributes:
         num_examples: examples in the batch.
@@ -19,7 +19,7 @@ class StepWork:
         target_tokens: filled decoder slots.
         packing: share of the row volume that is filled, the larger of encoder and decoder.
         wait_seconds: how long the loop waited for the batch.
-        bad_records: damaged records skipped.
+        skipped: damaged records left out, each saying which and why.
     """
 
     num_examples: int
@@ -27,7 +27,7 @@ class StepWork:
     target_tokens: int
     packing: float
     wait_seconds: float
-    bad_records: int = 0
+    skipped: tuple[Exception, ...] = ()
 
 
 class Throughput:
@@ -60,7 +60,7 @@ class Throughput:
         """Counts one step."""
         self._steps += 1
         self._work.append(work)
-        self.bad_records += work.bad_records
+        self.bad_records += len(work.skipped)
 
     def report(self) -> Record:
         """Returns the window's figures and begins a new one; times in seconds."""

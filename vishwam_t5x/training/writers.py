@@ -30,6 +30,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def read_records(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the records of a `metrics.jsonl`; half-written lines are left out, and said."""
+    path = pathlib.Path(path)
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+            records.append(record)
+        except (ValueError, KeyError, TypeError):
+            # What a killed writer leaves.
+            logging.warning("%s: half-written line dropped", path)
+    return records
+
+
 class JsonlWriter:
     """`metrics.jsonl`: one JSON object a line, `step` first.
 
@@ -40,23 +55,11 @@ class JsonlWriter:
     def __init__(self, path: str | pathlib.Path, resume_step: int = 0) -> None:
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = self._lines_up_to(resume_step)
+        kept = [record for record in read_records(self.path) if record["step"] <= resume_step]
         temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, self.path)
         self._file = self.path.open("a", buffering=1)
-
-    def _lines_up_to(self, step: int) -> list[str]:
-        if not self.path.exists():
-            return []
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                logging.warning("%s: half-written line dropped", self.path)
-        return kept
 
     def write(self, step: int, record: Record) -> None:
         """Appends one line and hands it to the operating system."""
@@ -72,7 +75,8 @@ class TensorBoardWriter:
     """TensorBoard event files, through tensorboardX (which needs no TensorFlow)."""
 
     def __init__(self, log_dir: str | pathlib.Path) -> None:
-        self._log_dir, self._writer = str(log_dir), None
+        self._log_dir = str(log_dir)
+        self._writer: Any = None
 
     def write(self, step: int, record: Record) -> None:
         """Writes every number of the record as a scalar."""
