@@ -7,12 +7,11 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from jax.sharding import Mesh
 
-from vishwam_t5x.checkpointing.restore import RestoreReport
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import source
@@ -23,6 +22,9 @@ from vishwam_t5x.evaluation.loss_evaluator import without_augmentation
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.training import compilation, setup
+
+if TYPE_CHECKING:
+    from vishwam_t5x.checkpointing.restore import RestoreReport
 
 _SECONDS_BETWEEN_LINES = 10.0
 

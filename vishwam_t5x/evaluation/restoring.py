@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax.core import meta
 from jax.sharding import Mesh
 
-from vishwam_t5x.checkpointing.restore import RestoreReport, open_source, restore_params
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names
 from vishwam_t5x.parallelism import sharding
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
+
+if TYPE_CHECKING:
+    from vishwam_t5x.checkpointing.restore import RestoreReport
 
 LATEST = "latest"
 _SHOWN = 12
@@ -53,6 +55,10 @@ def load_params(model: Any, path: str | os.PathLike, mesh: Mesh,
         UserError: nothing is there, it is damaged, or it is another model's: then the first
             differences are shown side by side.
     """
+    # Imported late: a training recipe that includes gin/runs/evaluate.gin imports this file, and
+    # must not wait for orbax.
+    from vishwam_t5x.checkpointing.restore import restore_params
+
     wanted = abstract_params(model, mesh, rules)
     try:
         return restore_params(path, wanted)
@@ -87,6 +93,8 @@ def checkpoint_place(checkpoint: str | None, model_dir: str) -> str:
 
 def _differences(wanted: Any, path: str | os.PathLike) -> str:
     """The first parameters that differ, model on the left, checkpoint on the right; '' if none."""
+    from vishwam_t5x.checkpointing.restore import open_source
+
     try:
         source, _, where = open_source(path, checksums=False)
     except UserError:
