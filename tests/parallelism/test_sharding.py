@@ -252,6 +252,39 @@ def test_constraints_are_in_the_program_and_only_inside_the_context(eight_device
     assert out.split() == ["0", "True", "0", "data", "0", "True"]
 
 
+_LOOKUP = """
+    import re
+    import jax, jax.numpy as jnp
+    from vishwam_t5x.parallelism import sharding
+    from vishwam_t5x.parallelism.mesh import MeshConfig, make_mesh
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    place = sharding.parameter_shardings(
+        {"table": jax.ShapeDtypeStruct((512, 64), jnp.float32)}, mesh,
+        axes={"table": ("vocab", "embed")})["table"]
+
+    def gathered(pin_table):
+        def loss(table, ids):
+            if pin_table:
+                table = sharding.constrain(table, ("vocab", "embed"))
+            x = sharding.constrain(jnp.take(table, ids, axis=0), ("batch", "length", "embed"))
+            return jnp.sum(jnp.sin(x))
+        with sharding.partitioning(mesh):
+            text = jax.jit(jax.grad(loss), out_shardings=place).lower(
+                jax.ShapeDtypeStruct((512, 64), jnp.float32, sharding=place),
+                jax.ShapeDtypeStruct((16, 32), jnp.int32, sharding=sharding.batch_sharding(mesh)),
+            ).compile().as_text()
+        # Vectors of all 16 rows on one device, whichever part of their features.
+        return bool(re.search(r"f32\\[16,32,\\d+\\]\\S* all-gather", text))
+"""
+
+
+def test_a_constrained_table_keeps_looked_up_vectors_where_their_rows_are(eight_devices):
+    assert eight_devices(_LOOKUP + """
+    print(gathered(pin_table=True))
+    """) == "False\n"
+
+
 def test_standard_rules_know_every_axis_of_the_published_checkpoints():
     for axes in (("axis_0", "embed"), ("axis_0", "axis_1", "embed", "axis_3"),
                  ("image_patch", "embed"), ("joined_kv", "embed"), ("vocab", "embed")):

@@ -57,6 +57,8 @@ _STANDARD: tuple[tuple[str, MeshAxes], ...] = (
     ("activation_length", None),
 )
 
+RULES_IN_GIN = "train.logical_axis_rules = @axis_rules.standard_logical_axis_rules()"
+
 STACKING_AXES = ("layers", "stack")
 """Logical axes that stack arrays of several layers, and are no dimension of a layer's own array."""
 
@@ -110,7 +112,7 @@ class LogicalAxisRules:
                 raise UserError(
                     f"{array} has a logical axis that no rule maps to the mesh",
                     got=f"{name!r} of {tuple(logical_axes)}",
-                    fix=(hint + " " if hint else "") + "Otherwise add a rule: "
+                    fix=(hint + " Otherwise add" if hint else "add") + f" a rule: {RULES_IN_GIN}, "
                     f"standard_logical_axis_rules.additional_rules = (({name!r}, None),)")
 
     def mesh_axes(self, logical_axes: Sequence[str | None]) -> tuple[tuple[str, ...], ...]:
@@ -165,6 +167,9 @@ def standard_logical_axis_rules(
     allow_uneven: str = "error",
 ) -> LogicalAxisRules:
     """Returns the standard rules: FSDP over 'embed', Megatron over heads, hidden units and vocab.
+
+    In a gin file: `from vishwam_t5x.parallelism import axis_rules`, then
+    `train.logical_axis_rules = @axis_rules.standard_logical_axis_rules()` and bindings of these:
 
     Args:
         additional_rules: pairs that go before the standard ones and so override them, e.g.

@@ -16,7 +16,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names, path_name
-from vishwam_t5x.parallelism.axis_rules import STACKING_AXES, LogicalAxisRules, make_spec
+from vishwam_t5x.parallelism.axis_rules import (
+    RULES_IN_GIN,
+    STACKING_AXES,
+    LogicalAxisRules,
+    make_spec,
+)
 from vishwam_t5x.parallelism.mesh import AnyMesh
 
 _logger = logging.getLogger(__name__)
@@ -77,6 +82,10 @@ def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
     Without such pins XLA may choose to gather whole batches on every device. Does nothing outside
     `partitioning` or on one device. A dimension that its mesh axes do not divide is split over the
     leading ones that do, and this is logged once.
+
+    An embedding table is constrained too, as ('vocab', 'embed'), before it is looked up or
+    multiplied: that gathers it over 'fsdp' once. Left to itself XLA gathers it in every pass of a
+    chunked loss, or gathers the looked-up vectors of the whole batch.
 
     Args:
         x: activation of any shape.
@@ -208,7 +217,7 @@ def _uneven_error(mesh: AnyMesh, uneven: list[tuple]) -> UserError:
         f"parameter {name!r} cannot be split evenly over the mesh",
         got=f"shape {shape}, dimension {dim} ({names[dim]!r}) of {size} over {wording}{others}",
         fix=f"make {names[dim]!r} {sizes}; or use {meshes} instead of {parts} devices for "
-            f"{' x '.join(axes)}; or set standard_logical_axis_rules.allow_uneven = 'replicate'")
+            f"{' x '.join(axes)}; or {RULES_IN_GIN} with allow_uneven = 'replicate'")
 
 
 def parameter_shardings(params: Any, mesh: AnyMesh, rules: LogicalAxisRules | None = None,
