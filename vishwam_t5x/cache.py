@@ -22,6 +22,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vishwam_t5x.command_line import CommandLine
 from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
@@ -75,7 +76,7 @@ def _run(line: CommandLine, argv: Sequence[str]) -> dict:
             raise UserError(f"--{min(clash)} and --gin_file do not go together",
                             fix="bind MIXTURE_OR_TASK_NAME or DatasetConfig with --gin.NAME=VALUE")
         config = gin_config.parse(argv, "cache", flags=FLAGS)
-        given = {"splits": splits} if splits else {}
+        given: dict[str, Any] = {"splits": splits} if splits else {}
         given |= {"overwrite": True} if "overwrite" in flags else {}
         return config.call(cache, **given)
     if not flags.get("task_or_mixture"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
+from vishwam_t5x.core.batch import BatchSpec, DataPosition, ModalityLengths
 from vishwam_t5x.core.rng import example_generator
+from vishwam_t5x.data.mixture import Mixture
+from vishwam_t5x.data.packing import PackedBatches
 from vishwam_t5x.data.synthetic import SyntheticFeature, SyntheticTask
 from vishwam_t5x.objectives.masking import PatchSpec, patchify
 
@@ -65,3 +67,18 @@ def small_tasks(num_records=200):
 def small_spec(batch_size=4, packed=True):
     return BatchSpec(batch_size, 64, 64, {"text": 64, "image": 24}, {"text": 64, "image": 40},
                      {"image": 4}, packed=packed)
+
+
+def batches(batch_size=4, packed=True, repeat=True, num_records=200, **options):
+    mixture = Mixture(small_tasks(num_records), [2, 1], seed=5, repeat=repeat, shuffle=repeat)
+    return PackedBatches(mixture, HideSome(), small_spec(batch_size, packed), seed=11, **options)
+
+
+def walk(packer, position=None, limit=10**9):
+    position = position or DataPosition()
+    for _ in range(limit):
+        plan = packer.plan(position)
+        if plan is None:
+            return
+        yield plan
+        position = plan.end

@@ -14,6 +14,7 @@ from data.small_data import PATCHES, small_tasks
 
 import helpers
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records, records_writer, synthetic
 from vishwam_t5x.data.records import DamagedRecord, FeatureInfo, TaskCache
 
@@ -289,7 +290,8 @@ def test_a_kill_while_finishing_loses_nothing(tmp_path, monkeypatch):
 def test_a_synthetic_task_is_its_cache(tmp_path):
     for task in small_tasks(40):
         synthetic.write_cache(task, tmp_path, max_shard_records=16)
-        cached = TaskCache.open(records.task_directory(tmp_path, task.name, "train"), PATCHES)
+        place = cache_directory.task_directory(tmp_path, task.name, "train")
+        cached = TaskCache.open(place, PATCHES)
         assert cached.num_records == task.num_records
         for record in range(task.num_records):
             assert_same(cached.read(record), task.read(record))
@@ -300,14 +302,14 @@ def test_names_and_rates(tmp_path):
     for task in small_tasks(4):
         synthetic.write_cache(task, tmp_path)
     records_writer.write_mixture(tmp_path, "both", {"words": 2.0, "pictures": 0.5})
-    assert records.cached_names(tmp_path) == ["both", "pictures", "words"]
-    assert records.read_rates(tmp_path, "both") == {"words": 2.0, "pictures": 0.5}
-    assert records.read_rates(tmp_path, "words") == {"words": 1.0}
-    assert records.read_rates(tmp_path, "wrods") is None
-    assert records.available_splits(tmp_path, "words") == ["train"]
-    records.mixture_file(tmp_path, "both").write_text("[]")
+    assert cache_directory.cached_names(tmp_path) == ["both", "pictures", "words"]
+    assert cache_directory.read_rates(tmp_path, "both") == {"words": 2.0, "pictures": 0.5}
+    assert cache_directory.read_rates(tmp_path, "words") == {"words": 1.0}
+    assert cache_directory.read_rates(tmp_path, "wrods") is None
+    assert cache_directory.available_splits(tmp_path, "words") == ["train"]
+    cache_directory.mixture_file(tmp_path, "both").write_text("[]")
     with pytest.raises(UserError, match="mixture file"):
-        records.read_rates(tmp_path, "both")
+        cache_directory.read_rates(tmp_path, "both")
 
 
 def test_reading_needs_neither_tensorflow_nor_seqio(cache):

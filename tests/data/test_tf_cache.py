@@ -17,6 +17,7 @@ from data.small_data import PATCHES
 
 import helpers
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records, source, synthetic
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
 from vishwam_t5x.objectives.masking import PatchSpec
@@ -70,7 +71,8 @@ def cached(files, tmp_path_factory):
         before = hashes({str(directory)!r})
         result = dict(first=first, before=before, second=run("toy"),
                       again=run("toy_lines", ["train"], True), unknown=run("toy_sqares"),
-                      split=run("toy", ["validation"]), module=run("toy", modules=("no_such_module",)),
+                      split=run("toy", ["validation"]),
+                      module=run("toy", modules=("no_such_module",)),
                       file=run("toy", modules=("/no/such/file.py",)), broken=run("toy_broken"))
         result["log"] = list(Log.lines)
         from data.test_tf_cache import live_facts
@@ -84,18 +86,18 @@ def cached(files, tmp_path_factory):
 
 
 def hashes(directory):
-    task = records.TaskCache.open(records.task_directory(directory, "toy_lines", "train"))
+    task = records.TaskCache.open(cache_directory.task_directory(directory, "toy_lines", "train"))
     return [shard.sha256 for shard in task.manifest.shards]
 
 
 def open_task(cached, name, split="train"):
     specs = {"image": PatchSpec(2, channels=1)}
-    return records.TaskCache.open(records.task_directory(cached[0], name, split), specs)
+    return records.TaskCache.open(cache_directory.task_directory(cached[0], name, split), specs)
 
 
 def test_a_mixture_is_cached_with_its_rates(cached):
-    assert records.read_rates(cached[0], "toy") == {"toy_lines": 0.5, "toy_squares": 2.0}
-    assert records.available_splits(cached[0], "toy_squares") == ["test", "train"]
+    assert cache_directory.read_rates(cached[0], "toy") == {"toy_lines": 0.5, "toy_squares": 2.0}
+    assert cache_directory.available_splits(cached[0], "toy_squares") == ["test", "train"]
     assert cached[1]["first"]["toy_squares"]["test"] == {
         "num_records": 7, "num_bad": 0, "written": True}
 
@@ -320,7 +322,7 @@ def test_vishwam_cache_killed_at_any_moment_goes_on(tmp_path):
     done = helpers.vishwam(*command[3:], env={"TOY_FILES": str(files)})
     assert done.returncode == 0, done.stderr
     assert "going on after" in done.stderr
-    task = records.TaskCache.open(records.task_directory(cache_dir, "toy_lines", "train"))
+    task = records.TaskCache.open(cache_directory.task_directory(cache_dir, "toy_lines", "train"))
     task.verify()
     pairs = [tuple(task.read(record)["text"][:2].tolist()) for record in range(task.num_records)]
     assert pairs == [(index, n % 900) for index in range(12) for n in range(3000)]
@@ -329,4 +331,4 @@ def test_vishwam_cache_killed_at_any_moment_goes_on(tmp_path):
 def records_work(cache_dir):
     from vishwam_t5x.data.records_writer import work_directory
 
-    return work_directory(records.task_directory(cache_dir, "toy_lines", "train"))
+    return work_directory(cache_directory.task_directory(cache_dir, "toy_lines", "train"))

@@ -21,6 +21,7 @@ from vishwam_t5x.data.packing_plan import (
     Packer,
     PackingPlan,
     Placement,
+    naming_the_task,
 )
 from vishwam_t5x.data.records import META_PREFIX, DamagedRecord
 
@@ -30,6 +31,12 @@ MIN_RECORDS_FOR_FRACTION = 1000
 
 class Objective(LengthFunction, Protocol):
     """What turns a clean example into what the model reads and writes."""
+
+    @property
+    def input_modalities(self) -> Sequence[str]: ...
+
+    @property
+    def target_modalities(self) -> Sequence[str]: ...
 
     def apply(self, clean: Mapping[str, np.ndarray], *, seed: int, example: int
               ) -> dict[str, np.ndarray]: ...
@@ -84,7 +91,7 @@ class PackedBatches:
         plan = self.packer.plan(position)
         if plan is None:
             return None
-        wanted = range(self.spec.batch_size)
+        wanted: Sequence[int] = range(self.spec.batch_size)
         if isinstance(rows, slice):
             wanted = wanted[rows]
         elif rows is not None:
@@ -115,7 +122,8 @@ class PackedBatches:
 
     def _corrupt(self, place: Placement, clean: Mapping[str, Any]) -> dict[str, np.ndarray]:
         clean = {name: value for name, value in clean.items() if not name.startswith(META_PREFIX)}
-        example = self.objective.apply(clean, seed=self.seed, example=place.example)
+        with naming_the_task(self.examples, place.example):
+            example = self.objective.apply(clean, seed=self.seed, example=place.example)
         got = example_lengths(example)
         planned = ModalityLengths(*({name: size for name, size in side.items() if size}
                                     for side in place.lengths))

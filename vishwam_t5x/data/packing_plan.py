@@ -13,9 +13,10 @@ second at 256 rows, 106 thousand at 16, 128 thousand at 1,024.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -100,7 +101,7 @@ class PackingPlan:
 
 
 class Packer:
-    """Plans batches. Keeps no state but the lengths of examples it carried last."""
+    """Plans batches. Keeps no state but lengths: of what it carried, and of a block ahead."""
 
     def __init__(self, examples: ExampleStream, objective: LengthFunction, spec: BatchSpec,
                  seed: int, max_per_row: int | None = None) -> None:
@@ -113,7 +114,8 @@ class Packer:
         """
         self.examples, self.objective, self.spec, self.seed = examples, objective, spec, seed
         self.max_per_row = max_per_row if spec.packed else 1
-        self._limits = {("inputs", None): spec.input_length, ("targets", None): spec.target_length}
+        self._limits: dict[tuple[str, str | None], int] = {
+            ("inputs", None): spec.input_length, ("targets", None): spec.target_length}
         for side, capacities in (("inputs", spec.input_capacities),
                                  ("targets", spec.target_capacities)):
             for modality, capacity in capacities.items():
@@ -161,10 +163,14 @@ class Packer:
     def _measure(self, example: int) -> tuple[ModalityLengths, list[int]]:
         """Returns an example's lengths and what it needs of each limited row dimension."""
         if self._can_measure_many:
-            self._measure_block(example)
-        else:
-            self._remember(example, self.objective.lengths(
-                self.examples.clean_lengths(example), seed=self.seed, example=example))
+            # What is refused in a block may be a later example's: each is told in its turn.
+            with contextlib.suppress(UserError):
+                self._measure_block(example)
+        if example not in self._known and example not in self._misfits:
+            with naming_the_task(self.examples, example):
+                lengths = self.objective.lengths(
+                    self.examples.clean_lengths(example), seed=self.seed, example=example)
+            self._remember(example, lengths)
         if example in self._misfits:
             raise self._explain(example, self._misfits[example])
         return self._known[example]
@@ -174,6 +180,7 @@ class Packer:
         inputs, targets = lengths
         needs = [sum(inputs.values()), sum(targets.values())]
         for side, modality in self._narrow:
+            assert modality is not None
             needs.append((inputs if side == "inputs" else targets).get(modality, 0))
         if (any(map(operator.gt, needs, self._limits.values()))
                 or not inputs.keys() <= self.spec.input_capacities.keys()
@@ -186,8 +193,10 @@ class Packer:
         """Measures an example and those that follow it, those of one task in one go."""
         end = self.examples.num_examples
         stop = first + _BLOCK if end is None else min(end, first + _BLOCK)
-        for numbers, clean in self.examples.clean_lengths_many(np.arange(first, stop)):
-            inputs, targets = self.objective.lengths_many(clean, numbers, seed=self.seed)
+        many: Any = self.examples
+        objective: Any = self.objective
+        for numbers, clean in many.clean_lengths_many(np.arange(first, stop)):
+            inputs, targets = objective.lengths_many(clean, numbers, seed=self.seed)
             sides = [[(modality, sizes.tolist()) for modality, sizes in side.items()]
                      for side in (inputs, targets)]
             for index, example in enumerate(numbers.tolist()):
@@ -208,9 +217,10 @@ class Packer:
                     got=f"{modality} ({sizes[modality]} slots, record {record})",
                     fix=f"the model's {side}: {', '.join(capacities)}; choose another model, or "
                         "leave the task out of the mixture")
-            for modality, limit in {None: self._limits[side, None], **capacities}.items():
-                need = sum(sizes.values()) if modality is None else sizes.get(modality, 0)
-                key = side if modality is None else f"{side}/{modality}"
+            needs = [(side, sum(sizes.values()), self._limits[side, None])]
+            needs += [(f"{side}/{modality}", sizes.get(modality, 0), capacity)
+                      for modality, capacity in capacities.items()]
+            for key, need, limit in needs:
                 if need > limit:
                     return UserError(
                         f"an example of task '{name}' does not fit in an empty row",
@@ -230,6 +240,18 @@ class Packer:
         target_fill = targets / (used * self.spec.target_length)
         return PackingPlan(tuple(map(tuple, rows)), start, end, input_fill, target_fill,
                            max(input_fill, target_fill), inputs, targets)
+
+
+@contextlib.contextmanager
+def naming_the_task(examples: ExampleStream, example: int) -> Iterator[None]:
+    """Adds the task to what an objective refuses: it knows features only."""
+    try:
+        yield
+    except UserError as error:
+        task, record = examples.locate(example)
+        raise UserError(
+            f"task '{examples.tasks[task].name}', record {record}: {error.problem}", error.got,
+            error.fix) from error
 
 
 class _OpenRows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -220,19 +221,21 @@ class Prefetcher:
             return jax.device_put(dict(arrays), self._shardings)
         place = {row: index for index, row in enumerate(self._rows)}
 
-        def of_device(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        def of_device(array: np.ndarray, index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             first, last, _ = index[0].indices(num_rows)
             # Rows of one device are neighbours, and `_rows` is sorted.
             return array[place[first]:place[first] + last - first]
 
         return {key: jax.make_array_from_callback(
             (num_rows, *array.shape[1:]), self._shardings[key],
-            lambda index, array=array: of_device(array, index)) for key, array in arrays.items()}
+            functools.partial(of_device, array)) for key, array in arrays.items()}
 
 
 def local_rows(sharding: jax.sharding.NamedSharding, num_rows: int) -> list[int]:
     """Returns the rows of a batch that the devices of this process hold, ascending."""
     rows: set[int] = set()
-    for (index,) in sharding.addressable_devices_indices_map((num_rows,)).values():
-        rows.update(range(*index.indices(num_rows)))
+    for index in sharding.addressable_devices_indices_map((num_rows,)).values():
+        assert index is not None
+        rows.update(range(*index[0].indices(num_rows)))
     return sorted(rows)

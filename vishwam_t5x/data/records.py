@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Int
 
-from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.objectives.masking import PatchSpec
 
 FORMAT_VERSION = 1
@@ -193,16 +193,6 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def task_directory(cache_dir: str | os.PathLike, task: str, split: str) -> pathlib.Path:
-    """Returns where a split of a task is cached."""
-    return pathlib.Path(cache_dir) / "tasks" / task / split
-
-
-def mixture_file(cache_dir: str | os.PathLike, name: str) -> pathlib.Path:
-    """Returns where the tasks and rates of a mixture are written down."""
-    return pathlib.Path(cache_dir) / "mixtures" / f"{name}.json"
-
-
 class TaskCache:
     """The records of one split of one task, readable in any order from several threads."""
 
@@ -290,7 +280,7 @@ class TaskCache:
                 got=f"patch specs of {sorted(self._patch_specs) or 'nothing'}",
                 fix=f"give a PatchSpec for '{modality_of(name)}', or leave the task out")
         distinct, which = np.unique(sizes, axis=0, return_inverse=True)
-        rest = self.features[name].shape[2:]
+        rest = [size or 1 for size in self.features[name].shape[2:]]  # channels: always known
         try:
             counts = [spec.num_patches((int(height), int(width), *rest))
                       for height, width in distinct]
@@ -405,43 +395,3 @@ def encode(example: Mapping[str, Any]) -> bytes:
     from flax import serialization
 
     return serialization.msgpack_serialize(dict(example))
-
-
-def cached_names(cache_dir: str | os.PathLike) -> list[str]:
-    """Returns the names of the mixtures and tasks found in a cache directory."""
-    root = pathlib.Path(cache_dir)
-    mixtures = [path.stem for path in (root / "mixtures").glob("*.json")]
-    tasks = [path.parent.parent.name for path in (root / "tasks").glob(f"*/*/{MANIFEST_NAME}")]
-    return sorted({*mixtures, *tasks})
-
-
-def read_rates(cache_dir: str | os.PathLike, name: str) -> dict[str, float] | None:
-    """Returns {task: rate} of a cached mixture, {name: 1.0} of a cached task, None of neither.
-
-    Raises:
-        UserError: the mixture's file is not what `vishwam cache` writes.
-    """
-    path = mixture_file(cache_dir, name)
-    if path.is_file():
-        try:
-            return {task: float(rate)
-                    for task, rate in json.loads(path.read_text())["tasks"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"the mixture file cannot be read: {error}", got=path,
-                            fix=f"vishwam cache --task_or_mixture={name} --overwrite") from error
-    if any((pathlib.Path(cache_dir) / "tasks" / name).glob(f"*/{MANIFEST_NAME}")):
-        return {name: 1.0}
-    return None
-
-
-def available_splits(cache_dir: str | os.PathLike, task: str) -> list[str]:
-    """Returns the splits of a task whose cache is finished."""
-    root = pathlib.Path(cache_dir) / "tasks" / task
-    return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}"))
-
-
-def unknown_name(name: str, known: list[str], where: str) -> UserError:
-    """Returns the error for a task or mixture that is neither cached nor registered."""
-    hint = did_you_mean(name, known)
-    return UserError(f"unknown task or mixture {where}", got=repr(name),
-                     fix=(hint + " " if hint else "") + "known: " + (", ".join(known) or "none"))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records
 
 MAX_SHARD_RECORDS = 65_536
@@ -201,7 +202,7 @@ def work_directory(directory: str | os.PathLike) -> pathlib.Path:
 
 def write_mixture(cache_dir: str | os.PathLike, name: str, rates: Mapping[str, float]) -> None:
     """Writes down the tasks of a mixture and their rates, in the mixture's order."""
-    path = records.mixture_file(cache_dir, name)
+    path = cache_directory.mixture_file(cache_dir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_atomically(path, json.dumps({"tasks": dict(rates)}, indent=1) + "\n")
 

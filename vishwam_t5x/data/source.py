@@ -14,8 +14,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from jax.sharding import NamedSharding
+
 from vishwam_t5x.core.batch import MODALITIES, BatchSpec, DataPosition
 from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing import Objective, PackedBatches
@@ -85,6 +88,11 @@ class DatasetConfig:
                 raise UserError(f"{name} must be a positive whole number", got=repr(value),
                                 fix="set BATCH_SIZE" if name == "batch_size" else
                                 f"set DatasetConfig.{name}")
+        if "://" in (self.cache_dir or ""):
+            raise UserError("caches are read from a file system, not from a bucket",
+                            got=self.cache_dir,
+                            fix="mount the bucket (gcsfuse) or copy the cache to a disk, and give "
+                                "that folder as cache_dir")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise UserError("the data's seed must be a whole number, 0 or more",
                             got=repr(self.seed), fix="set RANDOM_SEED")
@@ -127,8 +135,8 @@ class Dataset:
     spec: BatchSpec
     batches: PackedBatches
 
-    def prefetch(self, shardings: Mapping | object, start: DataPosition | None = None
-                 ) -> Prefetcher:
+    def prefetch(self, shardings: NamedSharding | Mapping[str, NamedSharding],
+                 start: DataPosition | None = None) -> Prefetcher:
         """Returns batches on the devices, from `start` on; see `Prefetcher`."""
         return Prefetcher(self.batches, shardings, start, self.config.prefetch)
 
@@ -142,7 +150,7 @@ def patch_specs(objective: object) -> dict[str, PatchSpec]:
     return found
 
 
-def batch_spec(config: DatasetConfig, objective: object) -> BatchSpec:
+def batch_spec(config: DatasetConfig, objective: Objective) -> BatchSpec:
     """Returns the shapes of the batches of an objective's modalities.
 
     Raises:
@@ -194,10 +202,11 @@ def open_mixture(config: DatasetConfig, specs: Mapping[str, PatchSpec], repeat: 
         UserError: as `open_dataset`.
     """
     ensure_cached(config)
-    rates = records.read_rates(config.directory, config.mixture_or_task_name)
+    rates = cache_directory.read_rates(config.directory, config.mixture_or_task_name)
     assert rates is not None
-    tasks = [records.TaskCache.open(records.task_directory(config.directory, task, config.split),
-                                    specs) for task in rates]
+    tasks = [records.TaskCache.open(
+        cache_directory.task_directory(config.directory, task, config.split), specs)
+        for task in rates]
     budget = config.keep_in_memory_mib * 2**20
     for task in sorted(tasks, key=lambda task: task.decoded_bytes):
         budget -= task.decoded_bytes
@@ -209,11 +218,11 @@ def open_mixture(config: DatasetConfig, specs: Mapping[str, PatchSpec], repeat: 
 
 def missing_tasks(config: DatasetConfig) -> list[str]:
     """Returns what of a mixture is not cached: names of tasks, or its own if nothing is known."""
-    rates = records.read_rates(config.directory, config.mixture_or_task_name)
+    rates = cache_directory.read_rates(config.directory, config.mixture_or_task_name)
     if rates is None:
         return [config.mixture_or_task_name]
     return [task for task in rates
-            if config.split not in records.available_splits(config.directory, task)]
+            if config.split not in cache_directory.available_splits(config.directory, task)]
 
 
 def ensure_cached(config: DatasetConfig) -> None:
@@ -252,5 +261,8 @@ def ensure_cached(config: DatasetConfig) -> None:
 def _environment() -> dict[str, str]:
     """The subprocess must not take the accelerator, and finds the modules that we find."""
     paths = [path for path in sys.path if path]
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "",
+    # TensorFlow's XLA ends the process at a flag that only jax's knows.
+    kept = {name: value for name, value in os.environ.items()
+            if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    return {**kept, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": os.pathsep.join(paths)}

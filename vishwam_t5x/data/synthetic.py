@@ -17,6 +17,7 @@ import numpy as np
 from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
+from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records, records_writer
 from vishwam_t5x.data.assembly import PlacedExample, assemble
 from vishwam_t5x.objectives.masking import PatchSpec
@@ -123,9 +124,9 @@ class SyntheticTask:
 def write_cache(task: SyntheticTask, cache_dir: str | os.PathLike, split: str = "train",
                 metadata: Mapping[str, Any] | None = None, max_shard_records: int = 1024) -> None:
     """Writes a synthetic task as `vishwam cache` writes a real one."""
-    writer = records_writer.TaskCacheWriter(
-        records.task_directory(cache_dir, task.name, split), task.name, split, task.features,
-        metadata, max_shard_records=max_shard_records)
+    place = cache_directory.task_directory(cache_dir, task.name, split)
+    writer = records_writer.TaskCacheWriter(place, task.name, split, task.features, metadata,
+                                            max_shard_records=max_shard_records)
     part = writer.part(0)
     if part is not None:
         for record in range(part.num_examples, task.num_records):
@@ -139,8 +140,11 @@ class CopyObjective:
     `image_target_codes` as they are: the smallest objective, for data without denoising.
     """
 
+    target_modalities = ("text", "image")
+
     def __init__(self, patch_specs: Mapping[str, PatchSpec] | None = None) -> None:
         self.patch_specs = dict(patch_specs or {})
+        self.input_modalities = ("text", *self.patch_specs)
 
     def lengths(self, clean_lengths: Mapping[str, int], *, seed: int, example: int
                 ) -> ModalityLengths:

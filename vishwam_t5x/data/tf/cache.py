@@ -24,6 +24,7 @@ import seqio
 import tensorflow as tf
 
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records, records_writer
 from vishwam_t5x.data.source import CACHE_DIR_VARIABLE
 from vishwam_t5x.data.tf import examples
@@ -80,7 +81,7 @@ def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
 
 def _cache_split(task: seqio.Task, split: str, cache_dir: str, metadata: Mapping[str, Any],
                  overwrite: bool) -> dict[str, Any]:
-    directory = records.task_directory(cache_dir, task.name, split)
+    directory = cache_directory.task_directory(cache_dir, task.name, split)
     directory.parent.mkdir(parents=True, exist_ok=True)
     before = _finished_at(directory)
     with _lock(directory.with_name(f"{split}.lock")):

@@ -22,6 +22,7 @@ import seqio
 import tensorflow as tf
 
 from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records
 
 BUILT_IN_TASKS = "vishwam_t5x_tasks"
@@ -103,7 +104,7 @@ def task_rates(name: str, cache_dir: str) -> dict[str, float]:
     if name in seqio.TaskRegistry.names():
         return {name: 1.0}
     registered = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
-    known = sorted({*registered, *records.cached_names(cache_dir)})
+    known = sorted({*registered, *cache_directory.cached_names(cache_dir)})
     hint = did_you_mean(name, known)
     raise UserError("unknown task or mixture", got=repr(name),
                     fix=(hint + " " if hint else "") + "registered: "
