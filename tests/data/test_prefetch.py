@@ -120,6 +120,8 @@ def test_close_ends_the_threads():
     batches.close()
     batches.close()
     assert threading.active_count() == before
+    with pytest.raises(AssertionError, match="closed"):
+        next(batches)
 
 
 def test_waiting_is_measured():

@@ -145,8 +145,9 @@ class Prefetcher:
         """
         begin = time.perf_counter()
         with self._change:
-            assert self._thread is not None, "closed"
-            self._change.wait_for(lambda: self._ready or self._error or self._ended)
+            self._change.wait_for(
+                lambda: self._ready or self._error or self._ended or self._stop)
+            assert not self._stop, "closed"
             if not self._ready:
                 if self._error is not None:
                     raise self._error
