@@ -11,7 +11,8 @@ usage: vishwam evaluate --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=l
 The recipe is the one you trained with; it includes gin/runs/evaluate.gin. For every task the
 teacher-forced loss is taken; for tasks with metric functions the model writes an answer to every
 example and the task judges it; for the others the loss stands beside that of a unigram model.
-MODEL_DIR/evaluation/STEP/SPLIT/ gets metrics.jsonl and predictions-TASK.jsonl.
+MODEL_DIR/evaluation/STEP/ gets metrics.jsonl and predictions-TASK.jsonl of the last evaluation of
+that step; a split given by --split has a folder of its own in it.
 """
 
 from __future__ import annotations
@@ -60,9 +61,11 @@ class Evaluation:
     page: pathlib.Path | None = None
 
     def table(self) -> str:
-        """Returns the metrics as a table to read."""
-        return predictions.table([{"task": result.task, **result.metrics}
-                                  for result in self.results])
+        """Returns the metrics as a table to read; sums of weights are in the file only."""
+        return predictions.table([
+            {"task": result.task, **{name: value for name, value in result.metrics.items()
+                                     if not name.startswith("weight_sum/")}}
+            for result in self.results])
 
 
 def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig,
@@ -131,8 +134,10 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
     if len(results) > 1:
         results.append(TaskResult(MIXTURE, SplitSums.of_all(splits).metrics(loss)))
     directory = pathlib.Path(output_dir or pathlib.Path(model_dir) / "evaluation").expanduser()
-    found = Evaluation(restored.step, results, directory
-                       / evaluation_setup.checkpoint_name(restored) / config.split)
+    directory /= evaluation_setup.checkpoint_name(restored)
+    if config.split != dataset_cfg.split:
+        directory /= config.split
+    found = Evaluation(restored.step, results, directory)
     if distributed.is_primary():
         _write(found, config, model_dir, page)
     return found

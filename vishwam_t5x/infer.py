@@ -115,10 +115,7 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
     if reader is not None:
         found = _of_lines(ready.generator, params, reader, codec, str(input_file), bad)
     else:
-        evaluator = Evaluator(ready.generator, ready.objective, codec.decode, ready.config.seed,
-                              Progress())
-        found = [line for task in caches for line in evaluator.evaluate(
-            params, task, TaskMetrics(task.name), max_examples, write_all=True).predictions]
+        found = _of_tasks(ready, params, caches, codec, max_examples)
     stem = ready.config.split if input_file is None else pathlib.Path(input_file).stem
     path = pathlib.Path(output_file or pathlib.Path(model_dir) / "inference" /
                         evaluation_setup.checkpoint_name(restored) / f"{stem}.jsonl").expanduser()
@@ -138,6 +135,19 @@ def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, targ
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
     return input_files.InputReader(ready.objective, target, codec.encode, ready.spec, grids,
                                    _spectrogram(log_mel))
+
+
+def _of_tasks(ready: evaluation_setup.Prepared, params: Any, caches: Sequence[Any],
+              codec: task_lookup.TextCodec, max_examples: int | None) -> list[Prediction]:
+    progress, found = Progress(), []
+    evaluator = Evaluator(ready.generator, ready.objective, codec.decode, ready.config.seed,
+                          progress)
+    for task in caches:
+        result = evaluator.evaluate(params, task, TaskMetrics(task.name), max_examples,
+                                    write_all=True)
+        found += result.predictions
+        progress.close()
+    return found
 
 
 def _of_lines(generator: Generator, params: Any, reader: input_files.InputReader,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from evaluation import small_model
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.records import DamagedRecord
+from vishwam_t5x.evaluation.evaluator import Evaluator
+from vishwam_t5x.evaluation.generator import Generator
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator
+from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism.mesh import make_mesh
 
@@ -135,9 +140,21 @@ def test_eight_devices_give_the_same_numbers(tiny, eight_devices):
         evaluate = LossEvaluator(
             module, loss, small_model.objective(), small_model.dataset_config(8), mesh,
             tasks=[small_model.text_task(), small_model.image_task()])
-        print(json.dumps(evaluate(params)), evaluate.num_compiles)
+        from vishwam_t5x.evaluation.evaluator import Evaluator
+        from vishwam_t5x.evaluation.generator import Generator
+        from vishwam_t5x.evaluation.task_metrics import TaskMetrics
+        writer = Evaluator(Generator(module, mesh, None, 8, {}, 6, {'text': 48, 'image': 16}),
+                           small_model.objective(), str)
+        lines = writer.evaluate(params, small_model.image_task(), TaskMetrics('drawings'),
+                                write_all=True).predictions
+        print(json.dumps([evaluate(params), evaluate.num_compiles,
+                          [line.prediction.tolist() for line in lines]]))
     """)
-    import json
-    metrics, _, compiles = out.strip().splitlines()[-1].rpartition(" ")
-    assert json.loads(metrics) == pytest.approx(one, rel=2e-5)
-    assert compiles == "1"
+    metrics, compiles, written = json.loads(out.strip().splitlines()[-1])
+    assert metrics == pytest.approx(one, rel=2e-5)
+    assert compiles == 1
+    here = Evaluator(Generator(module, make_mesh(), None, 8, {}, 6, {"text": 48, "image": 16}),
+                     small_model.objective(), str)
+    lines = here.evaluate(params, small_model.image_task(), TaskMetrics("drawings"),
+                          write_all=True).predictions
+    assert written == [line.prediction.tolist() for line in lines]

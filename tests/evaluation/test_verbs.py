@@ -61,7 +61,7 @@ def settings(run, compiled, monkeypatch):
 def test_evaluate_writes_metrics_predictions_and_a_page(run, settings):
     module, params, cache_dir, model_dir = run
     found = evaluate(**settings, page=PageConfig(num_samples=4, tasks=("drawings", "captions")))
-    assert found.directory == pathlib.Path(model_dir) / "evaluation" / "7" / "test"
+    assert found.directory == pathlib.Path(model_dir) / "evaluation" / "7"
     rows = {row["task"]: row for row in read_lines(found.directory / "metrics.jsonl")}
     assert list(rows) == ["captions", "drawings", "texts", "(all tasks)"]
     assert {row["step"] for row in rows.values()} == {7}
@@ -105,6 +105,9 @@ def test_the_unigram_baseline_counts_the_training_targets(run, settings):
     assert metrics["unigram/text"] == pytest.approx(total / weight)
     assert metrics["weight_sum/text"] == weight
     assert len(found.results) == 1
+    other = evaluate(**settings, tasks=("drawings",), split="train")
+    assert other.directory == found.directory / "train"
+    assert other.results[0].metrics["num_examples"] == 20
     without = evaluate(**settings, tasks=("texts",), baseline_examples=0).results[0].metrics
     assert "unigram/text" not in without
 
