@@ -1,0 +1,128 @@
+"""Pictures and recordings become what the model was trained on, or are refused by name."""
+
+from __future__ import annotations
+
+import json
+import wave
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vishwam_t5x.core.batch import BatchSpec
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.tf.audio import LogMelConfig, log_mel_spectrogram
+from vishwam_t5x.evaluation.input_file import BadLine, InputReader, read_image, read_wave
+from vishwam_t5x.infer import _spectrogram
+from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
+from vishwam_t5x.objectives.masking import PatchSpec, patchify
+from vishwam_t5x.objectives.vocabulary import EOS_ID, VocabularyLayout
+
+LAYOUT = VocabularyLayout(base_size=64, num_sentinels=16, num_location_bins=0)
+MEL = LogMelConfig(sample_rate=8000, fft_size=256, hop=128, num_mels=16, min_hertz=300.0,
+                   max_hertz=3400.0)
+OBJECTIVE = MixtureOfDenoisers(
+    vocabulary=LAYOUT, image=PatchSpec(2, channels=1), audio=PatchSpec((4, 8), channels=1),
+    text_r=((3.0, 0.15),), text_x=((3.0, 0.5),))
+
+
+def reader(**changes) -> InputReader:
+    return InputReader(**{
+        "objective": OBJECTIVE, "target": "text", "spectrogram": _spectrogram(MEL),
+        "encode": lambda text: np.array([ord(letter) % 60 + 3 for letter in text], np.int32),
+        "spec": BatchSpec(1, 24, 8, {"text": 10, "image": 16, "audio": 16}, {"text": 8},
+                          {"image": 4, "audio": 32}),
+        "grids": {"image": (4, 4), "audio": (4, 2)}, **changes})
+
+
+def write_wave(path, samples, rate=8000, width=2, channels=1):
+    scaled = np.rint(np.clip(samples, -1, 1) * (2.0**(8 * width - 1) - 1))
+    data = (scaled + 128).astype("u1") if width == 1 else scaled.astype(f"<i{width}")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(data.tobytes())
+
+
+def lines(tmp_path, *objects, **changes):
+    path = tmp_path / "inputs.jsonl"
+    path.write_text("".join(json.dumps(fields) + "\n" for fields in objects))
+    return list(reader(**changes).read(path))
+
+
+def test_text_gets_prefix_and_end(tmp_path):
+    line, = lines(tmp_path, {"text": "ab"})
+    assert line.example["inputs/text/tokens"].tolist() == [
+        LAYOUT.prefix("text", "S"), ord("a") % 60 + 3, ord("b") % 60 + 3, EOS_ID]
+    line, = lines(tmp_path, {"text": "a"}, target="image")
+    assert line.example["inputs/text/tokens"][0] == LAYOUT.prefix("image", "S")
+    assert not [name for name in line.example if name.startswith("targets/")]
+
+
+def test_a_picture_is_fitted_to_the_grid(tmp_path):
+    pixels = (np.arange(64).reshape(8, 8) * 4).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(np.full((4, 8), 255, np.uint8)).save(tmp_path / "wide.png")
+    Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(tmp_path / "colour.png")
+    exact = read_image(tmp_path / "a.png", OBJECTIVE.image, (4, 4))
+    assert np.array_equal(exact, pixels[..., None].astype(np.float32) / 255)
+    wide = read_image(tmp_path / "wide.png", OBJECTIVE.image, (4, 4))[..., 0]
+    assert (wide[2:6] == 1).all() and (wide[:2] == 0).all() and (wide[6:] == 0).all()
+    assert read_image(tmp_path / "colour.png", OBJECTIVE.image, (4, 4)).shape == (8, 8, 1)
+    colour = read_image(tmp_path / "a.png", PatchSpec(2, channels=3), (4, 4))
+    assert colour.shape == (8, 8, 3)
+    line, = lines(tmp_path, {"image": "a.png"})
+    assert np.array_equal(line.example["inputs/image/input"], patchify(exact, OBJECTIVE.image))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_wave_files_of_any_width(tmp_path, width):
+    samples = np.sin(np.arange(400) / 9) * 0.8
+    stereo = np.stack([samples, samples / 2], axis=1).reshape(-1)
+    write_wave(tmp_path / "a.wav", stereo, width=width, channels=2)
+    found, rate = read_wave(tmp_path / "a.wav")
+    assert rate == 8000
+    np.testing.assert_allclose(found, samples * 0.75, atol=2.0**(2 - 8 * width))
+
+
+def test_a_recording_is_padded_to_whole_patches(tmp_path):
+    samples = np.sin(np.arange(1000) / 3) * 0.5
+    write_wave(tmp_path / "a.wav", samples)
+    line, = lines(tmp_path, {"audio": "a.wav", "text": "x"})
+    read, _ = read_wave(tmp_path / "a.wav")
+    assert MEL.num_frames(1000) == 8
+    expected = log_mel_spectrogram(read, MEL)
+    assert np.array_equal(line.example["inputs/audio/input"], patchify(expected, OBJECTIVE.audio))
+    write_wave(tmp_path / "a.wav", samples[:900])
+    line, = lines(tmp_path, {"audio": "a.wav"})
+    assert line.example["inputs/audio/input"].shape == (4, 32)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"text": "a" * 9}, "text is too long (11 tokens, with prefix and end, at most 10)"),
+    ({"text": "a" * 8, "image": "a.png"},
+     "too long together (26 tokens and patches, at most 24)"),
+    ({"audio": "long.wav"}, "recording is too long (20 frames, at most 16)"),
+    ({"audio": "fast.wav"}, "16000 Hz, not 8000 Hz"),
+    ({"audio": "a.png"}, "recording cannot be read"),
+    ({"audio": "none.wav"}, "recording cannot be read"),
+    ({"image": "none.png"}, "image cannot be read"),
+    ({"image": "long.wav"}, "image cannot be read"),
+    ({}, 'not an object with one of "text"'),
+])
+def test_what_does_not_fit_is_named_with_its_limit(tmp_path, fields, message):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    write_wave(tmp_path / "long.wav", np.zeros(128 * 18))
+    write_wave(tmp_path / "fast.wav", np.zeros(1000), rate=16000)
+    bad, good = lines(tmp_path, fields, {"text": "a"})
+    assert isinstance(bad, BadLine) and bad.number == 1 and message in bad.why
+    assert good.number == 2
+
+
+def test_recordings_need_a_spectrogram(tmp_path):
+    write_wave(tmp_path / "a.wav", np.zeros(1000))
+    bad, = lines(tmp_path, {"audio": "a.wav"}, spectrogram=None)
+    assert "log_mel is not bound" in bad.why
+    with pytest.raises(UserError, match="cannot be read"):
+        list(reader().read(tmp_path / "gone.jsonl"))

@@ -1,0 +1,88 @@
+"""Tasks whose caches say nothing of text and metrics are asked through SeqIO."""
+
+from __future__ import annotations
+
+import pytest
+
+from vishwam_t5x import task_lookup
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.source import DatasetConfig
+
+TASKS = """
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from vishwam_t5x.data.tf.features import text_feature
+
+VOCABULARY = seqio.ByteVocabulary(extra_ids=0)
+
+
+def same(targets, predictions):
+    return {'same': float(np.mean([t == p for t, p in zip(targets, predictions)]))}
+
+
+def shout(output, example, is_target):
+    return output.upper()
+
+
+seqio.TaskRegistry.add(
+    'spell', source=seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+            {'text_inputs': ['ab', 'c'], 'text_targets': ['Ab', 'c']}), splits=['test']),
+    preprocessors=[lambda dataset, output_features: seqio.preprocessors.tokenize(
+        dataset, output_features, copy_pretokenized=False)],
+    output_features={'text_inputs': text_feature(VOCABULARY),
+                     'text_targets': text_feature(VOCABULARY)},
+    postprocess_fn=shout, metric_fns=[same])
+"""
+
+
+def test_seqio_is_asked_where_the_manifest_says_nothing(run_python, tmp_path):
+    (tmp_path / "spelling_tasks.py").write_text(TASKS)
+    out = run_python(f"""
+        import sys
+        from vishwam_t5x import task_lookup
+        from vishwam_t5x.data.source import DatasetConfig
+        from vishwam_t5x.data.tf.cache import cache_task_or_mixture
+        from vishwam_t5x.evaluation.task_metrics import ModelOutputs
+        from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
+        from vishwam_t5x.objectives.vocabulary import VocabularyLayout
+
+        module, cache = {str(tmp_path / "spelling_tasks.py")!r}, {str(tmp_path / "cache")!r}
+        cache_task_or_mixture('spell', [module], cache)
+        layout = VocabularyLayout(base_size=259, num_sentinels=4, num_location_bins=0)
+        objective = MixtureOfDenoisers(vocabulary=layout, supervised_only=True)
+        config = DatasetConfig('spell', {{'inputs': 8, 'targets': 8}}, 2, split='test',
+                               cache_dir=cache, module=module)
+        tasks = task_lookup.open_tasks(config, objective)
+        metrics = task_lookup.metrics_of(tasks[0], config)
+        codec = task_lookup.text_codec(tasks, config, layout)
+        ids = codec.encode('ab')
+        assert ids.tolist() == tasks[0].read(0)['text_inputs'].tolist(), ids
+        assert codec.decode([layout.prefix('text', 'S'), *ids, 0, layout.sentinel(1), 1, *ids]) == (
+            '[Text] [S] ab <extra_id_1>')
+        examples = [tasks[0].read(record) for record in (0, 1)]
+        targets = [metrics.postprocess(codec.decode(example['text_targets']), example, True)
+                   for example in examples]
+        print(targets, metrics.compute(targets, ['AB', 'X'], ModelOutputs()))
+        for names, message in ((('spel',), "did you mean 'spell'"),):
+            try:
+                task_lookup.open_tasks(config, objective, names)
+            except ValueError as error:
+                assert message in str(error), error
+            else:
+                raise AssertionError('not refused')
+    """)
+    assert "['AB', 'C'] {'same': 0.5}" in out
+
+
+def test_different_vocabularies_are_refused():
+    class Task:
+        def __init__(self, name, digest):
+            self.name = name
+            self.metadata = {"vocabulary": {"path": f"/{digest}", "sha256": digest}}
+
+    config = DatasetConfig("both", {"inputs": 8, "targets": 8}, 2)
+    with pytest.raises(UserError, match="different vocabularies"):
+        task_lookup.text_codec([Task("a", "1"), Task("b", "2")], config, None)
