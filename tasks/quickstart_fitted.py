@@ -98,6 +98,11 @@ class PatchCodebook:
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
 
 
+def decode_image(codes: Int[np.ndarray, "patches"]) -> Float[np.ndarray, "height width channels"]:
+    """Returns the picture of one image's codes, float32 in [0, 1]; for `vishwam infer`."""
+    return codebook().decode(np.asarray(codes)[None])[0]
+
+
 def to_patches(images: Float[np.ndarray, "images height width channels"],
                patch: int) -> Float[np.ndarray, "images patches dim"]:
     """Cuts images into square patches, row-major, each flattened as (dy, dx, channel)."""
