@@ -81,7 +81,7 @@ def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
 
     Without such pins XLA may choose to gather whole batches on every device. Does nothing outside
     `partitioning` or on one device. A dimension that its mesh axes do not divide is split over the
-    leading ones that do, and this is logged once.
+    leading ones that do, and this is logged once (not for a size of 1).
 
     An embedding table is constrained too, as ('vocab', 'embed'), before it is looked up or
     multiplied: that gathers it over 'fsdp' once. Left to itself XLA gathers it in every pass of a
@@ -105,7 +105,7 @@ def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
     for name, size, axes in zip(logical_axes, x.shape, _split(here.mesh, here.rules, names),
                                 strict=True):
         fits = _leading_fit(here.mesh, axes, size)
-        if fits != axes:
+        if fits != axes and size > 1:  # one row, as in initialization, cannot be split at all
             _log_once(f"activation axis {name!r} of size {size} is not divisible by its mesh axes "
                       f"{axes} ({axes_size(here.mesh, axes)}): split over {fits or 'none'} only")
         kept.append(fits)
