@@ -93,7 +93,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         decode_batch_size: examples written together.
         max_examples: at most so many of each task, the first ones; None: all.
         baseline_examples: training examples a task's unigram model counts at most; 0 for none.
-        page: what to show on a PNG page in MODEL_DIR; None: no page.
+        page: what to show on a PNG page in MODEL_DIR, when all tasks are evaluated; None: no page.
         mesh: devices along each axis; None: what suits the devices at hand.
         logical_axis_rules: which dimension is split over which mesh axis.
         compilation_cache_dir: as for `train`.
@@ -109,6 +109,9 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
                                      compilation_cache_dir)
     config = ready.config
     caches = task_lookup.open_tasks(config, ready.objective, tasks)
+    page = None if tasks else page
+    if page is not None:
+        report.check_tasks(page, [task.name for task in caches])
     judges = {task.name: task_lookup.metrics_of(task, config) for task in caches}
     codec = task_lookup.text_codec(caches, config, getattr(objective, "vocabulary", None))
     params, restored = ready.load(checkpoint_path, model_dir)

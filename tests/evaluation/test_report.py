@@ -37,7 +37,7 @@ def test_each_task_is_shown_as_what_it_is(tmp_path):
     figures, caption, draw, tone, text, training = report.sections(
         RESULTS, report.PageConfig(num_samples=8), curves)
     assert figures.values == {"caption exact match": 0.5, "draw recognised": 0.25,
-                              "text loss": 3.0, "text unigram": 5.0}
+                              "text: loss": 3.0, "text: unigram": 5.0}
     assert isinstance(caption, page.Captioned) and caption.expected == ["a two"] * 3
     assert caption.kind == "image" and tone.kind == "spectrogram" and tone.said == ["one"]
     assert draw.asked == ["draw a three"] * 2 and draw.said == ["3"] * 2
@@ -49,7 +49,7 @@ def test_only_the_tasks_named_in_their_order(tmp_path):
     config = report.PageConfig(tasks=("quick_tone", "quick_caption"))
     _, first, second = report.sections(RESULTS, config, tmp_path / "none.jsonl")
     assert (first.title, second.title) == ("quick tone", "quick caption")
-    with pytest.raises(UserError, match="was not evaluated"):
+    with pytest.raises(UserError, match="is not evaluated"):
         report.sections(RESULTS, report.PageConfig(tasks=("quick",)), None)
 
 

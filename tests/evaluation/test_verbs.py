@@ -108,8 +108,10 @@ def test_the_unigram_baseline_counts_the_training_targets(run, settings):
     other = evaluate(**settings, tasks=("drawings",), split="train")
     assert other.directory == found.directory / "train"
     assert other.results[0].metrics["num_examples"] == 20
-    without = evaluate(**settings, tasks=("texts",), baseline_examples=0).results[0].metrics
-    assert "unigram/text" not in without
+    without = evaluate(**settings, tasks=("texts",), baseline_examples=0, page=PageConfig(
+        tasks=("captions",)))
+    assert "unigram/text" not in without.results[0].metrics
+    assert without.page is None  # it would replace that of all tasks
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -118,7 +120,7 @@ def test_the_unigram_baseline_counts_the_training_targets(run, settings):
     ({"checkpoint_path": "/nowhere"}, "nowhere"),
     ({"decoding": {"audio": DecodingConfig()}}, "target modality of this model"),
     ({"max_examples": 0}, "at least 1"),
-    ({"page": PageConfig(tasks=("captoins",)), "tasks": ("texts",)}, "was not evaluated"),
+    ({"page": PageConfig(tasks=("captoins",))}, "did you mean 'captions'"),
 ])
 def test_mistakes_of_evaluate(settings, change, message):
     with pytest.raises(UserError, match=message):

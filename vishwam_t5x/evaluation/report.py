@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.evaluation import page
 from vishwam_t5x.evaluation.evaluator import Sample, TaskResult
 
@@ -41,6 +41,15 @@ class PageConfig:
             raise UserError("PageConfig.num_samples must be at least 1", got=self.num_samples)
 
 
+def check_tasks(config: PageConfig, evaluated: Sequence[str]) -> None:
+    """Raises `UserError` if the page is to show a task that is not evaluated."""
+    for name in config.tasks:
+        if name not in evaluated:
+            raise UserError("the page is to show a task that is not evaluated", got=name,
+                            fix=did_you_mean(name, evaluated)
+                            or "evaluated: " + ", ".join(evaluated))
+
+
 def sections(results: Sequence[TaskResult], config: PageConfig,
              training_metrics: pathlib.Path | None) -> list[page.Section]:
     """Returns the page's parts: metrics, samples of each task, loss curves.
@@ -54,13 +63,10 @@ def sections(results: Sequence[TaskResult], config: PageConfig,
         training_metrics: metrics.jsonl of the training run, if there is one.
 
     Raises:
-        UserError: `config.tasks` names a task that was not evaluated.
+        UserError: as `check_tasks`.
     """
     by_name = {result.task: result for result in results}
-    for name in config.tasks:
-        if name not in by_name:
-            raise UserError("the page is to show a task that was not evaluated", got=name,
-                            fix="evaluated: " + ", ".join(by_name))
+    check_tasks(config, list(by_name))
     parts: list[page.Section] = []
     figures = _figures(results)
     if figures:
@@ -84,9 +90,9 @@ def _figures(results: Sequence[TaskResult]) -> dict[str, float]:
         for name, value in result.metrics.items():
             kind, _, modality = name.partition("/")
             if kind == "unigram":
-                of = f" of {modality}s" if _ambiguous(result) else ""
-                compared[f"{task} loss{of}"] = float(result.metrics[f"cross_entropy/{modality}"])
-                compared[f"{task} unigram{of}"] = float(value)
+                of = f" {modality}" if _ambiguous(result) else ""
+                compared[f"{task}:{of} loss"] = float(result.metrics[f"cross_entropy/{modality}"])
+                compared[f"{task}:{of} unigram"] = float(value)
             elif kind not in _LOSS_METRICS and not isinstance(value, str):
                 own[f"{task} {name.replace('_', ' ')}"] = float(value)
     return dict([*own.items(), *compared.items()][:_MOST_FIGURES])
