@@ -1,4 +1,4 @@
-"""One token at a time with a cache, against the whole sequence at once; and `generate`."""
+"""One token at a time with a cache, against the whole sequence at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from models import model_fixtures
 
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.models import decoding
+from vishwam_t5x.models.beam_search import beam_search, length_penalty
 from vishwam_t5x.models.cache import DecodeCache
-from vishwam_t5x.models.generate import DecodingConfig, generate
 
 ALONE = tuple((number,) for number in range(len(model_fixtures.EXAMPLES)))
 
@@ -26,7 +27,9 @@ def test_cached_equals_uncached(scan_layers):
     inputs = {key: array for key, array in batch.items() if key.startswith("inputs/")}
     encoded = jax.jit(functools.partial(model.apply, method="encode"))(variables, inputs)
     for modality, length in (("text", 6), ("image", 6)):
-        cache = model.apply(variables, encoded, length, 2, method="init_cache")
+        cache = jax.jit(functools.partial(
+            model.apply, max_length=length, num_decodes=2, method="init_cache"))(
+                variables, encoded)
         assert isinstance(cache, DecodeCache) and cache.stacked == scan_layers
         assert (cache.max_length, cache.num_rows, cache.num_decodes) == (6, 10, 2)
 
@@ -55,10 +58,10 @@ def test_cached_equals_uncached(scan_layers):
 def test_reordered_rows_go_on_from_their_parent(scan_layers):
     model, variables = model_fixtures.build(scan_layers=scan_layers, **model_fixtures.TEXT_ONLY)
     inputs = {"inputs/text/tokens": np.asarray([[3, 4, 5], [6, 7, 0]], np.int32)}
-    encoded = model.apply(variables, inputs, method="encode")
 
     @jax.jit
     def last_logits(first, rows, second):
+        encoded = model.apply(variables, inputs, method="encode")
         cache = model.apply(variables, encoded, 3, 2, method="init_cache")
         for tokens in (jnp.zeros(4, jnp.int32), first):
             _, cache = model.apply(variables, tokens, cache, "text", method="decode_step")
@@ -89,46 +92,46 @@ def sequence_score(model, variables, inputs, tokens):
     return float(steps[:length].sum()), length
 
 
-@pytest.mark.parametrize("config", [
-    DecodingConfig(max_length=5),
-    DecodingConfig(method="sample", max_length=5, num_decodes=3, temperature=0.7, top_k=10,
-                   top_p=0.9),
-    DecodingConfig(method="beam", max_length=5, num_decodes=3)], ids=lambda c: c.method)
-def test_scores_are_true_log_probabilities(text_model, config):
+def decode(model, variables, inputs, modality, length, method, num_decodes, **settings):
+    """Decodes with the model's own cache, as an evaluator does."""
+    encoded = model.apply(variables, inputs, method="encode")
+    cache = model.apply(variables, encoded, length, num_decodes, method="init_cache")
+
+    def step(tokens, cache):
+        return model.apply(variables, tokens, cache, modality, method="decode_step")
+
+    settings |= {"batch_size": encoded.hidden.shape[0], "max_length": length}
+    if method == "beam":
+        return beam_search(step, cache, DecodeCache.reorder, num_beams=num_decodes, **settings)
+    return decoding.sample(step, cache, jax.random.key(0), num_decodes=num_decodes, **settings)
+
+
+@pytest.mark.parametrize("method, num_decodes, settings", [
+    ("sample", 1, {"temperature": 0.0}),
+    ("sample", 3, {"temperature": 0.7, "top_k": 10, "top_p": 0.9}), ("beam", 3, {"alpha": 0.8})])
+def test_scores_are_true_log_probabilities(text_model, method, num_decodes, settings):
     model, variables = text_model
     tokens = np.asarray([[3, 4, 5, 6], [7, 8, 0, 0]], np.int32)
-    decoded = jax.jit(lambda variables, key: generate(
-        model, variables, {"inputs/text/tokens": tokens}, "text", config, key))(
-            variables, jax.random.key(0))
-    assert decoded.tokens.shape == (2, config.num_decodes, 5)
+    decoded = jax.jit(lambda variables: decode(
+        model, variables, {"inputs/text/tokens": tokens}, "text", 5, method, num_decodes,
+        **settings))(variables)
+    assert decoded.tokens.shape == (2, num_decodes, 5)
     assert (np.diff(decoded.scores, axis=1) >= 0).all()
     for example in range(2):
         best = np.asarray(decoded.best[example])
         score, length = sequence_score(model, variables, tokens[example], best)
-        if config.method == "beam" and (best == 1).any():
-            score /= ((5 + length) / 6) ** config.alpha
+        if method == "beam" and (best == 1).any():
+            score /= length_penalty(length, settings["alpha"])
         np.testing.assert_allclose(decoded.scores[example, -1], score, rtol=1e-4)
 
 
-def test_images_have_every_place_and_only_codes():
+def test_a_grid_is_decoded_whole():
     model, variables = model_fixtures.build()
-    config = DecodingConfig(method="sample", num_decodes=4, temperature=5.0)
     inputs = {"inputs/text/tokens": np.asarray([[3, 4]], np.int32)}
-    decoded = jax.jit(lambda key: generate(model, variables, inputs, "image", config, key))(
-        jax.random.key(0))
+    decoded = jax.jit(lambda: decode(
+        model, variables, inputs, "image", 6, "sample", 4, temperature=5.0, eos_id=None,
+        logits_hook=lambda logits, _: logits.at[:, :2].set(-jnp.inf)))()
     assert decoded.tokens.shape == (1, 4, 6)
     assert decoded.tokens.min() >= 2 and np.isfinite(decoded.scores).all()
-    with pytest.raises(UserError, match="beam search is for texts"):
-        generate(model, variables, inputs, "image", DecodingConfig(method="beam"),
-                 jax.random.key(0))
     with pytest.raises(UserError, match="unknown target modality"):
-        generate(model, variables, inputs, "audio", config, jax.random.key(0))
-
-
-@pytest.mark.parametrize("settings, match", [
-    ({"method": "greed"}, "did you mean 'greedy'"), ({"num_decodes": 2}, "one decode"),
-    ({"temperature": 0.5}, "method = 'sample'"), ({"alpha": 1.0}, "method = 'beam'"),
-    ({"method": "sample", "temperature": 0.0}, "greedy"), ({"max_length": 0}, "max_length")])
-def test_decoding_config_refuses(settings, match):
-    with pytest.raises(UserError, match=match):
-        DecodingConfig(**settings)
+        decode(model, variables, inputs, "audio", 6, "sample", 1)

@@ -60,6 +60,39 @@ class Dense(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], epsilon: float
+             ) -> Float[Array, "*batch D"]:
+    """Returns x · rsqrt(mean(x²) + epsilon) · scale in the dtype of x; see `RMSNorm`.
+
+    The gradient is written out: automatic differentiation keeps and rereads three arrays of the
+    size of x where this keeps x and one number a row.
+    """
+    return _rms_norm_forward(x, scale, epsilon)[0]
+
+
+def _rms_norm_forward(x: jax.Array, scale: jax.Array, epsilon: float
+                      ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jax.lax.square(wide), axis=-1, keepdims=True) + epsilon)
+    y = (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
+    return y, (x, inverse, scale)
+
+
+def _rms_norm_backward(epsilon: float, residuals: tuple[jax.Array, jax.Array, jax.Array],
+                       gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del epsilon
+    x, inverse, scale = residuals
+    normed, wide = x.astype(jnp.float32) * inverse, gradient.astype(jnp.float32)
+    scaled = wide * scale.astype(jnp.float32)
+    along = jnp.mean(scaled * normed, axis=-1, keepdims=True)
+    d_scale = jnp.sum((wide * normed).reshape(-1, x.shape[-1]), axis=0)
+    return (inverse * (scaled - normed * along)).astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
 class RMSNorm(nn.Module):
     """y = x · rsqrt(mean(x²) + epsilon) · scale over the last axis (arXiv 1910.07467).
 
@@ -83,10 +116,7 @@ class RMSNorm(nn.Module):
         scale = self.param(
             "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,)),
             (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jax.lax.square(wide), axis=-1, keepdims=True)
-        y = (wide * jax.lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
-        return y * scale.astype(self.dtype)
+        return rms_norm(x.astype(self.dtype), scale, self.epsilon)
 
 
 class Embed(nn.Module):
@@ -117,17 +147,22 @@ class Embed(nn.Module):
         """Returns the vectors of `ids`, which must lie in [0, num_embeddings)."""
         if self.one_hot:
             one_hot = jax.nn.one_hot(ids, self.num_embeddings, dtype=self.dtype)
-            return one_hot @ self.embedding.astype(self.dtype)
-        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.dtype)
+            return one_hot @ self.table()
+        vectors = jnp.take(self.table(), ids, axis=0, mode="clip")
+        return constrain(vectors, ("batch", *("length",) * (ids.ndim - 1), "embed"))
 
     def table(self) -> Float[Array, "V D"]:
-        """Returns the stored table."""
-        return self.embedding
+        """Returns the table in `dtype`, whole along 'embed' on every device.
+
+        Pinned: else XLA gathers it again for every chunk of the loss, or, for a look-up, gathers
+        the vectors of the whole batch on every device.
+        """
+        return constrain(self.embedding.astype(self.dtype), ("vocab", "embed"))
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Returns hidden·Eᵀ / √D, accumulated and returned in float32 (T5 scales tied logits)."""
         rows = hidden.reshape(-1, self.features).astype(self.dtype)
-        y = jax.lax.dot_general(rows, self.embedding.astype(self.dtype), (((1,), (1,)), ((), ())),
+        y = jax.lax.dot_general(rows, self.table(), (((1,), (1,)), ((), ())),
                                 preferred_element_type=jnp.float32)
         return y.reshape(*hidden.shape[:-1], self.num_embeddings) / math.sqrt(self.features)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -56,9 +57,31 @@ def rope(angles: Float[Array, "B L P"] | None) -> Rope | None:
 
 
 def apply_rotary(x: Float[Array, "B L H D"], turn: Rope) -> Float[Array, "B L H D"]:
-    """Turns each pair of features (a, b) of x to (a·cos − b·sin, b·cos + a·sin), in float32."""
+    """Turns each pair of features (a, b) of x to (a·cos − b·sin, b·cos + a·sin), in float32.
+
+    Differentiable in x alone: angles come from integers.
+    """
+    return _turn(x, turn.cos[:, :, None, :], turn.sin[:, :, None, :])
+
+
+@jax.custom_vjp
+def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).astype(jnp.float32)
-    cos, sin = turn.cos[:, :, None, :], turn.sin[:, :, None, :]
     a, b = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _turn_forward(x: jax.Array, cos: jax.Array, sin: jax.Array
+                  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _turn(x, cos, sin), (cos, sin)
+
+
+def _turn_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
+                   ) -> tuple[jax.Array, None, None]:
+    # The transpose of a rotation is the rotation back; automatic differentiation would pad and add.
+    cos, sin = residuals
+    return _turn(gradient, cos, -sin), None, None
+
+
+_turn.defvjp(_turn_forward, _turn_backward)

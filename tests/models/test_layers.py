@@ -1,0 +1,110 @@
+"""Single layers against their formulas and against automatic differentiation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vishwam_t5x.models import masks, positions
+from vishwam_t5x.models.attention import KeysValues, attend
+from vishwam_t5x.models.layers import Embed, MlpBlock, rms_norm
+
+
+def test_rms_norm_gradient_is_that_of_the_formula():
+    x = jax.random.normal(jax.random.key(0), (3, 4, 16)) * 2
+    scale, weights = jax.random.normal(jax.random.key(1), (2, 16))
+
+    def plain(x, scale):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+
+    def gradient(norm):
+        return jax.jit(jax.value_and_grad(
+            lambda x, scale: jnp.sum(jnp.sin(norm(x, scale)) * weights), (0, 1)))(x, scale)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+                 gradient(lambda x, scale: rms_norm(x, scale, 1e-6)), gradient(plain))
+
+
+def test_rms_norm_casts_before_it_scales():
+    x = jax.random.normal(jax.random.key(0), (8, 64), jnp.bfloat16)
+    scale = jnp.linspace(0.5, 1.5, 64)
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    y = rms_norm(x, scale, 1e-6)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, normed.astype(jnp.bfloat16) * scale.astype(jnp.bfloat16))
+    d_x, d_scale = jax.grad(lambda x, scale: jnp.sum(rms_norm(x, scale, 1e-6).astype(jnp.float32)),
+                            (0, 1))(x, scale)
+    assert d_x.dtype == jnp.bfloat16 and d_scale.dtype == jnp.float32
+
+
+def test_rotation_gradient_turns_back():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
+    turn = positions.rope(positions.text_angles(jnp.arange(10).reshape(2, 5) * 7, 8, 100.0))
+    y, pullback = jax.vjp(lambda x: positions.apply_rotary(x, turn), x)
+    np.testing.assert_allclose(pullback(y)[0], x, atol=1e-5)  # orthogonal
+    shifted = positions.rope(positions.text_angles(jnp.arange(10).reshape(2, 5) * 7 + 3, 8, 100.0))
+    z = positions.apply_rotary(x, shifted)
+    # Products of queries and keys depend on the distance of their positions alone.
+    np.testing.assert_allclose(jnp.einsum("blhd,bmhd->bhlm", y, y),
+                               jnp.einsum("blhd,bmhd->bhlm", z, z), atol=1e-4)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_attend_is_softmax_attention_with_shared_heads(num_kv_heads):
+    keys = jax.random.split(jax.random.key(0), 4)
+    queries = jax.random.normal(keys[0], (2, 4, 3, 8))
+    kv = KeysValues(*(jax.random.normal(key, (2, num_kv_heads, 5, 8)) for key in keys[1:3]))
+    allowed = jax.random.bernoulli(keys[3], 0.6, (2, 3, 5)).at[0, 1].set(False)
+    bias = masks.to_bias(allowed, jnp.float32)
+
+    def ours(queries, kv):
+        return attend(queries, kv, bias, float32_logits=True)
+
+    def plain(queries, kv):
+        k, v = (jnp.repeat(array, 4 // num_kv_heads, axis=1) for array in kv)
+        weights = jax.nn.softmax(jnp.einsum("bhqd,bhkd->bhqk", queries, k) / 8**0.5 + bias)
+        return jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+
+    np.testing.assert_allclose(ours(queries, kv), plain(queries, kv), atol=1e-5)
+    # A query that may see nothing averages all: finite, and harmless.
+    np.testing.assert_allclose(ours(queries, kv)[0, :, 1], jnp.repeat(
+        kv.values.mean(axis=2)[0], 4 // num_kv_heads, axis=0), atol=1e-5)
+    gradients = [jax.grad(lambda q, kv: jnp.sum(jnp.sin(f(q, kv))), (0, 1))(queries, kv)  # noqa: B023
+                 for f in (ours, plain)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
+
+
+def test_masked_logit_is_finite_in_every_dtype():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        value = jnp.asarray(masks.masked_logit(dtype), dtype)
+        assert np.isfinite(float(value)) and float(value) <= -3e4
+
+
+def test_decoder_mask():
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 0]])
+    modality = jnp.asarray([[0, 0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(masks.decoder_mask(segments, modality)[0].astype(int), [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]])
+
+
+def test_mlp_is_the_product_of_its_activations():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 6))
+    block = MlpBlock(8, ("gelu_tanh", "linear"))
+    variables = block.init(jax.random.key(1), x)
+    kernel = {name: node["kernel"] for name, node in nn.meta.unbox(variables)["params"].items()}
+    expected = (jax.nn.gelu(x @ kernel["wi_0"]) * (x @ kernel["wi_1"])) @ kernel["wo"]
+    np.testing.assert_allclose(block.apply(variables, x), expected, atol=1e-5)
+
+
+def test_logits_are_scaled_by_the_root_of_the_width():
+    table = Embed(10, 16)
+    variables = table.init(jax.random.key(0), jnp.zeros((1,), jnp.int32))
+    hidden = jax.random.normal(jax.random.key(1), (3, 16))
+    embedding = nn.meta.unbox(variables)["params"]["embedding"]
+    np.testing.assert_allclose(table.apply(variables, hidden, method="logits"),
+                               hidden @ embedding.T / 4, atol=1e-5)
