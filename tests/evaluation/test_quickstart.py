@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers import vishwam
 
+from helpers import vishwam
 from vishwam_t5x.evaluation.predictions import read_lines
 
 RECIPE = "--gin_file=gin/recipes/quickstart_cpu.gin"
