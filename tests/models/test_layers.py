@@ -108,3 +108,23 @@ def test_logits_are_scaled_by_the_root_of_the_width():
     embedding = nn.meta.unbox(variables)["params"]["embedding"]
     np.testing.assert_allclose(table.apply(variables, hidden, method="logits"),
                                hidden @ embedding.T / 4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+def test_attention_dropout_drops_keys_of_a_head_for_all_queries(num_kv_heads):
+    """With values that name their key, the dropped keys can be read off the result."""
+    module = nn.Dropout(0.5, broadcast_dims=(-1,))
+    values = jnp.broadcast_to(jnp.eye(8), (2, num_kv_heads, 8, 8))
+    kv = KeysValues(jnp.zeros((2, num_kv_heads, 8, 8)), values)
+    queries, bias = jnp.zeros((2, 4, 3, 8)), jnp.zeros((2, 1, 3, 8))
+
+    class Attend(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return attend(queries, kv, bias, float32_logits=True, key_dropout=module.copy())
+
+    out = np.asarray(Attend().apply({}, rngs={"dropout": jax.random.key(3)})) * 8
+    assert set(np.unique(out.round(4))) == {0.0, 2.0}  # dropped, or kept and doubled
+    assert (out == out[:, :, :1]).all()
+    heads = out[:, :, 0].reshape(8, 8)
+    assert len({tuple(head) for head in heads}) > 4 and 0.3 < (heads > 0).mean() < 0.7

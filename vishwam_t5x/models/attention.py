@@ -26,7 +26,7 @@ class KeysValues(NamedTuple):
 
 def attend(queries: Float[Array, "B H Q D"], keys_values: KeysValues,
            bias: Float[Array, "B 1 Q K"], *, float32_logits: bool,
-           weight_dropout: nn.Dropout | None = None) -> Float[Array, "B H Q D"]:
+           key_dropout: nn.Dropout | None = None) -> Float[Array, "B H Q D"]:
     """Softmax attention; query head n reads key head n // (H / K).
 
     The weights stay unnormalised until they have been applied: dividing [B, H, Q, D] instead of
@@ -37,7 +37,7 @@ def attend(queries: Float[Array, "B H Q D"], keys_values: KeysValues,
         keys_values: [B, K, L, D] each, K a divisor of H.
         bias: added to the logits, broadcast over the heads; in the dtype of the logits.
         float32_logits: logits and softmax in float32 whatever the dtype of the queries.
-        weight_dropout: applied to the attention weights, or None.
+        key_dropout: dropout of whole keys [B, H, K, 1], or None.
 
     Returns:
         [B, H, Q, D] in the dtype of the queries.
@@ -54,12 +54,26 @@ def attend(queries: Float[Array, "B H Q D"], keys_values: KeysValues,
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
     total = jnp.sum(weights, -1, keepdims=True, dtype=jnp.float32)
     weights = weights.astype(queries.dtype)
-    if weight_dropout is not None:
-        weights = weight_dropout(weights, deterministic=False)
+    if key_dropout is not None:
+        weights, values = _drop(weights, values, key_dropout)
     context = jax.lax.dot_general(
         weights.reshape(*grouped, keys.shape[2]), values, (((3,), (2,)), ((0, 1), (0, 1))),
         preferred_element_type=jnp.float32)
     return (context.reshape(queries.shape) / total).astype(queries.dtype)
+
+
+def _drop(weights: jax.Array, values: jax.Array, key_dropout: nn.Dropout
+          ) -> tuple[jax.Array, jax.Array]:
+    """Drops keys of a head for all queries alike.
+
+    That is to drop their values, which are fewer numbers than the weights; but where query heads
+    share values they drop different keys.
+    """
+    if weights.shape[1] == values.shape[1]:
+        return weights, key_dropout(values, deterministic=False)
+    kept = key_dropout(jnp.ones((*weights.shape[:2], weights.shape[3], 1), weights.dtype),
+                       deterministic=False)
+    return weights * kept.swapaxes(2, 3), values
 
 
 class Attention(nn.Module):
@@ -98,7 +112,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             self.query_norm = RMSNorm("kv", dtype=self.dtype, param_dtype=self.param_dtype)
             self.key_norm = RMSNorm("kv", dtype=self.dtype, param_dtype=self.param_dtype)
-        self.weight_dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+        self.key_dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-1,))
 
     def queries(self, x: Float[Array, "B L D"], rope: positions.Rope | None
                 ) -> Float[Array, "B H L C"]:
@@ -126,7 +140,7 @@ class Attention(nn.Module):
         """Returns the attended values after the output projection."""
         use_dropout = enable_dropout and self.dropout_rate > 0
         context = attend(queries, keys_values, bias, float32_logits=self.float32_logits,
-                         weight_dropout=self.weight_dropout if use_dropout else None)
+                         key_dropout=self.key_dropout if use_dropout else None)
         context = context.swapaxes(1, 2)
         context = checkpoint_name(context.reshape(*context.shape[:2], -1), ATTENTION_CONTEXT)
         context = constrain(context, ("batch", "length", "joined_kv"))
