@@ -24,3 +24,14 @@ def run_python():
 def eight_devices():
     """`helpers.run_python` with eight CPU devices."""
     return functools.partial(helpers.run_python, devices=8)
+
+
+@pytest.fixture(scope="session")
+def quickstart_cache(tmp_path_factory):
+    """Environment variables under which the quickstart's examples are cached, once a session."""
+    folder = tmp_path_factory.mktemp("quickstart_cache")
+    env = {"VISHWAM_CACHE_DIR": str(folder),
+           "JAX_COMPILATION_CACHE_DIR": str(folder / "compilation")}
+    done = helpers.vishwam("cache", "--task_or_mixture=quickstart", env=env)
+    assert done.returncode == 0, done.stderr
+    return env

@@ -9,7 +9,7 @@ import helpers
 
 def run(quickstart_cache, code, devices=8):
     out = helpers.run_python(
-        "import sys; sys.path.insert(0, 'tests/integration')\n"
+        "import sys; sys.path.insert(0, 'tests')\n"
         "import json, numpy as np, jax\nimport programs\n" + textwrap.dedent(code),
         devices=devices, env=quickstart_cache, timeout=1500)
     return out

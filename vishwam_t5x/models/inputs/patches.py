@@ -27,15 +27,23 @@ class PatchInput:
         patch_dim: numbers in one patch, e.g. 16 · 16 · 3.
         grid: (rows, columns) of patches in a whole image, or (time steps, mel bands).
         rope_scale: multiplies row and column numbers before they become rotary angles.
+        mean: subtracted from every number of a patch, in the units of the patches. A patch of
+            zeros says nothing after a norm that only knows directions, so centre what is dark.
+        std: every number is divided by it after that.
     """
 
     modality: str
     patch_dim: int
     grid: tuple[int, int]
     rope_scale: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("patch_dim",))
+        if not self.std > 0:
+            raise UserError("PatchInput.std must be positive", got=self.std,
+                            fix="the standard deviation of the numbers in the patches, or 1.0")
         object.__setattr__(self, "grid", tuple(self.grid))
 
     @property
@@ -86,6 +94,8 @@ class PatchInputEncoder(nn.Module):
         mask = fields.get("mask", jnp.ones(slots, jnp.int32))
         if patches.dtype == jnp.uint8:
             patches = patches.astype(policy.compute_dtype) / 255
+        if (self.input.mean, self.input.std) != (0.0, 1.0):
+            patches = (patches.astype(policy.compute_dtype) - self.input.mean) / self.input.std
         x = Dense(cfg.emb_dim, ("image_patch", "embed"), dtype=policy.compute_dtype,
                   param_dtype=policy.param_dtype, name="projection")(patches)
         x = x + modality_embedding(self, cfg.emb_dim, policy)
