@@ -93,7 +93,7 @@ class _Damaged:
     def __init__(self, task, record):
         self._task, self._record, self.name = task, record, task.name
         self.num_records, self.features = task.num_records, task.features
-        self.clean_lengths = task.clean_lengths
+        self.clean_lengths, self.length_table = task.clean_lengths, task.length_table
 
     def read(self, record):
         if record == self._record:

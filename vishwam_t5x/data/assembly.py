@@ -12,9 +12,6 @@ import numpy as np
 
 from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
 
-OPTIONAL_ARRAYS = ("task_mask",)
-"""What an objective may tell and a batch need not hold (which codes [R] hid from the encoder)."""
-
 Example = Mapping[str, np.ndarray]
 
 
@@ -112,8 +109,6 @@ def _fill(arrays: dict[str, np.ndarray], prefix: str, runs: _Runs, examples: Seq
         values.setdefault("inputs", shifted)
     for name, value in values.items():
         array = arrays.get(prefix + name)
-        if array is None and name in OPTIONAL_ARRAYS:
-            continue
         assert array is not None, f"the objective gave {prefix}{name}, no part of the batch"
         assert value.shape == (len(runs.slots), *array.shape[2:]), (prefix + name, value.shape)
         assert np.can_cast(value.dtype, array.dtype, "same_kind"), (prefix + name, value.dtype)
@@ -129,10 +124,10 @@ def _given(prefix: str, runs: _Runs, examples: Sequence[Example]
         parts: list[Any] = [example.get(prefix + name) for example in examples]
         for index, (part, size) in enumerate(zip(parts, runs.sizes.tolist(), strict=True)):
             if part is None:
-                assert name in ("mask", "pos_ids", "loss_mask", *OPTIONAL_ARRAYS), (
+                assert name in ("mask", "pos_ids", "loss_mask"), (
                     f"some examples lack {prefix}{name}")
                 parts[index] = (np.arange(size, dtype=np.int32) if name == "pos_ids" else
-                                np.full((size,), name != "task_mask", np.int32))
+                                np.ones((size,), np.int32))
             assert len(parts[index]) == size, f"{prefix}{name} has a length of its own"
         yield name, np.concatenate(parts)
 

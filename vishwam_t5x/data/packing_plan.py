@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from vishwam_t5x.core.batch import MAX_CARRIED, BatchSpec, DataPosition, ModalityLengths
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import fit
 from vishwam_t5x.data.records import TaskRecords
 
 
@@ -207,29 +208,10 @@ class Packer:
     def _explain(self, example: int, lengths: ModalityLengths) -> UserError:
         """Says why an example fits in no row."""
         task, record = self.examples.locate(example)
-        name = self.examples.tasks[task].name
-        for side, sizes, capacities in (("inputs", lengths.inputs, self.spec.input_capacities),
-                                        ("targets", lengths.targets, self.spec.target_capacities)):
-            if unknown := sizes.keys() - capacities.keys():
-                modality = min(unknown)
-                return UserError(
-                    f"task '{name}' has {side} of a modality the model does not have",
-                    got=f"{modality} ({sizes[modality]} slots, record {record})",
-                    fix=f"the model's {side}: {', '.join(capacities)}; choose another model, or "
-                        "leave the task out of the mixture")
-            needs = [(side, sum(sizes.values()), self._limits[side, None])]
-            needs += [(f"{side}/{modality}", sizes.get(modality, 0), capacity)
-                      for modality, capacity in capacities.items()]
-            for key, need, limit in needs:
-                if need > limit:
-                    return UserError(
-                        f"an example of task '{name}' does not fit in an empty row",
-                        got=f"record {record} (example {example}) needs {need} of {limit} slots "
-                            f"of '{key}'; its lengths: inputs {lengths.inputs}, targets "
-                            f"{lengths.targets}",
-                        fix=f"TASK_FEATURE_LENGTHS['{key}'] = {need} or more, or cut long examples "
-                            "into chunks in the task's preprocessors")
-        raise AssertionError("it fits")
+        why = fit.misfit(self.spec, lengths, self.examples.tasks[task].name,
+                     f"record {record} (example {example})")
+        assert why is not None, "it fits"
+        return why
 
     def _finish(self, rows: list[list[Placement]], start: DataPosition, end: DataPosition
                 ) -> PackingPlan:
@@ -242,16 +224,10 @@ class Packer:
                            max(input_fill, target_fill), inputs, targets)
 
 
-@contextlib.contextmanager
-def naming_the_task(examples: ExampleStream, example: int) -> Iterator[None]:
+def naming_the_task(examples: ExampleStream, example: int) -> contextlib.AbstractContextManager:
     """Adds the task to what an objective refuses: it knows features only."""
-    try:
-        yield
-    except UserError as error:
-        task, record = examples.locate(example)
-        raise UserError(
-            f"task '{examples.tasks[task].name}', record {record}: {error.problem}", error.got,
-            error.fix) from error
+    task, record = examples.locate(example)
+    return fit.naming_the_task(examples.tasks[task].name, record)
 
 
 class _OpenRows:

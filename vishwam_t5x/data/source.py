@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from vishwam_t5x.core.batch import MODALITIES, BatchSpec, DataPosition
 from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from vishwam_t5x.data import directory as cache_directory
-from vishwam_t5x.data import records
+from vishwam_t5x.data import fit, records
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing import Objective, PackedBatches
 from vishwam_t5x.data.packing_plan import ExampleStream
@@ -174,11 +174,14 @@ def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = Tru
         repeat: an endless stream; False: every record once (evaluation).
 
     Raises:
-        UserError: unknown task or split, a broken cache, or settings that do not fit.
+        UserError: unknown task or split, a broken cache, settings that do not fit, or an example
+            that would fit in no row (see `fit.check_longest`).
     """
     assert config.use_cached, "a live stream is opened by data/tf/live.py"
     mixture = open_mixture(config, patch_specs(objective), repeat)
-    return assemble(config, objective, mixture)
+    dataset = assemble(config, objective, mixture)
+    fit.check_longest(mixture.tasks, objective, dataset.spec)
+    return dataset
 
 
 def assemble(config: DatasetConfig, objective: Objective, examples: ExampleStream) -> Dataset:

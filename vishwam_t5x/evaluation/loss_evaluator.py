@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from vishwam_t5x.core.batch import Batch, DataPosition
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data import source
+from vishwam_t5x.data import fit, source
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing import Objective, PackedBatches
 from vishwam_t5x.data.prefetch import Prefetcher
@@ -55,6 +55,11 @@ class FirstExamples:
     def clean_lengths(self, example: int) -> dict[str, int]:
         """As `Mixture.clean_lengths`."""
         return self._examples.clean_lengths(example)
+
+    def clean_lengths_many(self, examples: np.ndarray
+                           ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """As `Mixture.clean_lengths_many`."""
+        return self._examples.clean_lengths_many(examples)
 
     def read(self, example: int) -> dict[str, Any]:
         """As `Mixture.read`."""
@@ -154,8 +159,8 @@ class LossEvaluator:
             tasks: the splits to read; None: the caches of `config`, written first if missing.
 
         Raises:
-            UserError: no tasks, a limit below 1, rows that do not divide over the mesh, or what
-                `data.source.open_mixture` says.
+            UserError: no tasks, a limit below 1, rows that do not divide over the mesh, an example
+                that fits in no row, or what `data.source.open_mixture` says.
         """
         if max_examples is not None and max_examples < 1:
             raise UserError("the limit of examples must be at least 1", got=max_examples,
@@ -164,6 +169,7 @@ class LossEvaluator:
         if tasks is None:
             tasks = source.open_mixture(config, source.patch_specs(objective), repeat=False).tasks
         spec = source.batch_spec(config, objective)
+        fit.check_longest(tasks, objective, spec, max_examples)
         self._placement = Placement(mesh, rules, spec.batch_size)
         self._loss, self._objective, self._config, self._spec = loss, objective, config, spec
         self._streams = _streams(tasks, max_examples)

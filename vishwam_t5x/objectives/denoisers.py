@@ -224,12 +224,35 @@ class MixtureOfDenoisers:
             UserError: as `choose`, and if the text would have more spans than there are sentinels.
         """
         roles, tables = self._plan(tuple(clean_lengths))
-        inputs = {m: clean_lengths[name] for m, name in roles.inputs.items()}
         if roles.supervised:
+            inputs = {m: clean_lengths[name] for m, name in roles.inputs.items()}
             text = inputs.pop("text", 0) + 1 + (len(roles.targets) if self.mode_tokens else 0)
             targets = {m: clean_lengths[name] + (m == "text") for m, name in roles.targets.items()}
             return ModalityLengths({"text": text, **inputs}, targets)
         denoiser, split = self._draw(tables, clean_lengths, seed, example)
+        return self._denoised_lengths(roles, clean_lengths, denoiser, split)
+
+    def possible_lengths(self, clean_lengths: Mapping[str, int]) -> list[ModalityLengths]:
+        """Returns what `lengths` may be, whatever is drawn: to know before training what fits.
+
+        A uniform split of [S] is given at both its ends.
+
+        Args:
+            clean_lengths: length of each feature: tokens, codes, or patches.
+
+        Raises:
+            UserError: as `lengths`, for any denoiser that may be drawn.
+        """
+        roles, tables = self._plan(tuple(clean_lengths))
+        if roles.supervised:
+            return [self.lengths(clean_lengths, seed=0, example=0)]
+        return [self._denoised_lengths(roles, clean_lengths, denoiser, split)
+                for denoiser in tables[clean_lengths.get("text", 1) == 0].denoisers
+                for split in (0.0, 1.0)]
+
+    def _denoised_lengths(self, roles: FeatureRoles, clean_lengths: Mapping[str, int],
+                          denoiser: Denoiser, split: float) -> ModalityLengths:
+        inputs = {m: clean_lengths[name] for m, name in roles.inputs.items()}
         text, target = inputs.pop("text", 0), clean_lengths[roles.targets[denoiser.modality]]
         if denoiser.modality == "text":
             text, target = self._text_lengths(denoiser, text, split)
@@ -311,16 +334,6 @@ class MixtureOfDenoisers:
                 int(spans[worst]), self.vocabulary.num_sentinels, int(lengths[worst]))
         return lengths - noise + spans, noise + spans
 
-    def check_text_length(self, longest: int) -> None:
-        """Raises `UserError` now if some denoiser would need more sentinels than there are.
-
-        Args:
-            longest: tokens of the longest self-supervised text.
-        """
-        for paradigm, spans in (("R", self.text_r), ("X", self.text_x)):
-            for mean, rate in spans if self.text_weights.get(paradigm, 0.0) > 0 else ():
-                self._text_lengths(Denoiser("text", paradigm, rate, mean), longest, 0.0)
-
     # -- the example ---------------------------------------------------------------------------
 
     def apply(self, clean: Mapping[str, np.ndarray], *, seed: int,
@@ -331,9 +344,8 @@ class MixtureOfDenoisers:
         - inputs/<m>/input [n, patch_dim] float32 (uint8 pixels are divided by 255) and
           inputs/<m>/pos_ids [n] int32 (place in the patch grid, row-major) for patches;
         - targets/text/targets [m] int32, with EOS;
-        - targets/<m>/targets, loss_mask, task_mask [m] int32 for codes: targets are code + 2;
-          task_mask is 1 where [R] hid the code from the encoder (all 0 for [S], which is plain
-          left-to-right generation); loss_mask is 1 where the loss counts.
+        - targets/<m>/targets, loss_mask [m] int32 for codes: targets are code + 2; loss_mask is 1
+          where the loss counts.
 
         Args:
             clean: features of one example, as cached.

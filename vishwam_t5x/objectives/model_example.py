@@ -121,9 +121,7 @@ def _put_patches(out: Example, objective: MixtureOfDenoisers, modality: str, arr
 
 def _put_codes(out: Example, modality: str, codes: np.ndarray, hidden: np.ndarray | None,
                masked_loss: str) -> None:
-    task_mask = np.zeros(codes.shape, np.int32) if hidden is None else hidden.astype(np.int32)
     out[f"targets/{modality}/targets"] = codes + np.int32(CODE_OFFSET)
-    out[f"targets/{modality}/task_mask"] = task_mask
     out[f"targets/{modality}/loss_mask"] = (
-        task_mask if hidden is not None and masked_loss == "masked"
+        hidden.astype(np.int32) if hidden is not None and masked_loss == "masked"
         else np.ones(codes.shape, np.int32))

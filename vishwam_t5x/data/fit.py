@@ -1,0 +1,87 @@
+"""Whether the examples of a task fit in a row: asked before training, and answered with the fix."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.records import TaskRecords
+
+
+def check_longest(tasks: Sequence[TaskRecords], objective: Any, spec: BatchSpec,
+                  max_examples: int | None = None) -> None:
+    """Finds out from the table of lengths what would otherwise end a run in its middle.
+
+    Looks at each task's longest records, by every feature and in all, under every denoiser that
+    may be drawn. Does nothing for an objective without `possible_lengths`.
+
+    Args:
+        tasks: with their lengths.
+        objective: what corrupts their examples.
+        spec: shapes of the batches.
+        max_examples: only the first so many of each task will be read; None: all.
+
+    Raises:
+        UserError: an example would fit in no row, or needs more sentinels than there are.
+    """
+    if not hasattr(objective, "possible_lengths"):
+        return
+    for task in tasks:
+        names, table = task.length_table
+        table = table[:max_examples]
+        if not table.size:
+            continue
+        longest = {int(table[:, column].argmax()) for column in range(len(names))}
+        for record in sorted(longest | {int(table.sum(axis=1).argmax())}):
+            with naming_the_task(task.name, record):
+                possible = objective.possible_lengths(
+                    dict(zip(names, table[record].tolist(), strict=True)))
+            for lengths in possible:
+                if why := misfit(spec, lengths, task.name, f"record {record}"):
+                    raise why
+
+
+def misfit(spec: BatchSpec, lengths: ModalityLengths, task: str, what: str) -> UserError | None:
+    """Returns why an example fits in no row, or None if it does.
+
+    Args:
+        spec: shapes of the batches.
+        lengths: slots it takes.
+        task: name of its task.
+        what: which example, in words.
+    """
+    for side, sizes, capacities, limit in (
+            ("inputs", lengths.inputs, spec.input_capacities, spec.input_length),
+            ("targets", lengths.targets, spec.target_capacities, spec.target_length)):
+        if unknown := {name for name, size in sizes.items() if size} - capacities.keys():
+            modality = min(unknown)
+            return UserError(
+                f"task '{task}' has {side} of a modality the model does not have",
+                got=f"{modality} ({sizes[modality]} slots, {what})",
+                fix=f"the model's {side}: {', '.join(capacities)}; choose another model, or "
+                    "leave the task out of the mixture")
+        needs = [(side, sum(sizes.values()), limit)]
+        needs += [(f"{side}/{modality}", sizes.get(modality, 0), capacity)
+                  for modality, capacity in capacities.items()]
+        for key, need, most in needs:
+            if need > most:
+                return UserError(
+                    f"an example of task '{task}' does not fit in an empty row",
+                    got=f"{what} needs {need} of {most} slots of '{key}'; its lengths: inputs "
+                        f"{lengths.inputs}, targets {lengths.targets}",
+                    fix=f"TASK_FEATURE_LENGTHS['{key}'] = {need} or more, or cut long examples "
+                        "into chunks in the task's preprocessors")
+    return None
+
+
+@contextlib.contextmanager
+def naming_the_task(task: str, record: int) -> Iterator[None]:
+    """Adds the task to what an objective refuses: it knows features only."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"task '{task}', record {record}: {error.problem}", error.got,
+                        error.fix) from error
