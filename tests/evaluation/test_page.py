@@ -116,3 +116,30 @@ def test_importing_the_page_does_not_import_matplotlib():
             "sys.exit(any(name.split('.')[0] == 'matplotlib' for name in sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], env=helpers.environment(),
                           check=False).returncode == 0
+
+
+@pytest.mark.parametrize("section", [
+    page.Figures("Numbers", dict.fromkeys(
+        ("image to text exact match", "text to image recogniser accuracy", "audio: exact match",
+         "image text denoise: image unigram", "image text denoise: text unigram", "text: loss",
+         "image text denoise: image loss", "short", "text to image recognised"), 1.0)),
+    page.Captioned("Drawn", np.zeros((10, 8, 8)), ["3"] * 10,
+                   asked=["a picture of the digit three", "show a handwritten eight"] * 5)],
+    ids=["figures", "requests"])
+def test_labels_stay_in_their_own_place(section):
+    """No text of a section runs into another's, nor out of the section."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, section.height()), dpi=110)
+    canvas = FigureCanvasAgg(figure)
+    section.draw(figure)
+    canvas.draw()
+    texts = [text for text in [*figure.texts, *(text for ax in figure.axes for text in ax.texts)]
+             if text.get_text()]
+    boxes = [text.get_window_extent() for text in texts]
+    assert len(boxes) >= 18
+    for index, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.x1 <= 1210 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 + 1
+        for other in boxes[:index]:
+            assert not box.overlaps(other), texts[index]

@@ -21,6 +21,7 @@ from vishwam_t5x.core.errors import UserError
 
 _WIDTH = 11.0  # inches; 110 dots each
 _DOTS = 110
+_FIGURE_LETTERS = 25  # of size 8.5 in a sixth of the width
 _INK, _FAINT, _RIGHT, _WRONG = "#1d2530", "#7a8594", "#1b7f4b", "#c0392b"
 _COLOURS = ("#2b6cb0", "#d97706", "#1b7f4b", "#9333ea", "#c0392b", "#0e7490")
 
@@ -43,21 +44,33 @@ class Figures:
 
     Attributes:
         title: heading.
-        values: name and value, six to a line; floats below 10 are shown with three decimals.
+        values: name and value, six to a line; floats below 10 are shown with three decimals. A
+            name too wide for its place goes on in the next line.
     """
 
     title: str
     values: Mapping[str, float | int | str]
 
+    def _names(self) -> list[list[str]]:
+        return [textwrap.wrap(name, _FIGURE_LETTERS) or [""] for name in self.values]
+
+    def _line_heights(self) -> list[float]:
+        """Inches of each line of six."""
+        lines = [len(name) for name in self._names()] or [1]
+        return [0.56 + 0.16 * max(lines[first:first + 6]) for first in range(0, len(lines), 6)]
+
     def height(self) -> float:
-        return 0.75 * max(1, -(-len(self.values) // 6)) + 0.1
+        return sum(self._line_heights()) + 0.1
 
     def draw(self, figure: Any) -> None:
-        rows = max(1, -(-len(self.values) // 6))
-        for index, (name, value) in enumerate(self.values.items()):
-            x, y = (index % 6 + 0.06) / 6, 1 - (index // 6 + 0.45) / rows
-            _text(figure, x, y, _number(value), size=17, weight="bold", va="center")
-            _text(figure, x, y - 0.36 / rows, name, size=8.5, color=_FAINT, va="center")
+        total, heights = self.height(), self._line_heights()
+        for index, (name, value) in enumerate(zip(self._names(), self.values.values(),
+                                                  strict=True)):
+            x, top = (index % 6 + 0.06) / 6, sum(heights[:index // 6])
+            _text(figure, x, 1 - (top + 0.3) / total, _number(value), size=17, weight="bold",
+                  va="center")
+            _text(figure, x, 1 - (top + 0.5) / total, "\n".join(name), size=8.5, color=_FAINT,
+                  va="top", linespacing=1.25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +112,14 @@ class Captioned:
 
     def height(self) -> float:
         picture = _WIDTH / self.columns * (0.62 if self.kind == "spectrogram" else 0.78)
-        return self._rows() * (picture + (0.62 if self.asked else 0.42))
+        return self._rows() * (picture + (0.72 if self.asked else 0.42))
 
     def draw(self, figure: Any) -> None:
         axes = figure.subplots(self._rows(), self.columns, squeeze=False).ravel()
         room = self.height() / self._rows()
-        figure.subplots_adjust(left=0.012, right=0.988, wspace=0.12, hspace=0.55 / room + 0.08,
+        figure.subplots_adjust(left=0.012, right=0.988, wspace=0.12, hspace=(0.68 if self.asked else 0.55) / room + 0.08,
                                bottom=0.34 / self.height(),
-                               top=1 - (0.24 if self.asked else 0.03) / self.height())
+                               top=1 - (0.34 if self.asked else 0.03) / self.height())
         letters = int(190 / self.columns)
         for index, ax in enumerate(axes):
             ax.set_axis_off()
@@ -123,8 +136,8 @@ class Captioned:
                 note = textwrap.shorten(f"not {expected}", letters, placeholder="…")
                 _beside(ax, note, -15, size=6.5, color=_FAINT)
             if self.asked is not None:
-                asked = textwrap.shorten(self.asked[index], letters + 4, placeholder="…")
-                _beside(ax, asked, 4, size=6.5, color=_FAINT)
+                asked = textwrap.wrap(self.asked[index], letters + 1, max_lines=2, placeholder="…")
+                _beside(ax, "\n".join(asked), 4, size=6.5, color=_FAINT)
 
 
 @dataclasses.dataclass(frozen=True)
