@@ -25,7 +25,7 @@ from vishwam_t5x.models.layers import Embed
 from vishwam_t5x.models.scan import stack_layers
 from vishwam_t5x.objectives.chunked_loss import projected_cross_entropy_sums
 from vishwam_t5x.objectives.losses import LossConfig, LossSums, loss_weights
-from vishwam_t5x.parallelism.sharding import axes_size, constrain, current_partitioning
+from vishwam_t5x.parallelism.sharding import batch_parts, constrain, current_partitioning
 
 LOGITS = ("batch", "length", "vocab")
 """Logical axes of logits."""
@@ -153,11 +153,13 @@ class EncoderDecoder(nn.Module):
     def hidden_loss_sums(self, hidden: Mapping[str, jax.Array], batch: Batch, loss: LossConfig
                          ) -> dict[str, LossSums]:
         """Returns the loss sums of decoder output already at hand."""
+        here = current_partitioning()
+        batch_shards = 1 if here is None else batch_parts(here.mesh, here.rules)
         return {
             name: projected_cross_entropy_sums(
                 part, self.target_encoders[name].table(), batch[f"targets/{name}/targets"],
                 loss_weights(batch, name), loss, scale=1 / math.sqrt(self.config.emb_dim),
-                batch_shards=_batch_shards(), constrain=constrain)
+                batch_shards=batch_shards, constrain=constrain)
             for name, part in hidden.items()}
 
     def init_cache(self, encoded: Encoded, max_length: int, num_decodes: int = 1) -> DecodeCache:
@@ -234,10 +236,3 @@ def _to_row(sequence: Any, index: Int[Array, "B L"]) -> list[jax.Array]:
     inverse = rows.invert(index, embeddings.shape[1])
     gathered = constrain(rows.permute(embeddings, index, inverse), RESIDUAL)
     return [gathered, *(None if array is None else rows.take(array, index) for array in others)]
-
-
-def _batch_shards() -> int:
-    here = current_partitioning()
-    if here is None:
-        return 1
-    return axes_size(here.mesh, here.rules.mesh_axes(here.rules.for_activations(("batch",)))[0])
