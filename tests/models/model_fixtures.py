@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
@@ -36,9 +37,20 @@ def config(**changes: Any) -> EncoderDecoderConfig:
 
 @functools.cache
 def build(**changes: Any) -> tuple[EncoderDecoder, Any]:
-    """The model and its variables, without boxes; made once for the same changes."""
+    """The model and variables of a sensible size; made once for the same changes.
+
+    Drawn by NumPy: to compile the initialization would take longer than most tests.
+    """
     model = EncoderDecoder(config(**changes))
-    return model, meta.unbox(jax.jit(model.init)(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-1].key
+        spread = leaf.shape[0] ** -0.5 if name == "kernel" else 1.0 if name == "embedding" else 0.1
+        return jnp.asarray((name == "scale") + spread * rng.normal(size=leaf.shape), leaf.dtype)
+
+    shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 TEXT_ONLY = {"inputs": INPUTS[:1], "targets": TARGETS[:1]}

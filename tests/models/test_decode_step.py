@@ -21,7 +21,7 @@ ALONE = tuple((number,) for number in range(len(model_fixtures.EXAMPLES)))
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_cached_equals_uncached(scan_layers):
     """Two decodes per example, of text and of image codes, with keys shared by query heads."""
-    model, variables = model_fixtures.build(scan_layers=scan_layers)
+    model, variables = model_fixtures.build(scan_layers=scan_layers, num_encoder_layers=1)
     batch, where = model_fixtures.lay_out(ALONE, with_index=False)
     whole = jax.jit(functools.partial(model.apply, method="logits"))(variables, batch)
     inputs = {key: array for key, array in batch.items() if key.startswith("inputs/")}
@@ -56,7 +56,8 @@ def test_cached_equals_uncached(scan_layers):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_reordered_rows_go_on_from_their_parent(scan_layers):
-    model, variables = model_fixtures.build(scan_layers=scan_layers, **model_fixtures.TEXT_ONLY)
+    model, variables = model_fixtures.build(scan_layers=scan_layers, num_encoder_layers=1,
+                                            **model_fixtures.TEXT_ONLY)
     inputs = {"inputs/text/tokens": np.asarray([[3, 4, 5], [6, 7, 0]], np.int32)}
 
     @jax.jit
@@ -78,7 +79,13 @@ def test_reordered_rows_go_on_from_their_parent(scan_layers):
 
 @pytest.fixture(scope="module")
 def text_model():
-    return model_fixtures.build(**model_fixtures.TEXT_ONLY)
+    return model_fixtures.build(num_encoder_layers=1, num_decoder_layers=1,
+                                **model_fixtures.TEXT_ONLY)
+
+
+@functools.cache
+def text_logits(model):
+    return jax.jit(functools.partial(model.apply, method="logits"))
 
 
 def sequence_score(model, variables, inputs, tokens):
@@ -87,7 +94,7 @@ def sequence_score(model, variables, inputs, tokens):
     shifted = np.concatenate([[0], tokens[:-1]]).astype(np.int32)
     batch = {"inputs/text/tokens": inputs[None], "targets/text/inputs": shifted[None],
              "targets/text/mask": np.ones((1, len(tokens)), np.int32)}
-    logits = jax.jit(functools.partial(model.apply, method="logits"))(variables, batch)["text"][0]
+    logits = text_logits(model)(variables, batch)["text"][0]
     steps = jax.nn.log_softmax(logits)[np.arange(len(tokens)), tokens]
     return float(steps[:length].sum()), length
 
@@ -126,7 +133,7 @@ def test_scores_are_true_log_probabilities(text_model, method, num_decodes, sett
 
 
 def test_a_grid_is_decoded_whole():
-    model, variables = model_fixtures.build()
+    model, variables = model_fixtures.build(num_encoder_layers=1, num_decoder_layers=1)
     inputs = {"inputs/text/tokens": np.asarray([[3, 4]], np.int32)}
     decoded = jax.jit(lambda: decode(
         model, variables, inputs, "image", 6, "sample", 4, temperature=5.0, eos_id=None,

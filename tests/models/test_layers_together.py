@@ -27,8 +27,14 @@ def build(**changes):
     return model_fixtures.build(**model_fixtures.TEXT_ONLY, **changes)
 
 
-def compiled(model, **kwargs):
-    return jax.jit(functools.partial(model.apply, **kwargs))
+def make(**changes):
+    return EncoderDecoder(model_fixtures.config(**model_fixtures.TEXT_ONLY, **changes))
+
+
+@functools.cache
+def forward(enable_dropout=False, **changes):
+    """Compiled (variables, batch, rngs) -> output."""
+    return jax.jit(functools.partial(make(**changes).apply, enable_dropout=enable_dropout))
 
 
 def loss_and_gradient(model, params, batch):
@@ -49,8 +55,7 @@ def reference(batch):
     (True, "none"), (False, "minimal"), (True, "full"), (True, "dots"), (True, "offload")])
 def test_same_loss_and_gradient(reference, batch, scan_layers, remat_policy):
     params, (loss, gradient) = reference
-    model = EncoderDecoder(model_fixtures.config(
-        **model_fixtures.TEXT_ONLY, scan_layers=scan_layers, remat_policy=remat_policy))
+    model = make(scan_layers=scan_layers, remat_policy=remat_policy)
     if scan_layers:
         params, gradient = stack_layers(params), stack_layers(gradient)
     found_loss, found = loss_and_gradient(model, params, batch)
@@ -62,8 +67,7 @@ def test_remat_recomputes(reference, batch):
     """The backward pass of 'full' contains the block again: the policy reaches the layers."""
     exponentials = {}
     for policy in ("none", "full"):
-        model = EncoderDecoder(model_fixtures.config(
-            **model_fixtures.TEXT_ONLY, remat_policy=policy))
+        model = make(remat_policy=policy)
 
         def loss(params, model=model):
             return model.apply({"params": params}, batch, LossConfig(), method="loss_sums")[
@@ -73,21 +77,23 @@ def test_remat_recomputes(reference, batch):
     assert exponentials["full"] >= exponentials["none"] + 6  # one softmax per attention
 
 
-def test_initial_numbers_do_not_depend_on_scan_layers():
-    unrolled = model_fixtures.build()[1]["params"]
-    scanned = model_fixtures.build(scan_layers=True)[1]["params"]
+def test_initial_numbers_depend_on_the_key_alone(batch):
+    unrolled, scanned = (
+        meta.unbox(jax.jit(model_fixtures.build(**changes)[0].init)(jax.random.key(0)))["params"]
+        for changes in ({}, {"scan_layers": True}))
     stacked = stack_layers(unrolled)
     assert flatten_names(scanned).keys() == flatten_names(stacked).keys()
     assert scanned["encoder"]["encoder"]["mlp"]["wi_0"]["kernel"].shape == (32, 2, 48)
     jax.tree.map(np.testing.assert_array_equal, scanned, stacked)
     jax.tree.map(np.testing.assert_array_equal, unstack_layers(scanned), unrolled)
-
-
-def test_initial_numbers_do_not_depend_on_the_batch(batch):
-    """Even one without most of the modalities: all parameters are made."""
-    model, variables = model_fixtures.build()
-    found = jax.jit(model.init)(jax.random.key(0), batch)
-    jax.tree.map(np.testing.assert_array_equal, meta.unbox(found)["params"], variables["params"])
+    # Layers differ, and are of the size their initializers say.
+    kernels = np.asarray(scanned["encoder"]["encoder"]["mlp"]["wi_0"]["kernel"])
+    assert np.abs(kernels[:, 0] - kernels[:, 1]).max() > 0.1
+    assert 0.8 < kernels.std() * 32**0.5 < 1.2
+    # Nor on the batch they are initialized with, even one without most of the modalities.
+    model = model_fixtures.build()[0]
+    found = meta.unbox(jax.jit(model.init)(jax.random.key(0), batch))["params"]
+    jax.tree.map(np.testing.assert_array_equal, found, unrolled)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -109,13 +115,10 @@ def test_every_parameter_has_logical_axes_with_a_rule(scan_layers):
 def test_narrow_precision_is_near_and_finite(reference, batch, precision,
                                              float32_attention_logits):
     params, (loss, _) = reference
-    model = EncoderDecoder(model_fixtures.config(
-        **model_fixtures.TEXT_ONLY, precision=precision,
-        float32_attention_logits=float32_attention_logits))
-    out = compiled(model)({"params": params}, batch)
-    # Rows of padding attend to nothing: even they must not become NaN.
-    for hidden in (out.encoder_output, out.hidden["text"]):
-        assert hidden.dtype == precision and np.isfinite(hidden.astype(np.float32)).all()
+    model = make(precision=precision, float32_attention_logits=float32_attention_logits)
+    shapes = jax.eval_shape(model.apply, {"params": params}, batch)
+    assert shapes.encoder_output.dtype == shapes.hidden["text"].dtype == precision
+    # Padding attends to nothing: if that gave NaN, it would reach the loss as keys.
     found, gradient = loss_and_gradient(model, params, batch)
     assert abs(float(found) - float(loss)) < 0.05 * float(loss)
     assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
@@ -125,7 +128,8 @@ def test_narrow_precision_is_near_and_finite(reference, batch, precision,
 def test_no_float32_copy_of_activations_in_bfloat16(batch):
     """Matmuls take bfloat16 operands, attention and output layer included."""
     model, variables = build(precision="bfloat16")
-    text = compiled(model, method="logits").lower(variables, batch).as_text()
+    text = jax.jit(functools.partial(model.apply, method="logits")).lower(
+        variables, batch).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) > 30
     for line in products:
@@ -135,10 +139,10 @@ def test_no_float32_copy_of_activations_in_bfloat16(batch):
 
 def test_dropout_acts_only_when_enabled_and_spares_positions(reference, batch):
     variables = {"params": reference[0]}
-    model = EncoderDecoder(model_fixtures.config(**model_fixtures.TEXT_ONLY, dropout_rate=0.5))
-    np.testing.assert_array_equal(compiled(model)(variables, batch).hidden["text"],
-                                  compiled(build()[0])(variables, batch).hidden["text"])
-    drop = compiled(model, enable_dropout=True)
+    np.testing.assert_array_equal(
+        forward(dropout_rate=0.5)(variables, batch).hidden["text"],
+        forward()(variables, batch).hidden["text"])
+    drop = forward(enable_dropout=True, dropout_rate=0.5)
     first, second = (drop(variables, batch, rngs={"dropout": jax.random.key(seed)}).hidden["text"]
                      for seed in (0, 1))
     # The last dropout zeroes the same features at every position of a row.
@@ -149,10 +153,9 @@ def test_dropout_acts_only_when_enabled_and_spares_positions(reference, batch):
 
 def test_one_hot_lookup_equals_gather(reference, batch):
     variables = {"params": reference[0]}
-    other = EncoderDecoder(model_fixtures.config(
-        **model_fixtures.TEXT_ONLY, one_hot_embeddings=True))
-    np.testing.assert_allclose(compiled(other)(variables, batch).hidden["text"],
-                               compiled(build()[0])(variables, batch).hidden["text"], atol=1e-5)
+    np.testing.assert_allclose(
+        forward(one_hot_embeddings=True)(variables, batch).hidden["text"],
+        forward()(variables, batch).hidden["text"], atol=1e-5)
 
 
 def test_chunked_loss_equals_plain(batch):
