@@ -44,6 +44,11 @@ _PASSAGE_CHARACTERS = 600
 """A passage is a run of paragraphs of at least this many characters, about 200 tokens."""
 
 
+def log_mel() -> LogMelConfig:
+    """Returns how recordings become the spectrograms of these tasks; for `vishwam infer`."""
+    return LOG_MEL
+
+
 def check_split(split: str) -> str:
     """Returns `split`.
 
