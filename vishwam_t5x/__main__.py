@@ -22,9 +22,12 @@ import importlib
 import os
 import pathlib
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 
 from vishwam_t5x.core.errors import (
+    BACKGROUND,
     EXIT_FAILURE,
     EXIT_OK,
     EXIT_PREEMPTED,
@@ -48,6 +51,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # etils would take TensorFlow for gs:// paths as soon as it is installed (12 s and 650 MB).
     os.environ.setdefault("EPATH_USE_TF", "false")
+    # TensorFlow greets whoever starts it with five lines about CUDA and oneDNN.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    code = EXIT_FAILURE
+    try:
+        code = _run(arguments)
+        return code
+    finally:
+        if argv is None and code != EXIT_OK:
+            _leave_background(code)
+
+
+def _leave_background(code: int) -> None:
+    """Ends the process without waiting for a thread that compiles, perhaps for minutes.
+
+    Does nothing if there is none: then Python ends as it should.
+    """
+    if any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate()):
+        if (error := sys.exc_info()[1]) is not None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:

@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import logging
 
-from vishwam_t5x import evaluation_setup, task_lookup
+from vishwam_t5x import evaluation_setup, screen, task_lookup
 from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import EXIT_OK
 from vishwam_t5x.data import source
@@ -198,8 +198,7 @@ def main(argv: Sequence[str]) -> int:
     from vishwam_t5x import gin_config
 
     config = gin_config.parse(argv, "evaluate", flags=FLAGS)
-    logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
+    screen.show_messages()
     found = config.call(evaluate, **evaluation_setup.overrides(config.flags))
     print(found.table())
     print(f"\nmetrics and predictions: {found.directory}")

@@ -35,6 +35,8 @@ NOT_MATHEMATICAL = {
     "*.num_microbatches": "sums are normalised by the whole batch: the same result to rounding",
     "*.EncoderDecoderConfig.remat_policy": "recomputation: the same numbers",
     "*.DatasetConfig.cache_dir": "where examples lie; their content is checked by the manifest",
+    "*.DatasetConfig.keep_in_memory_mib": "where examples lie",
+    "*.DatasetConfig.max_bad_fraction": "when to give up",
     "*.DatasetConfig.prefetch": "how far ahead batches are made",
     "*.DatasetConfig.read_threads": "how many threads read; the order is fixed",
     "vishwam_t5x.evaluate.*": "another verb",

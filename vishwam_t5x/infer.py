@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from vishwam_t5x import evaluation_setup, task_lookup
+from vishwam_t5x import evaluation_setup, screen, task_lookup
 from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import EXIT_OK, UserError, one_of
 from vishwam_t5x.data.source import DatasetConfig
@@ -225,8 +225,7 @@ def main(argv: Sequence[str]) -> int:
     from vishwam_t5x import gin_config
 
     config = gin_config.parse(argv, "infer", flags=FLAGS)
-    logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
+    screen.show_messages()
     given = evaluation_setup.overrides(config.flags)
     given.update({name: config.flags[name] for name in ("input_file", "output_file", "target")
                   if name in config.flags})

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import jax
 from absl import logging
 
-from vishwam_t5x import gin_config, gin_differences
+from vishwam_t5x import gin_config, gin_differences, screen
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import EXIT_OK, UserError
@@ -97,7 +97,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         compilation_cache_dir: compiled programs kept across processes; None: a folder under the
             home directory; '': none.
         use_tensorboard: whether TensorBoard files are written too.
-        profile_steps: steps to profile; 0 for none.
+        profile_steps: steps to profile, written to MODEL_DIR/profile; 0 for none.
         profile_start: steps of this process before the profile begins, so that it shows no warm-up.
 
     Returns:
@@ -107,23 +107,31 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         UserError: the parts do not fit together.
         Preempted: asked to stop; the state has been saved.
     """
+    for name, steps in (("profile_steps", profile_steps), ("profile_start", profile_start)):
+        if steps < 0:
+            raise UserError(f"train.{name} must be 0 steps or more", got=steps)
+    if early_stop is not None and train_eval_dataset_cfg is None:
+        raise UserError("early_stop needs an evaluation to watch",
+                        fix="bind train.train_eval_dataset_cfg, or leave early_stop out")
     compilation.enable_compilation_cache(compilation_cache_dir)
     run_dir = RunDir.open(model_dir)
-    saver_ready = setup.in_background(lambda: _checkpoints(run_dir, checkpoint_cfg))
-    dataset_ready = setup.in_background(lambda: _dataset(train_dataset_cfg, objective))
-    devices = mesh_lib.make_mesh(mesh)
-    logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
-    parts = setup.Parts(
-        model, optimizer, devices, logical_axis_rules,
-        StepConfig(num_microbatches, loss, stability, random_seed),
-        source.batch_spec(train_dataset_cfg, objective))
-    setup.check_modalities(model, objective, parts.spec)
-    batch_shardings = parts.batch_shardings()
-    factory = parts.factory()
-    if distributed.is_primary():
-        run_dir.write(run_dir.model_info, _model_info(factory, devices, logical_axis_rules))
-
     with contextlib.ExitStack() as stack:
+        stop = StopRequest().install()
+        stack.callback(stop.restore)
+        saver_ready = setup.in_background(lambda: _checkpoints(run_dir, checkpoint_cfg))
+        open_dataset = _dataset_opener(train_dataset_cfg, objective)
+        devices = mesh_lib.make_mesh(mesh)
+        logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
+        parts = setup.Parts(
+            model, optimizer, devices, logical_axis_rules,
+            StepConfig(num_microbatches, loss, stability, random_seed),
+            source.batch_spec(train_dataset_cfg, objective))
+        setup.check_modalities(model, objective, parts.spec)
+        batch_shardings = parts.batch_shardings()
+        factory = parts.factory()
+        if distributed.is_primary():
+            run_dir.write(run_dir.model_info, _model_info(factory, devices, logical_axis_rules))
+
         saver = saver_ready.result()
         stack.callback(saver.close)
         state_ready = setup.in_background(lambda: setup.first_state(
@@ -131,12 +139,14 @@ def train(model: Trainable, model_dir: str, objective: Objective,
             _initial_params(factory, initial_checkpoint_path, assignment_map,
                             fallback_to_scratch, random_seed)))
         step_ready = setup.in_background(lambda: parts.compile(factory, batch_shardings))
-        dataset = dataset_ready.result()
         state = state_ready.result()
-        batches = stack.enter_context(dataset.prefetch(batch_shardings, state.data_position))
         first_step = int(state.step)
-        if early_stop is not None:
-            early_stop.replay(run_dir.metrics, first_step)
+        # A run that ended early stays ended: going on would learn what it was not to learn.
+        if early_stop and (ended := early_stop.replay(run_dir.metrics, first_step)):
+            logging.info("the run had ended at step %d: %s", first_step, ended)
+            return state
+        batches = stack.enter_context(
+            open_dataset().prefetch(batch_shardings, state.data_position))
         writers = _writers(run_dir, first_step, total_steps, use_tensorboard)
         stack.callback(writers.close)
         each_step: list[hooks.Hook] = []
@@ -145,15 +155,15 @@ def train(model: Trainable, model_dir: str, objective: Objective,
                 _evaluator(parts, objective, train_eval_dataset_cfg, eval_examples),
                 eval_period, early_stop))
         if profile_steps:
-            each_step.append(hooks.ProfileHook(run_dir.profile, first_step + profile_start,
-                                               profile_steps))
-        stop = StopRequest().install()
-        stack.callback(stop.restore)
+            profile = hooks.ProfileHook(run_dir.profile, first_step + profile_start, profile_steps)
+            each_step.append(profile)
+            stack.callback(profile.close)
         loop = Loop(
             LoopConfig(total_steps, stats_period, stability), step_ready.result(), batches, saver,
             each_step, writers, CulpritBatches(run_dir.path), parts.throughput(),
             factory.abstract, setup.describe_metrics(optimizer), stop)
         logging.info("training from step %d to %d", first_step, total_steps)
+        stop.wait_for_steps()
         return loop.run(state)
 
 
@@ -162,6 +172,18 @@ def _checkpoints(run_dir: RunDir, config: CheckpointConfig) -> Any:
     from vishwam_t5x.checkpointing.manager import Checkpoints
 
     return Checkpoints(run_dir.checkpoints, config)
+
+
+def _dataset_opener(config: source.DatasetConfig, objective: Objective
+                    ) -> Callable[[], source.Dataset]:
+    """Begins to open the dataset and returns the function that waits for it.
+
+    Writing a cache may take hours: where it is missing, that begins when the function is called,
+    once everything else is known to be right, and in the main thread, where Ctrl-C ends it.
+    """
+    if config.use_cached and source.missing_tasks(config):
+        return lambda: _dataset(config, objective)
+    return setup.in_background(lambda: _dataset(config, objective)).result
 
 
 def _dataset(config: source.DatasetConfig, objective: Objective) -> source.Dataset:
@@ -186,8 +208,9 @@ def _initial_params(factory: StateFactory, path: str | None,
         partial = fallback_to_scratch or any(name is None for _, name in assignment_map)
         if partial:
             wanted = factory.create(key_for(seed, "params")).params
-        params, _ = restore_params(path, wanted, assignment_map=tuple(assignment_map),
-                                   allow_missing=fallback_to_scratch)
+        params, report = restore_params(path, wanted, assignment_map=tuple(assignment_map),
+                                        allow_missing=fallback_to_scratch)
+        logging.info("%s", report.table())
         return params
 
     return load
@@ -207,7 +230,7 @@ def _writers(run_dir: RunDir, first_step: int, total_steps: int, tensorboard: bo
     kinds: list[Any] = [JsonlWriter(run_dir.metrics, first_step),
                         TerminalWriter(total_steps, first_step)]
     if tensorboard:
-        kinds.append(TensorBoardWriter(run_dir.tensorboard))
+        kinds.append(TensorBoardWriter(run_dir.tensorboard, first_step))
     return Writers(kinds)
 
 
@@ -236,9 +259,9 @@ def main(argv: Sequence[str]) -> int:
     numbers = {name: _whole_number(name, config.flags.get(name)) for name in FLAGS[1:]}
     distributed.initialize(config.flags.get("coordinator_address"), numbers["process_count"],
                            numbers["process_index"])
-    logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
-    check_config(RunDir.open(config.arguments(train)["model_dir"]), config)
+    screen.show_messages()
+    if "model_dir" in (given := config.arguments(train)):
+        check_config(RunDir.open(given["model_dir"]), config)
     config.call(train)
     return EXIT_OK
 

@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+import helpers
 from helpers import vishwam
 from vishwam_t5x import __main__ as command
 from vishwam_t5x.core.errors import Preempted, UserError
@@ -47,6 +48,44 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     verb(monkeypatch, raises(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError):  # Python prints it and exits with 1.
         command.main(["train"])
+
+
+def test_a_mistake_does_not_wait_for_the_background():
+    done = helpers.run(["-c", """if True:
+        import sys, threading, time, types
+        from vishwam_t5x import __main__ as command
+        from vishwam_t5x.core.errors import BACKGROUND, UserError
+
+        def main(argv):
+            threading.Thread(target=time.sleep, args=(1000,), name=BACKGROUND + "_0").start()
+            raise UserError("wrong") if argv == ["user"] else ZeroDivisionError("ours")
+
+        sys.modules["vishwam_t5x.train"] = types.SimpleNamespace(main=main)
+        sys.argv = ["vishwam", "train", *sys.argv[1:]]
+        sys.exit(command.main())
+        """, "user"], timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "wrong" in done.stderr
+
+
+def test_no_configuration_at_all():
+    done = vishwam("train")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "MODEL_DIR" in done.stderr or "model_dir" in done.stderr
+
+
+def test_messages_are_ours():
+    done = helpers.run(["-c", """if True:
+        import logging
+        from absl import logging as absl_logging
+        from vishwam_t5x import screen
+        screen.show_messages()
+        absl_logging.info("by absl %d", 1)
+        logging.getLogger("vishwam_t5x.x").info("by us")
+        logging.getLogger("jax._src.xla_bridge").info("Unable to initialize backend")
+        logging.getLogger("jax").warning("serious")
+        """], timeout=60)
+    lines = [line.split(" ", 2)[1:] for line in done.stderr.splitlines()]
+    assert lines == [["INFO", "by absl 1"], ["INFO", "by us"], ["WARNING", "serious"]]
 
 
 def test_unknown_verb():

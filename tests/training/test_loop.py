@@ -1,8 +1,10 @@
 """The step and the loop on a toy regression: microbatches, bad batches, rollback, stop, resume."""
 
 import dataclasses
+import gc
 import json
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +61,14 @@ class FakeBatches:
 
     def __init__(self, gains=None):
         self.gains, self.position, self.seeks = gains or {}, DataPosition(), []
+        self.given = []
 
     def __next__(self):
         number = self.position.next_example // 10
         start, end = self.position, DataPosition(10 * (number + 1), (number,))
         self.position = end
         arrays = jax.tree.map(jnp.asarray, make_batch(number, self.gains.get(number, 1.0)))
+        self.given.append(weakref.ref(arrays["gain"]))
         return types.SimpleNamespace(
             arrays=arrays, start=start, end=end,
             example_ids=list(range(10 * number, 10 * number + 10)),
@@ -142,6 +146,41 @@ def test_learns_compiles_once_and_saves(tmp_path):
     assert int(state.step) == 20 and int(state.stability.good_steps) == 20
 
 
+def test_lets_go_of_batches(tmp_path):
+    # The loop remembers which examples made up to 256 steps; their arrays would fill the device.
+    loop, factory, _, _ = build(tmp_path)
+    loop.run(factory.create(jax.random.key(0)))
+    gc.collect()
+    assert len(loop._batches.given) == 20 and len(loop._recent) == 20
+    assert sum(array() is not None for array in loop._batches.given) <= 1
+
+
+def test_stopping_while_bad_leaves_a_good_state(tmp_path):
+    stop, saver = StopRequest(), FakeSaver()
+    gains = {11: float("nan"), 12: float("nan"), 13: float("nan")}
+    loop, factory, _, _ = build(tmp_path, gains=gains, saver=saver, stop=stop, hooks=[
+        EvaluateHook(lambda params: stop.ask() or {}, period=14)])
+    with pytest.raises(Preempted) as caught:
+        loop.run(factory.create(jax.random.key(0)))
+    assert caught.value.step == 10 and max(saver.saved) == 10
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(jnp.float32, True), (jnp.bfloat16, False)])
+def test_accumulation_dtype_is_that_of_the_sum(dtype, exact):
+    def loss(params, batch, *, dropout_key):
+        total = jnp.sum(params["w"] * batch["x"])
+        return {"text": losses.LossSums(total, jnp.float32(0), jnp.float32(8), jnp.float32(0))}
+
+    x = jnp.asarray([1.0, 2.0**-9] * 4, jnp.float32)  # bfloat16 has 8 bits: 1 + 2^-9 is 1
+    ones = jnp.ones((8, 1), jnp.int32)
+    batch = {"x": x, "targets/text/targets": ones, "targets/text/mask": ones}
+    config = step_lib.StepConfig(num_microbatches=8)
+    grads, _ = step_lib.accumulate_gradients(
+        loss, {"w": jnp.float32(1)}, batch, config, lambda value: value, jax.random.key(0), dtype)
+    assert grads["w"].dtype == jnp.float32
+    assert (float(grads["w"]) == float(x.sum()) / 8) is exact
+
+
 @pytest.mark.parametrize("microbatches", [2, 4, 8])
 def test_microbatches_add_up(tmp_path, microbatches):
     # Masks differ from row to row, so a mean of means would give another number.
@@ -174,6 +213,7 @@ def test_rolls_back_and_steps_over_the_culprits(tmp_path):
     state = loop.run(factory.create(jax.random.key(0)))
     culprits = records(tmp_path / "skipped_batches.jsonl")
     assert [c["next_example"] for c in culprits] == [110, 120, 130]
+    assert [record["step"] for record in records(path)] == list(range(1, 21)), "none twice"
     assert culprits[0]["example_ids"] == list(range(110, 120))
     # Back to step 10 (batches 0-9), then batch 10, then 14 on: 20 steps end with batch 22.
     assert loop._batches.seeks == [DataPosition(100, (9,))]
@@ -219,7 +259,7 @@ def test_stop_request_saves_and_is_resumable(tmp_path):
     stop = StopRequest()
     saver = FakeSaver(period=100)
     loop, factory, path, _ = build(tmp_path / "a", saver=saver, stop=stop, hooks=[
-        lambda step, state, last: stop.ask() if step == 7 else None])
+        EvaluateHook(lambda params: stop.ask() or {}, period=7)])
     with pytest.raises(Preempted) as caught:
         loop.run(factory.create(jax.random.key(0)))
     assert caught.value.step == 7 and list(saver.saved) == [7]
@@ -244,15 +284,6 @@ def test_early_stop_and_evaluation_records(tmp_path):
     assert int(state.step) == 8
     assert [r["eval/loss"] for r in records(path) if "eval/loss" in r] == [3.0, 2.0, 2.5, 2.6]
     assert 8 in loop._saver.saved
-
-
-def test_early_stop_goes_on_after_a_resume(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    values = [(2, 3.0), (4, 2.0), (6, 2.5), (8, 1.0)]
-    path.write_text("".join(json.dumps({"step": s, "eval/loss": v}) + "\n" for s, v in values))
-    early_stop = EarlyStop(patience=2)
-    early_stop.replay(path, last_step=6)
-    assert early_stop.observe(8, {"eval/loss": 2.2}) is not None, "2.0 was the best, two ago"
 
 
 def test_jsonl_drops_half_lines_and_lost_steps(tmp_path):

@@ -7,6 +7,7 @@ A write that fails is reported and forgotten: training goes on and the next save
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 import time
@@ -57,7 +58,7 @@ class Checkpoints:
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._last_step, self._last_time = 0, clock()
         self._saved: int | None = None
-        self._succeeded = True
+        self._succeeded, self._said_no_metric = True, False
         self.failed_saves = 0
         """Writes that failed since the run began."""
         self.seconds_held = 0.0
@@ -105,6 +106,7 @@ class Checkpoints:
             return True
         flat = flatten_names(state)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        self._look_for_best_metric(step, numbers)
         in_background = can_snapshot()
         try:
             if in_background:
@@ -141,6 +143,17 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _look_for_best_metric(self, step: int, metrics: Mapping[str, float]) -> None:
+        name = self._keep.best_metric
+        if name is None or name in metrics or self._said_no_metric:
+            return
+        self._said_no_metric = True
+        log.warning(
+            "checkpoints are kept by '%s', which the one of step %d does not have (%s): it cannot "
+            "be the best; let SAVE_PERIOD be a multiple of EVAL_PERIOD", name, step,
+            f"only {', '.join(sorted(metrics))}" if metrics else "nothing was evaluated at this "
+            "step")
+
     def _begin(self, step: int, flat: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         target = self.folder / str(step)
         if is_primary():
@@ -171,7 +184,9 @@ class Checkpoints:
     def _report_failure(self, step: int, error: Exception) -> None:
         self.failed_saves += 1
         self._writer.reset()
-        older = [known for known in directories.steps_in(self.folder) if known != step]
+        older: list[int] = []
+        with contextlib.suppress(OSError):  # the disk may be the reason why we are here
+            older = [known for known in directories.steps_in(self.folder) if known != step]
         log.error(
             "CHECKPOINT NOT SAVED at step %d: %s: %s\n  training goes on; the last checkpoint on "
             "disk is %s; the next save will try again", step, type(error).__name__, error,

@@ -24,7 +24,7 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         timeout_seconds: how long to wait for the others.
 
     Raises:
-        UserError: some of the three are given and some are not.
+        UserError: some of the three are given and some are not, or there is no such process.
     """
     explicit = (coordinator_address, num_processes, process_id)
     if any(value is not None for value in explicit):
@@ -33,6 +33,15 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
                 "coordinator_address, process_count and process_index go together",
                 got=f"{coordinator_address}, {num_processes}, {process_id}",
                 fix="give all three, or none and let the cluster be detected")
+        assert num_processes is not None and process_id is not None
+        if not 0 <= process_id < num_processes:
+            raise UserError("process_index counts the processes of the run from 0",
+                            got=f"{process_id} of {num_processes}",
+                            fix=f"a number from 0 to {max(num_processes, 1) - 1}")
+        if ":" not in str(coordinator_address):
+            raise UserError("coordinator_address is HOST:PORT of process 0",
+                            got=repr(coordinator_address),
+                            fix=f"--coordinator_address={coordinator_address or 'HOST'}:8476")
         jax.distributed.initialize(coordinator_address, num_processes, process_id,
                                    initialization_timeout=timeout_seconds)
         return

@@ -10,6 +10,9 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again and it goes on.
 
+BACKGROUND = "vishwam-background"
+"""Names threads whose work (compiling, say) is worth nothing to a process that has failed."""
+
 
 class UserError(ValueError):
     """A mistake the user can mend: printed as problem, got, fix on one screen; exit code 2.
@@ -37,11 +40,17 @@ class UserError(ValueError):
 
 
 class Preempted(Exception):
-    """The run was asked to stop, has saved, and can be resumed; exit code 75."""
+    """The run was asked to stop, has saved, and can be resumed; exit code 75.
 
-    def __init__(self, step: int, reason: str) -> None:
+    Attributes:
+        step: the step saved; None if the run had taken none yet.
+        reason: who asked.
+    """
+
+    def __init__(self, step: int | None, reason: str) -> None:
         self.step, self.reason = step, reason
-        super().__init__(f"stopped at step {step} ({reason}); run the same command to resume")
+        where = "before the first step" if step is None else f"at step {step}"
+        super().__init__(f"stopped {where} ({reason}); run the same command to resume")
 
     def __reduce__(self) -> tuple:
         return type(self), (self.step, self.reason)

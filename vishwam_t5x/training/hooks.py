@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +37,9 @@ class Hook(Protocol):
 
     def __call__(self, step: int, state: TrainState, last: bool) -> HookResult | None: ...
 
+    def rewind(self, step: int) -> None:
+        """Told when the run goes back to `step`: what came after is about to happen again."""
+
 
 class Evaluator(Protocol):
     """Anything that scores parameters: training needs to know no more about evaluation."""
@@ -62,6 +66,11 @@ class EvaluateHook:
         stop = self._early_stop.observe(step, metrics) if self._early_stop else None
         return HookResult(metrics, stop, self._clock() - start)
 
+    def rewind(self, step: int) -> None:
+        """See `Hook.rewind`."""
+        if self._early_stop is not None:
+            self._early_stop.rewind(step)
+
 
 @dataclasses.dataclass
 class EarlyStop:
@@ -84,53 +93,84 @@ class EarlyStop:
             raise UserError("mode of EarlyStop must be 'min' or 'max'", got=repr(self.mode))
         if self.patience < 1:
             raise UserError("patience of EarlyStop must be at least 1", got=self.patience)
-        self._best: float | None = None
-        self._waited = 0
+        if not self.metric.startswith("eval/"):
+            raise UserError("EarlyStop watches a metric of the evaluation", got=repr(self.metric),
+                            fix=f"EarlyStop.metric = 'eval/{self.metric}'")
+        self._seen: dict[int, float] = {}
 
-    def replay(self, metrics_file: pathlib.Path, last_step: int) -> None:
+    def replay(self, metrics_file: pathlib.Path, last_step: int) -> str | None:
         """Takes up again what a run observed up to `last_step`, so that a resume forgets nothing.
 
         Args:
             metrics_file: the run's `metrics.jsonl`.
             last_step: the step it resumes at.
+
+        Returns:
+            Why the run had ended already, or None.
         """
         for record in read_records(metrics_file):
             if self.metric in record and record["step"] <= last_step:
-                self.observe(record["step"], {self.metric: float(record[self.metric])})
+                self._seen[record["step"]] = float(record[self.metric])
+        return self._verdict()
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was observed after `step`."""
+        self._seen = {seen: value for seen, value in self._seen.items() if seen <= step}
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Returns why to stop, or None."""
         if self.metric not in metrics:
             raise UserError("EarlyStop watches a metric that evaluation does not give",
                             got=self.metric, fix="one of: " + ", ".join(sorted(metrics)))
-        value = metrics[self.metric] if self.mode == "min" else -metrics[self.metric]
-        if self._best is None or value < self._best - self.min_delta:
-            self._best, self._waited = value, 0
+        self._seen[step] = metrics[self.metric]
+        return self._verdict()
+
+    def _verdict(self) -> str | None:
+        best, waited = math.inf, 0
+        for seen in self._seen.values():
+            value = seen if self.mode == "min" else -seen
+            # A value that is not a number improves nothing, and nothing must be worse than it.
+            if value < best - self.min_delta:
+                best, waited = value, 0
+            else:
+                waited += 1
+        if waited < self.patience:
             return None
-        self._waited += 1
-        if self._waited < self.patience:
-            return None
-        return (f"{self.metric} has not improved for {self._waited} evaluations "
-                f"(step {step})")
+        return (f"{self.metric} has not improved for {waited} evaluations "
+                f"(step {max(self._seen)})")
 
 
 class ProfileHook:
-    """Writes one profile of `num_steps` steps, starting after `first_step`."""
+    """Writes one profile of `num_steps` steps, starting after `first_step` or the step after it.
+
+    To be closed: a run that ends inside the profile writes what there is of it.
+    """
 
     def __init__(self, directory: str | pathlib.Path, first_step: int, num_steps: int) -> None:
         self._directory = str(directory)
         self._first, self._end = first_step, first_step + num_steps
-        self._running = False
+        self._begun = self._running = False
 
     def __call__(self, step: int, state: TrainState, last: bool) -> HookResult | None:
-        if step == self._first and not last:
+        if not self._begun and step >= self._first and not last:
             jax.block_until_ready(state.step)
             jax.profiler.start_trace(self._directory)
-            self._running = True
+            self._begun = self._running = True
+            self._end += step - self._first
         elif self._running and (step >= self._end or last):
             jax.block_until_ready(state.params)
-            jax.profiler.stop_trace()
-            self._running = False
-            logging.info("profile of steps %d to %d written to %s", self._first, step,
-                         self._directory)
+            self.close()
+        elif last and not self._begun:
+            logging.warning("no profile: the run ends before step %d, where it was to begin; "
+                            "lower train.profile_start", self._first)
         return None
+
+    def rewind(self, step: int) -> None:
+        """See `Hook.rewind`: one profile is enough."""
+
+    def close(self) -> None:
+        """Ends a profile under way."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            logging.info("profile written to %s", self._directory)

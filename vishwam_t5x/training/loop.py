@@ -87,11 +87,14 @@ class LoopConfig:
 
 @dataclasses.dataclass
 class _Taken:
-    """A step that was dispatched and whose metrics nobody has looked at yet."""
+    """A step that was dispatched, without its arrays: a batch on the devices must be let go."""
 
     step: int
     metrics: Any
-    batch: DeviceBatch
+    start: DataPosition
+    end: DataPosition
+    example_ids: Sequence[int]
+    work: StepWork
 
 
 class Loop:
@@ -148,8 +151,8 @@ class Loop:
                 if rolled_back is not None:
                     state, step, previous = rolled_back, int(rolled_back.step), None
                     continue
-            previous = _Taken(step, metrics, batch)
-            self._recent.append(previous)
+            previous = _Taken(step, metrics, batch.start, batch.end, batch.example_ids, batch.work)
+            self._recent.append(dataclasses.replace(previous, metrics=None))
             # Evaluate before saving, so that keep-best has the metric of this very step.
             extra, ended = self._call_hooks(step, state)
             if self._saver.should_save(step):
@@ -157,7 +160,9 @@ class Loop:
                 self._save_stall += self._saver.seconds_held
             # Agreed across processes; last, so that the step just made is what gets saved.
             if self._stop.agreed(step):
-                self._observe(previous)
+                rolled_back = self._observe(previous)
+                if rolled_back is not None:
+                    state, step, extra = rolled_back, int(rolled_back.step), {}
                 self._finish(step, state, extra)
                 raise Preempted(step, "asked to stop")
         if previous is not None:
@@ -201,23 +206,23 @@ class Loop:
 
     def _observe(self, taken: _Taken) -> TrainState | None:
         """Logs a finished step; returns an older state when it is time to go back."""
-        self._throughput.add(taken.batch.work)
-        for damaged in taken.batch.work.skipped:
+        self._throughput.add(taken.work)
+        for damaged in taken.work.skipped:
             logging.warning("step %d: damaged record left out: %s", taken.step, damaged)
         metrics = jax.device_get(taken.metrics)
         if taken.step % self._config.stats_period == 0 or taken.step == self._config.total_steps:
             record = {**self._describe(metrics, taken.step), **self._throughput.report(),
-                      "next_example": taken.batch.end.next_example,
+                      "next_example": taken.end.next_example,
                       # Two runs that saw the same examples at a step show the same number.
-                      "examples_crc32": zlib.crc32(repr(taken.batch.example_ids).encode()),
-                      "carried": len(taken.batch.end.carried),
+                      "examples_crc32": zlib.crc32(repr(taken.example_ids).encode()),
+                      "carried": len(taken.end.carried),
                       "save_stall_seconds": self._save_stall}
             self._writers.write(taken.step, record)
             self._save_stall = 0.0
         if not bool(metrics["update_applied"]):
             logging.warning(
                 "step %d: update skipped (loss %s, gradient norm %s); examples %s", taken.step,
-                metrics["loss"], metrics["grad_norm"], _some(taken.batch.example_ids))
+                metrics["loss"], metrics["grad_norm"], _some(taken.example_ids))
         bad = int(metrics["bad_in_a_row"])
         limit = self._config.stability.rollback_after
         if not limit or bad < limit:
@@ -234,8 +239,8 @@ class Loop:
                 f"{self._culprits.path}")
         for culprit in self._recent:
             if first_bad <= culprit.step <= taken.step:
-                self._culprits.add(culprit.batch.start, culprit.step, "bad loss",
-                                   list(map(int, culprit.batch.example_ids)),
+                self._culprits.add(culprit.start, culprit.step, "bad loss",
+                                   list(map(int, culprit.example_ids)),
                                    write=jax.process_index() == 0)
         state = self._saver.restore_before(self._abstract, first_bad)
         if state is None:
@@ -245,7 +250,11 @@ class Loop:
         logging.error(
             "steps %d to %d were bad: back to step %d, stepping over their batches (listed in %s)",
             first_bad, taken.step, int(state.step), self._culprits.path)
+        # The steps since then are about to be taken, evaluated and logged again.
         self._recent.clear()
+        self._writers.rewind(int(state.step))
+        for hook in self._hooks:
+            hook.rewind(int(state.step))
         self._batches.seek(state.data_position)
         self._throughput.restart()
         return state

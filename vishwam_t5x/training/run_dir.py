@@ -28,6 +28,11 @@ class RunDir:
         """
         if not str(model_dir):
             raise UserError("MODEL_DIR is empty", fix="--gin.MODEL_DIR='\"runs/my_run\"'")
+        if "://" in str(model_dir):
+            # Taken for a path, it would become a folder called 'gs:' in the current one.
+            raise UserError("MODEL_DIR must be a folder of a file system, not a bucket",
+                            got=str(model_dir),
+                            fix="mount the bucket (gcsfuse), and give the folder")
         path = pathlib.Path(model_dir).expanduser()
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from vishwam_t5x.core import hardware
 from vishwam_t5x.core.batch import BatchSpec
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import BACKGROUND, UserError
 from vishwam_t5x.core.flops import EncoderDecoderShape, block_flops, train_flops
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.objectives.metrics import drop_empty
@@ -61,8 +61,9 @@ class Parts:
 
     def compile(self, factory: StateFactory, shardings: Mapping[str, Any]) -> Any:
         """The compiled train step."""
-        function = step.make_train_step(step.model_loss(self.model, self.step.loss),
-                                        self.optimizer.build(), self.step)
+        function = step.make_train_step(
+            step.model_loss(self.model, self.step.loss), self.optimizer.build(), self.step,
+            self.model.config.policy.accumulation_dtype)
         return compilation.compile_step(
             function, factory, compilation.abstract_batch(self.spec, shardings))
 
@@ -124,7 +125,9 @@ def describe_metrics(optimizer: Optimizer) -> Callable[[Mapping[str, Any], int],
 
     def describe(metrics: Mapping[str, Any], step_number: int) -> dict[str, float]:
         record = drop_empty({name: float(value) for name, value in metrics.items()})
-        record["learning_rate"] = float(optimizer.schedule(step_number - 1))
+        # The schedule counts updates: a skipped step leaves the optimizer where it was.
+        before = step_number - int(metrics["skipped_steps"]) - bool(metrics["update_applied"])
+        record["learning_rate"] = float(optimizer.schedule(before))
         return record
 
     return describe
@@ -150,8 +153,12 @@ def first_state(factory: StateFactory, seed: int,
 
 
 def in_background(function: Callable[[], Any]) -> concurrent.futures.Future:
-    """Starts `function` in a thread and returns its future."""
-    executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="vishwam-setup")
+    """Starts `function` in a thread and returns its future.
+
+    A process that ends early (a mistake found elsewhere, Ctrl-C) does not wait for it: see
+    `core.errors.BACKGROUND`.
+    """
+    executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=BACKGROUND)
     future = executor.submit(function)
     executor.shutdown(wait=False)
     return future

@@ -10,9 +10,14 @@ from typing import Any
 import jax
 from absl import logging
 
+from vishwam_t5x.core.errors import Preempted
+
 
 class StopRequest:
     """Listens for SIGTERM; `agreed(step)` says whether all processes stop after `step`.
+
+    Until `wait_for_steps` is called there is nothing to save, and compiling or filling a cache may
+    take longer than a scheduler waits: `Preempted` is raised in the main thread at once.
 
     With several processes jax's preemption service carries the notice from the one that got it to
     the others and picks a step that none has passed; a signal handler here would hide it.
@@ -21,7 +26,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked = threading.Event()
         self._previous: Any = None
-        self._installed = False
+        self._installed = self._steps = False
 
     def install(self) -> StopRequest:
         """Starts listening; only the main thread may."""
@@ -32,6 +37,12 @@ class StopRequest:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self._asked.set()
+        if not self._steps:
+            raise Preempted(None, "asked to stop")
+
+    def wait_for_steps(self) -> None:
+        """From now on a request waits for the end of a step, which `agreed` reports."""
+        self._steps = True
 
     def ask(self) -> None:
         """Asks for a stop from inside the program."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from vishwam_t5x.core.batch import Batch
 from vishwam_t5x.core.errors import UserError
@@ -65,12 +66,14 @@ def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
 
 
 def accumulate_gradients(loss_fn: LossFunction, params: Any, batch: Batch, config: StepConfig,
-                         scale: Callable[[jax.Array], jax.Array], key: jax.Array
+                         scale: Callable[[jax.Array], jax.Array], key: jax.Array,
+                         accumulation_dtype: DTypeLike = jnp.float32
                          ) -> tuple[Any, dict[str, losses.LossSums]]:
     """Returns gradients of the whole batch's scaled loss, and its loss sums.
 
     Normalisers come from the whole batch before it is cut, so the parts simply add up: unlike a
-    mean of means, the result does not depend on `num_microbatches`.
+    mean of means, the result does not depend on `num_microbatches`. Gradients are summed in
+    `accumulation_dtype` and returned in their own.
     """
     normalizers = losses.normalizers(batch, config.loss)
 
@@ -87,12 +90,14 @@ def accumulate_gradients(loss_fn: LossFunction, params: Any, batch: Batch, confi
 
     def add(total: Any, part_and_key: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         part, part_key = part_and_key
-        return jax.tree.map(jnp.add, total, gradient(params, part, part_key)), None
+        more = gradient(params, part, part_key)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more), None
 
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], parts), key)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (grads, sums), _ = jax.lax.scan(add, zeros, (parts, keys))
-    return grads, sums
+    grads, sums = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], parts), key)
+    zeros = (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, accumulation_dtype), grads),
+             jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums))
+    (total, sums), _ = jax.lax.scan(add, zeros, (parts, keys))
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, grads), sums
 
 
 def can_shrink(loss_scale: LossScaleState) -> jax.Array:
@@ -116,7 +121,7 @@ def model_loss(model: Any, config: losses.LossConfig) -> LossFunction:
 
 
 def make_train_step(loss_fn: LossFunction, optimizer: optax.GradientTransformation,
-                    config: StepConfig
+                    config: StepConfig, accumulation_dtype: DTypeLike = jnp.float32
                     ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) -> (state, metrics).
 
@@ -127,7 +132,8 @@ def make_train_step(loss_fn: LossFunction, optimizer: optax.GradientTransformati
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key_for(config.seed, "dropout"), state.step)
         grads, sums = accumulate_gradients(
-            loss_fn, state.params, batch, config, state.loss_scale.scale, key)
+            loss_fn, state.params, batch, config, state.loss_scale.scale, key,
+            accumulation_dtype)
         grads = state.loss_scale.unscale(grads)
         metrics = loss_metrics(sums, losses.normalizers(batch, config.loss), config.loss)
         loss = metrics["loss"]

@@ -20,6 +20,9 @@ class Writer(Protocol):
 
     def write(self, step: int, record: Record) -> None: ...
 
+    def rewind(self, step: int) -> None:
+        """Told when the run goes back to `step`."""
+
     def close(self) -> None: ...
 
 
@@ -55,7 +58,10 @@ class JsonlWriter:
     def __init__(self, path: str | pathlib.Path, resume_step: int = 0) -> None:
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_records(self.path) if record["step"] <= resume_step]
+        self._open(resume_step)
+
+    def _open(self, last_step: int) -> None:
+        kept = [record for record in read_records(self.path) if record["step"] <= last_step]
         temporary = self.path.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, self.path)
@@ -66,16 +72,24 @@ class JsonlWriter:
         self._file.write(json.dumps(
             {"step": step, **{name: _plain(value) for name, value in record.items()}}) + "\n")
 
+    def rewind(self, step: int) -> None:
+        """Drops the records of steps after `step`, which are about to be written again."""
+        self._file.close()
+        self._open(step)
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
 class TensorBoardWriter:
-    """TensorBoard event files, through tensorboardX (which needs no TensorFlow)."""
+    """TensorBoard event files, through tensorboardX (which needs no TensorFlow).
 
-    def __init__(self, log_dir: str | pathlib.Path) -> None:
-        self._log_dir = str(log_dir)
+    Points of steps after `resume_step` are marked as superseded: the run writes them again.
+    """
+
+    def __init__(self, log_dir: str | pathlib.Path, resume_step: int = 0) -> None:
+        self._log_dir, self._resume_step = str(log_dir), resume_step
         self._writer: Any = None
 
     def write(self, step: int, record: Record) -> None:
@@ -84,10 +98,15 @@ class TensorBoardWriter:
             # Imported late: protobuf costs start-up time that no first step should wait for.
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(self._log_dir)
+            self._writer = SummaryWriter(self._log_dir, purge_step=self._resume_step + 1)
         for name, value in record.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Begins a new event file, which supersedes the points of steps after `step`."""
+        self.close()
+        self._writer, self._resume_step = None, step
 
     def close(self) -> None:
         """Flushes and closes the event file."""
@@ -129,6 +148,10 @@ class TerminalWriter:
                 parts.append(f"{_number(record[name])} {unit}")
         print(f"step {step}/{self._total}  " + "  ".join(parts), file=sys.stderr, flush=True)
 
+    def rewind(self, step: int) -> None:
+        """Moves the bar back."""
+        self.advance(step)
+
     def close(self) -> None:
         """Leaves the bar where it is."""
         if self._bar is not None:
@@ -149,6 +172,15 @@ class Writers:
             except OSError as error:
                 logging.error("metrics of step %d not written by %s: %s", step,
                               type(writer).__name__, error)
+
+    def rewind(self, step: int) -> None:
+        """Tells each writer that the run goes back to `step`."""
+        for writer in self._writers:
+            try:
+                writer.rewind(step)
+            except OSError as error:
+                logging.error("%s: metrics of steps after %d not dropped: %s",
+                              type(writer).__name__, step, error)
 
     def advance(self, step: int) -> None:
         """Tells the terminal, if there is one, that a step was dispatched."""
