@@ -34,7 +34,7 @@ NOT_MATHEMATICAL = {
     "*.logical_axis_rules": "where arrays lie",
     "*.num_microbatches": "sums are normalised by the whole batch: the same result to rounding",
     "*.EncoderDecoderConfig.remat_policy": "recomputation: the same numbers",
-    "*.DatasetConfig.cache_dir": "where examples lie; their content is checked by the manifest",
+    "*.DatasetConfig.cache_dir": "where examples lie; data.json says whether they are the same",
     "*.DatasetConfig.keep_in_memory_mib": "where examples lie",
     "*.DatasetConfig.max_bad_fraction": "when to give up",
     "*.DatasetConfig.prefetch": "how far ahead batches are made",

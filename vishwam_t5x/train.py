@@ -30,7 +30,7 @@ from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism import show
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
-from vishwam_t5x.training import compilation, hooks, setup
+from vishwam_t5x.training import compilation, hooks, same_data, setup
 from vishwam_t5x.training.loop import Loop, LoopConfig
 from vishwam_t5x.training.optimizers import Optimizer
 from vishwam_t5x.training.run_dir import RunDir
@@ -145,8 +145,9 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         if early_stop and (ended := early_stop.replay(run_dir.metrics, first_step)):
             logging.info("the run had ended at step %d: %s", first_step, ended)
             return state
-        batches = stack.enter_context(
-            open_dataset().prefetch(batch_shardings, state.data_position))
+        dataset = open_dataset()
+        same_data.check(run_dir, dataset.examples, first_step > 0, distributed.is_primary())
+        batches = stack.enter_context(dataset.prefetch(batch_shardings, state.data_position))
         writers = _writers(run_dir, first_step, total_steps, use_tensorboard)
         stack.callback(writers.close)
         each_step: list[hooks.Hook] = []

@@ -324,3 +324,11 @@ def test_remains_of_killed_saves_are_swept(three):
     with open_run(three) as run:
         assert run.latest_step() == 30
     assert sorted(path.name for path in folder.iterdir()) == ["10", "20", "30", "notes.txt"]
+
+
+def test_missing_best_metric_is_said_once(tmp_path, caplog):
+    with open_run(tmp_path, keep_best_metric="eval/los") as run:
+        for step in (10, 20):
+            run.save(step, make_state(step), {"eval/loss": 1.0})
+    said = [record.getMessage() for record in caplog.records if "eval/los'" in record.message]
+    assert len(said) == 1 and "only eval/loss" in said[0]

@@ -100,6 +100,9 @@ with checkpoints(sys.argv[1]) as run:
     run.save(3, make_state(3, width=256))
     assert not run.wait() and run.failed_saves == 2
     limit(resource.RLIM_INFINITY)
+    # As if a file of the failed save had been written after that was swept.
+    late = os.path.join(sys.argv[1], "checkpoints", "3.orbax-checkpoint-tmp", "d")
+    os.makedirs(late, exist_ok=True)
     run.save(4, make_state(4, width=256))
     assert run.wait()
     for step in (4, 1):

@@ -159,6 +159,8 @@ class Checkpoints:
         if is_primary():
             self.folder.mkdir(parents=True, exist_ok=True)
             directories.remove(target)  # one of another time line, or damaged
+            if self.failed_saves:  # its slowest files may have come after it was swept
+                directories.sweep(self.folder)
         self._writer.begin(target, step, flat, metrics)
 
     def _write(self, step: int, flat: Mapping[str, Any] | None, metrics: Mapping[str, float]

@@ -70,6 +70,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def data(self) -> pathlib.Path:
+        """Which examples the run reads: tasks, rates, hashes; see `same_data`."""
+        return self.path / "data.json"
+
+    @property
     def profile(self) -> pathlib.Path:
         """Profiler traces."""
         return self.path / "profile"

@@ -1,0 +1,61 @@
+"""A resumed run reads what it read before, or says that it does not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.mixture import Mixture
+from vishwam_t5x.data.records import FeatureInfo, Manifest, ShardInfo, TaskCache
+from vishwam_t5x.training import same_data
+from vishwam_t5x.training.run_dir import RunDir
+
+MANIFEST = Manifest(
+    task="a", split="train", features={"text": FeatureInfo((None,), "int32")},
+    length_columns=(("text", 0),), shards=(ShardInfo("shard", 3, 10, "abc"),),
+    lengths_sha256="def", metadata={})
+
+
+def mixture(rate=1.0, **changes):
+    first = dataclasses.replace(MANIFEST, **changes)
+    second = dataclasses.replace(MANIFEST, task="b")
+    return Mixture([TaskCache(None, manifest, np.ones((3, 1), np.int32), {})
+                    for manifest in (first, second)], [rate, 1.0])
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    run_dir = RunDir.open(tmp_path)
+    same_data.check(run_dir, mixture(), resuming=False, write=True)
+    return run_dir
+
+
+def test_the_same(run_dir, caplog):
+    same_data.check(run_dir, mixture(), resuming=True, write=True)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"rate": 2.0}, "a: rate 1.0 -> 2.0"),
+    ({"lengths_sha256": "xyz"}, "a: lengths def -> xyz"),
+    ({"task": "c"}, r"a: records 3 -> \(not there\)"),
+])
+def test_another_order_is_refused(run_dir, changes, words):
+    with pytest.raises(UserError, match=words):
+        same_data.check(run_dir, mixture(**changes), resuming=True, write=True)
+    same_data.check(run_dir, mixture(), resuming=True, write=True)  # the old record is still there
+    same_data.check(run_dir, mixture(**changes), resuming=False, write=True)
+    same_data.check(run_dir, mixture(**changes), resuming=True, write=True)
+
+
+def test_other_bits_are_said(run_dir, caplog):
+    written_again = mixture(shards=(ShardInfo("shard", 3, 10, "abd"),))
+    same_data.check(run_dir, written_again, resuming=True, write=True)
+    assert "cache of a was written again" in caplog.text
+
+
+def test_a_live_stream_has_no_record(tmp_path):
+    run_dir = RunDir.open(tmp_path)
+    same_data.check(run_dir, object(), resuming=True, write=True)
+    assert run_dir.data.read_text() == "{}\n"

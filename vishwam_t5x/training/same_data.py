@@ -1,0 +1,76 @@
+"""Whether a resumed run reads what it read before: `MODEL_DIR/data.json`.
+
+The configuration names a mixture; its rates are Python and its examples are files, and both may
+have changed since. Then example number i is another one, and the position in the checkpoint means
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from absl import logging
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.mixture import Mixture
+from vishwam_t5x.data.records import TaskCache
+from vishwam_t5x.training.run_dir import RunDir
+
+# What decides which example has which number, and how it is packed. Their content may differ in the
+# last bit where another machine has written the cache again: said, and not refused.
+_ORDER = ("rate", "records", "lengths")
+
+
+def describe(examples: Any) -> dict[str, dict[str, Any]]:
+    """Returns {task: its rate, number of records, hash of their lengths, hash of their content}.
+
+    Empty for a live stream, whose resume is approximate anyway.
+    """
+    if not isinstance(examples, Mixture):
+        return {}
+    found = {}
+    for task, rate in zip(examples.tasks, examples.rates, strict=True):
+        if isinstance(task, TaskCache):
+            shards = "".join(shard.sha256 for shard in task.manifest.shards)
+            found[task.name] = {
+                "rate": rate, "records": task.num_records,
+                "lengths": task.manifest.lengths_sha256,
+                "content": hashlib.sha256(shards.encode()).hexdigest()}
+    return found
+
+
+def check(run_dir: RunDir, examples: Any, resuming: bool, write: bool) -> None:
+    """Compares the examples with those of the run so far, and writes down what they are.
+
+    Args:
+        run_dir: of the run.
+        examples: `Dataset.examples`.
+        resuming: whether the run has taken steps.
+        write: true in process 0 only.
+
+    Raises:
+        UserError: other tasks, rates, or records than those the run has read.
+    """
+    now = describe(examples)
+    if resuming and run_dir.data.exists():
+        before = json.loads(run_dir.data.read_text())
+        changes = [f"{task}: {name} {_value(before, task, name)} -> {_value(now, task, name)}"
+                   for task in sorted({*before, *now}) for name in _ORDER
+                   if _value(before, task, name) != _value(now, task, name)]
+        if changes:
+            raise UserError(
+                "the examples are not those this run has read", got="\n       ".join(changes),
+                fix=f"bring back the cache and the mixture, or, if the change is meant, remove "
+                    f"{run_dir.data}")
+        for task in now:
+            if _value(before, task, "content") != now[task]["content"]:
+                logging.warning("the cache of %s was written again since the run began: the same "
+                                "examples in the same order, not the same bits", task)
+    if write:
+        run_dir.write(run_dir.data, json.dumps(now, indent=1) + "\n")
+
+
+def _value(tasks: dict[str, dict[str, Any]], task: str, name: str) -> Any:
+    return tasks.get(task, {}).get(name, "(not there)")
