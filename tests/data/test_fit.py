@@ -6,9 +6,11 @@ import pytest
 from data.small_data import PATCHES, small_spec, small_tasks
 
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data.fit import check_longest
+from vishwam_t5x.data.fit import check_longest, check_model
+from vishwam_t5x.data.records import TaskCache
 from vishwam_t5x.data.source import DatasetConfig, open_dataset
 from vishwam_t5x.data.synthetic import SyntheticFeature, SyntheticTask, write_cache
+from vishwam_t5x.models import config
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
 from vishwam_t5x.objectives.vocabulary import VocabularyLayout
 
@@ -64,3 +66,40 @@ def test_opening_a_dataset_looks(tmp_path):
     config = DatasetConfig("novels", {"inputs": 64, "targets": 64}, 2, cache_dir=str(tmp_path))
     with pytest.raises(UserError, match="'novels' does not fit in an empty row"):
         open_dataset(config, objective())
+
+
+def pictures(tmp_path, width=4, num_codes=50, num_ids=256):
+    write_cache(SyntheticTask("pictures", {
+        "text": SyntheticFeature(20, 30, num_ids=num_ids),
+        "image": SyntheticFeature(4, 4, rest=(width, 1), dtype="float32"),
+        "image_codes": SyntheticFeature(8, 8, num_ids=num_codes)}, 100, patch_specs=PATCHES),
+        tmp_path, max_shard_records=30)
+    return TaskCache.open(tmp_path / "tasks" / "pictures" / "train", PATCHES)
+
+
+def model():
+    layout = VocabularyLayout(base_size=256, num_sentinels=4, num_location_bins=0, num_history=0)
+    image = config.PatchInput(modality="image", patch_dim=4, grid=(2, 2))
+    codes = config.CodeOutput(modality="image", vocab_size=60, num_codes=50, grid=(2, 4))
+    rows = {"vocab_size": layout.table_size}
+    return config.EncoderDecoderConfig(
+        emb_dim=16, num_heads=2, head_dim=8, mlp_dim=16, num_encoder_layers=1,
+        num_decoder_layers=1, inputs=(config.TextInput(**rows), image),
+        targets=(config.TextOutput(**rows), codes)), layout
+
+
+def test_what_belongs_together_is_let_through(tmp_path):
+    task = pictures(tmp_path)
+    assert task.manifest.largest_ids == {
+        name: max(int(task.read(i)[name].max()) for i in range(100))
+        for name in ("text", "image_codes")}
+    check_model([task, texts()], *model())
+
+
+@pytest.mark.parametrize(("made", "message"), [
+    ({"num_codes": 51}, "code 50 in 'image_codes', the model has 50 codes"),
+    ({"num_ids": 2000}, "text of another vocabulary"),
+    ({"width": 8}, r"'image' of 2 x 4 patches, PatchInput.grid \(2, 2\)")])
+def test_what_a_model_would_take_for_something_else_is_refused(tmp_path, made, message):
+    with pytest.raises(UserError, match=message):
+        check_model([pictures(tmp_path, **made)], *model())

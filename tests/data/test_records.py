@@ -15,7 +15,7 @@ from data.small_data import PATCHES, small_tasks
 import helpers
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import directory as cache_directory
-from vishwam_t5x.data import records, records_writer, synthetic
+from vishwam_t5x.data import records_writer, synthetic
 from vishwam_t5x.data.records import DamagedRecord, FeatureInfo, TaskCache
 
 FEATURES = {"text": FeatureInfo((None,), "int32"), "image": FeatureInfo((None, 4, 1), "uint8"),
@@ -147,11 +147,11 @@ def test_a_damaged_record_is_named_and_its_neighbours_are_fine(cache):
 
 @pytest.mark.parametrize("broken, why", [
     (b"no msgpack at all", "cannot be decoded"),
-    (records.encode({"text": np.zeros(3, np.int32)}), "features missing"),
-    (records.encode({**example(0), "text": np.zeros(3, np.int64)}), "dtype int64"),
-    (records.encode({**example(0), "image": np.zeros((2, 5, 1), np.uint8)}), "shape"),
-    (records.encode({**example(0), "meta_id": np.zeros(3)}), "not bytes"),
-    (records.encode({**example(0), "text": np.zeros(9, np.int32)}), "lengths"),
+    (records_writer.encode({"text": np.zeros(3, np.int32)}), "features missing"),
+    (records_writer.encode({**example(0), "text": np.zeros(3, np.int64)}), "dtype int64"),
+    (records_writer.encode({**example(0), "image": np.zeros((2, 5, 1), np.uint8)}), "shape"),
+    (records_writer.encode({**example(0), "meta_id": np.zeros(3)}), "not bytes"),
+    (records_writer.encode({**example(0), "text": np.zeros(9, np.int32)}), "lengths"),
     (b"\x92\x01\x02", "not a dict"),
 ])
 def test_a_record_that_is_not_what_the_manifest_says_is_damaged(tmp_path, broken, why):
@@ -163,7 +163,7 @@ def test_a_record_that_is_not_what_the_manifest_says_is_damaged(tmp_path, broken
     path = directory / "shard-00000-of-00001.array_record"
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     writer.write(broken)
-    writer.write(records.encode(example(1)))
+    writer.write(records_writer.encode(example(1)))
     writer.close()
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["shards"][0]["num_bytes"] = path.stat().st_size

@@ -126,3 +126,10 @@ def test_recordings_need_a_spectrogram(tmp_path):
     assert "log_mel is not bound" in bad.why
     with pytest.raises(UserError, match="cannot be read"):
         list(reader().read(tmp_path / "gone.jsonl"))
+
+
+def test_a_line_that_is_not_utf8_is_bad_and_the_others_are_read(tmp_path):
+    path = tmp_path / "inputs.jsonl"
+    path.write_bytes(b'{"text": "\xff\xfe"}\n{"text": "ab"}\n')
+    bad, good = reader().read(path)
+    assert bad.number == 1 and "not JSON" in bad.why and good.fields == {"text": "ab"}

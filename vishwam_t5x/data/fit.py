@@ -8,7 +8,7 @@ from typing import Any
 
 from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data.records import TaskRecords
+from vishwam_t5x.data.records import TaskRecords, modality_of
 
 
 def check_longest(tasks: Sequence[TaskRecords], objective: Any, spec: BatchSpec,
@@ -42,6 +42,57 @@ def check_longest(tasks: Sequence[TaskRecords], objective: Any, spec: BatchSpec,
             for lengths in possible:
                 if why := misfit(spec, lengths, task.name, f"record {record}"):
                     raise why
+
+
+def check_model(tasks: Sequence[TaskRecords], config: Any, layout: Any = None) -> None:
+    """Refuses ids and pictures that a model would take for others, in silence.
+
+    Looks at what the caches' manifests say: ids beyond the tables (a look-up clips them), and grids
+    whose width is not the model's (their patches would get other places). What a cache does not say
+    is not looked at.
+
+    Args:
+        tasks: the tasks.
+        config: of the model: `inputs` and `targets`.
+        layout: the objective's `VocabularyLayout`, if it has one.
+
+    Raises:
+        UserError: the first thing that does not go together.
+    """
+    codes = {module.modality: module for module in config.targets
+             if getattr(module, "token_range", None)}
+    grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
+    for task in tasks:
+        manifest = getattr(task, "manifest", None)
+        for name, largest in (manifest.largest_ids if manifest else {}).items():
+            modality = modality_of(name)
+            if modality == "text" and layout is not None and largest >= layout.size:
+                raise UserError(
+                    f"task '{task.name}' has text of another vocabulary than the objective's",
+                    got=f"id {largest} in '{name}', the layout has {layout.size} ids",
+                    fix="set VocabularyLayout.base_size to the pieces of the task's tokenizer, and "
+                        "vocab_size of TextInput and TextOutput to the layout's table_size")
+            if modality in codes and name.endswith("_codes"):
+                first, end = codes[modality].token_range
+                if largest >= end - first:
+                    raise UserError(
+                        f"task '{task.name}' has codes of another codebook than the model's",
+                        got=f"code {largest} in '{name}', the model has {end - first} codes",
+                        fix=f"set CodeOutput.num_codes of modality '{modality}' to the codec's")
+        for name, (rows, columns) in getattr(task, "patch_grids", ()):
+            modality = modality_of(name)
+            if modality in grids and columns != grids[modality][1] and _is_read(name):
+                raise UserError(
+                    f"pictures of task '{task.name}' are not as wide as the model's",
+                    got=f"'{name}' of {rows} x {columns} patches, PatchInput.grid "
+                        f"{grids[modality]}",
+                    fix=f"resize them in the task's preprocessors, or set PatchInput.grid of "
+                        f"modality '{modality}'")
+
+
+def _is_read(feature: str) -> bool:
+    """Whether the encoder may be given a feature; targets' pixels are there to be looked at."""
+    return not feature.endswith("_targets")
 
 
 def misfit(spec: BatchSpec, lengths: ModalityLengths, task: str, what: str) -> UserError | None:

@@ -105,6 +105,7 @@ class Manifest:
         lengths_sha256: of lengths.npy.
         metadata: whatever the task wants remembered (vocabulary, codebook); JSON values.
         bad_examples: [{'example': number, 'why': text}] left out when the cache was written.
+        largest_ids: the largest id that occurs, by feature of ids (text and codes).
         format_version: of this layout.
     """
 
@@ -116,6 +117,7 @@ class Manifest:
     lengths_sha256: str
     metadata: dict[str, Any]
     bad_examples: tuple[dict[str, Any], ...] = ()
+    largest_ids: dict[str, int] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -230,8 +232,8 @@ class TaskCache:
         except (ValueError, KeyError, TypeError) as error:
             raise _broken(directory, f"{MANIFEST_NAME} cannot be read: {error}") from error
         if manifest.format_version != FORMAT_VERSION:
-            raise _broken(directory, f"format version {manifest.format_version}; "
-                                     f"this program reads {FORMAT_VERSION}")
+            raise _broken(directory,
+                          f"format version {manifest.format_version}, not {FORMAT_VERSION}")
         _check_files(directory, manifest)
         lengths = np.load(directory / LENGTHS_NAME)
         if lengths.shape != (manifest.num_records, len(manifest.length_columns)):
@@ -249,6 +251,17 @@ class TaskCache:
     @property
     def metadata(self) -> dict[str, Any]:
         return self.manifest.metadata
+
+    @functools.cached_property
+    def patch_grids(self) -> tuple[tuple[str, tuple[int, int]], ...]:
+        """(feature, (rows, columns) of patches) of every size of pictures that occurs."""
+        found: list[tuple[str, tuple[int, int]]] = []
+        for first, (name, axis) in enumerate(self.manifest.length_columns):
+            spec = self._patch_specs.get(modality_of(name))
+            if axis == 0 and len(self.features[name].shape) > 1 and spec is not None:
+                found += [(name, (int(height) // spec.height, int(width) // spec.width))
+                          for height, width in np.unique(self._sizes[:, first:first + 2], axis=0)]
+        return tuple(found)
 
     def clean_lengths(self, record: int) -> dict[str, int]:
         """Returns the length of each feature of a record: elements if 1-D, patches otherwise.
@@ -362,14 +375,11 @@ class TaskCache:
 def _check_files(directory: pathlib.Path, manifest: Manifest) -> None:
     """Sizes of shards, hash of the lengths: cheap, so done at every opening."""
     for shard in manifest.shards:
-        path = directory / shard.file
-        if not path.is_file():
+        if not (path := directory / shard.file).is_file():
             raise _broken(directory, f"{shard.file} is missing")
-        if path.stat().st_size != shard.num_bytes:
-            raise _broken(directory, f"{shard.file} has {path.stat().st_size} bytes, "
-                                     f"{shard.num_bytes} were written")
-    path = directory / LENGTHS_NAME
-    if not path.is_file():
+        if (size := path.stat().st_size) != shard.num_bytes:
+            raise _broken(directory, f"{shard.file} has {size} bytes, not {shard.num_bytes}")
+    if not (path := directory / LENGTHS_NAME).is_file():
         raise _broken(directory, f"{LENGTHS_NAME} is missing")
     if file_sha256(path) != manifest.lengths_sha256:
         raise _broken(directory, f"{LENGTHS_NAME} has changed since it was written")
@@ -388,10 +398,3 @@ def _decode(record: bytes) -> dict[str, Any]:
     if not isinstance(example, dict):
         raise ValueError(f"holds a {type(example).__name__}, not a dict of features")
     return example
-
-
-def encode(example: Mapping[str, Any]) -> bytes:
-    """Returns the bytes of a record: a msgpack dict as flax.serialization writes it."""
-    from flax import serialization
-
-    return serialization.msgpack_serialize(dict(example))

@@ -50,6 +50,8 @@ class TaskCacheWriter:
         self.num_parts = num_parts
         self.max_shard_records, self.max_shard_bytes = max_shard_records, max_shard_bytes
         self.columns = records.length_columns(self.features)
+        self.id_features = [name for name, info in self.features.items() if info.dtype == "int32"
+                            and len(info.shape) == 1 and not name.startswith(records.META_PREFIX)]
         self.resumed_pieces = 0
         self._open_work()
 
@@ -120,14 +122,18 @@ class TaskCacheWriter:
             lengths.append(np.load(self.work / f"{_stem(part, number)}.npy"))
             shards.append(records.ShardInfo(name, side["num_records"], side["num_bytes"],
                                             side["sha256"]))
+        largest: dict[str, int] = {}
         for part, _, side, _ in pieces:
             bad += [{"part": part, **entry} for entry in side["bad"]]
+            for name, value in side["largest_ids"].items():
+                largest[name] = max(value, largest.get(name, value))
         table = (np.concatenate(lengths) if lengths
                  else np.zeros((0, len(self.columns)), np.int32))
         np.save(final / records.LENGTHS_NAME, table)
         manifest = records.Manifest(
             self.task, self.split, self.features, self.columns, tuple(shards),
-            records.file_sha256(final / records.LENGTHS_NAME), self.metadata, tuple(bad))
+            records.file_sha256(final / records.LENGTHS_NAME), self.metadata, tuple(bad),
+            largest)
         _write_atomically(final / records.MANIFEST_NAME, manifest.to_json())
         _replace_directory(final, self.directory)
         shutil.rmtree(self.work)
@@ -149,6 +155,7 @@ class PartWriter:
         self._writer = array_record_module.ArrayRecordWriter(str(self._path), "group_size:1")
         self._lengths: list[list[int]] = []
         self._bad: list[dict[str, Any]] = []
+        self._largest_ids: dict[str, int] = {}
         self._num_examples = self._num_bytes = 0
 
     def write(self, example: Mapping[str, Any]) -> str | None:
@@ -157,10 +164,14 @@ class PartWriter:
         if why is not None:
             self.leave_out(why)
             return why
-        data = records.encode(example)
+        data = encode(example)
         self._writer.write(data)
         self._num_bytes += len(data)
         self._lengths.append([example[name].shape[axis] for name, axis in self._cache.columns])
+        for name in self._cache.id_features:
+            if example[name].size:
+                self._largest_ids[name] = max(int(example[name].max()),
+                                              self._largest_ids.get(name, 0))
         self._count_example()
         return None
 
@@ -190,7 +201,8 @@ class PartWriter:
                 np.asarray(self._lengths, np.int32).reshape(-1, len(self._cache.columns)))
         side = {"num_records": len(self._lengths), "num_examples": self._num_examples,
                 "num_bytes": self._path.stat().st_size,
-                "sha256": records.file_sha256(self._path), "bad": self._bad, "last": last}
+                "sha256": records.file_sha256(self._path), "bad": self._bad, "last": last,
+                "largest_ids": self._largest_ids}
         _write_atomically(self._path.with_suffix(".json"), json.dumps(side))
 
 
@@ -198,6 +210,13 @@ def work_directory(directory: str | os.PathLike) -> pathlib.Path:
     """Returns where a cache is written before it is finished."""
     path = pathlib.Path(directory)
     return path.with_name(path.name + ".incomplete")
+
+
+def encode(example: Mapping[str, Any]) -> bytes:
+    """Returns the bytes of a record: a msgpack dict as flax.serialization writes it."""
+    from flax import serialization
+
+    return serialization.msgpack_serialize(dict(example))
 
 
 def write_mixture(cache_dir: str | os.PathLike, name: str, rates: Mapping[str, float]) -> None:

@@ -68,7 +68,7 @@ class _Answer:
     targets: dict[str, np.ndarray]
     tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
-    target_score: float | None = None
+    target_score: float = float("nan")
 
 
 class Evaluator:

@@ -171,8 +171,9 @@ class Generator:
         self._configs = {modality: decoding_cfg.get(modality, DecodingConfig())
                          for modality in model.config.target_modalities}
         replicated = self._placement.replicated
-        self._decode = jax.jit(self._decode_batch, static_argnums=(3,), out_shardings=replicated)
-        self._score = jax.jit(self._score_batch, out_shardings=replicated)
+        self._decode: Any = jax.jit(self._decode_batch, static_argnums=(3,),
+                                    out_shardings=replicated)
+        self._score: Any = jax.jit(self._score_batch, out_shardings=replicated)
 
     @property
     def num_compiles(self) -> int:

@@ -79,7 +79,7 @@ class InputReader:
         """
         path = pathlib.Path(path).expanduser()
         try:
-            lines = path.open(encoding="utf-8")
+            lines = path.open("rb")
         except OSError as error:
             raise UserError("the file of inputs cannot be read", got=f"{path}: {error.strerror}",
                             fix='give a file of lines like {"text": "what is this?", '
@@ -89,7 +89,7 @@ class InputReader:
                 if text.strip():
                     yield self._line(number, text, path.parent)
 
-    def _line(self, number: int, text: str, folder: pathlib.Path) -> InputLine | BadLine:
+    def _line(self, number: int, text: bytes, folder: pathlib.Path) -> InputLine | BadLine:
         try:
             fields = _fields(text)
             return InputLine(number, fields, self._example(fields, folder))
@@ -147,10 +147,10 @@ class InputReader:
                             got=f"{total} tokens and patches, at most {self.spec.input_length}")
 
 
-def _fields(text: str) -> dict[str, str]:
+def _fields(text: bytes) -> dict[str, str]:
     try:
-        fields = json.loads(text)
-    except ValueError as error:
+        fields = json.loads(text.decode("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
         raise UserError("not JSON", got=str(error)) from error
     if not isinstance(fields, dict) or not fields:
         raise UserError('not an object with one of "text", "image", "audio"')
@@ -184,8 +184,8 @@ def read_image(path: pathlib.Path, spec: PatchSpec, grid: tuple[int, int]
 
     size = grid[1] * spec.width, grid[0] * spec.height
     try:
-        with Image.open(path) as image:
-            image = image.convert("L" if spec.channels == 1 else "RGB")
+        with Image.open(path) as file:
+            image = file.convert("L" if spec.channels == 1 else "RGB")
             image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=0)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
         raise UserError("the image cannot be read", got=error) from error

@@ -170,6 +170,7 @@ class LossEvaluator:
             tasks = source.open_mixture(config, source.patch_specs(objective), repeat=False).tasks
         spec = source.batch_spec(config, objective)
         fit.check_longest(tasks, objective, spec, max_examples)
+        fit.check_model(tasks, model.config, getattr(objective, "vocabulary", None))
         self._placement = Placement(mesh, rules, spec.batch_size)
         self._loss, self._objective, self._config, self._spec = loss, objective, config, spec
         self._streams = _streams(tasks, max_examples)
@@ -179,7 +180,7 @@ class LossEvaluator:
             return {m: {field.name: getattr(part, field.name)
                         for field in dataclasses.fields(part)} for m, part in found.items()}
 
-        self._compiled = jax.jit(sums, out_shardings=self._placement.replicated)
+        self._compiled: Any = jax.jit(sums, out_shardings=self._placement.replicated)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -216,7 +217,8 @@ class LossEvaluator:
 
     def split_sums(self, params: Any, task: str) -> SplitSums:
         """Returns the sums over one task's split; every process must call it together."""
-        result, sums, damaged = SplitSums(), [], 0
+        result, damaged = SplitSums(), 0
+        sums: list[dict[str, dict[str, jax.Array]]] = []
         with (self._placement.context(),
               Prefetcher(self._batches(task), self._placement.rows) as batches):
             for batch in batches:

@@ -29,7 +29,9 @@ _COLOURS = ("#2b6cb0", "#d97706", "#1b7f4b", "#9333ea", "#c0392b", "#0e7490")
 class Section(Protocol):
     """A part of the page: it has a title, knows its height and draws itself."""
 
-    title: str
+    @property
+    def title(self) -> str:
+        """Heading."""
 
     def height(self) -> float:
         """Height below the title, in inches."""
@@ -117,9 +119,10 @@ class Captioned:
     def draw(self, figure: Any) -> None:
         axes = figure.subplots(self._rows(), self.columns, squeeze=False).ravel()
         room = self.height() / self._rows()
-        figure.subplots_adjust(left=0.012, right=0.988, wspace=0.12, hspace=(0.68 if self.asked else 0.55) / room + 0.08,
-                               bottom=0.34 / self.height(),
-                               top=1 - (0.34 if self.asked else 0.03) / self.height())
+        figure.subplots_adjust(
+            left=0.012, right=0.988, wspace=0.12, bottom=0.34 / self.height(),
+            hspace=(0.68 if self.asked else 0.55) / room + 0.08,
+            top=1 - (0.34 if self.asked else 0.03) / self.height())
         letters = int(190 / self.columns)
         for index, ax in enumerate(axes):
             ax.set_axis_off()

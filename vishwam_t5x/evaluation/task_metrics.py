@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -115,9 +116,10 @@ class TaskMetrics:
         Raises:
             UserError: the task's postprocess_fn failed.
         """
-        if self.postprocess_fn is None:
+        postprocess = self.postprocess_fn
+        if postprocess is None:
             return output
-        return self._call("postprocess_fn", lambda: self.postprocess_fn(
+        return self._call("postprocess_fn", lambda: postprocess(
             output, example=example, is_target=is_target))
 
     def compute(self, targets: Sequence[Any], predictions: Sequence[Any] | None,
@@ -145,10 +147,10 @@ class TaskMetrics:
         for function in self.metric_fns:
             names = _ARGUMENTS[self._kind(function)]
             self._add(results, self._call(
-                _name(function), lambda f=function, n=names: f(**{k: arguments[k] for k in n})))
+                _name(function), functools.partial(function, **{k: arguments[k] for k in names})))
         for metric in self.metric_objs:
             self._add(results, self._call(
-                metric.name, lambda m=metric: m(examples, target_feature, outputs)))
+                metric.name, functools.partial(metric, examples, target_feature, outputs)))
         return results
 
     def _kinds(self) -> set[str]:
