@@ -24,7 +24,7 @@ from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.core.rng import key_for
-from vishwam_t5x.data import source
+from vishwam_t5x.data import fit, source
 from vishwam_t5x.objectives.denoisers import Objective
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
@@ -119,7 +119,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         stop = StopRequest().install()
         stack.callback(stop.restore)
         saver_ready = setup.in_background(lambda: _checkpoints(run_dir, checkpoint_cfg))
-        open_dataset = _dataset_opener(train_dataset_cfg, objective)
+        open_dataset = _dataset_opener(train_dataset_cfg, objective, model)
         devices = mesh_lib.make_mesh(mesh)
         logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
         parts = setup.Parts(
@@ -175,7 +175,7 @@ def _checkpoints(run_dir: RunDir, config: CheckpointConfig) -> Any:
     return Checkpoints(run_dir.checkpoints, config)
 
 
-def _dataset_opener(config: source.DatasetConfig, objective: Objective
+def _dataset_opener(config: source.DatasetConfig, objective: Objective, model: Trainable
                     ) -> Callable[[], source.Dataset]:
     """Begins to open the dataset and returns the function that waits for it.
 
@@ -183,13 +183,17 @@ def _dataset_opener(config: source.DatasetConfig, objective: Objective
     once everything else is known to be right, and in the main thread, where Ctrl-C ends it.
     """
     if config.use_cached and source.missing_tasks(config):
-        return lambda: _dataset(config, objective)
-    return setup.in_background(lambda: _dataset(config, objective)).result
+        return lambda: _dataset(config, objective, model)
+    return setup.in_background(lambda: _dataset(config, objective, model)).result
 
 
-def _dataset(config: source.DatasetConfig, objective: Objective) -> source.Dataset:
+def _dataset(config: source.DatasetConfig, objective: Objective, model: Trainable
+             ) -> source.Dataset:
     if config.use_cached:
-        return source.open_dataset(config, objective)
+        dataset = source.open_dataset(config, objective)
+        fit.check_model(dataset.examples.tasks, model.config,
+                        getattr(objective, "vocabulary", None))
+        return dataset
     # TensorFlow and SeqIO in the training process: what a live stream costs.
     from vishwam_t5x.data.tf.live import open_live_dataset
 
