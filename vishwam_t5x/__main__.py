@@ -51,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # etils would take TensorFlow for gs:// paths as soon as it is installed (12 s and 650 MB).
     os.environ.setdefault("EPATH_USE_TF", "false")
-    # TensorFlow greets whoever starts it with five lines about CUDA and oneDNN.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     code = EXIT_FAILURE
     try:
         code = _run(arguments)

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from vishwam_t5x import screen
 from vishwam_t5x.command_line import CommandLine
 from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from vishwam_t5x.data.source import DatasetConfig, default_cache_dir
@@ -89,7 +90,16 @@ def _run(line: CommandLine, argv: Sequence[str]) -> dict:
 
 def _write(name: str, modules: Sequence[str], cache_dir: str, splits: Sequence[str],
            overwrite: bool) -> dict:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    cache_dir = str(pathlib.Path(cache_dir).expanduser())
+    try:
+        pathlib.Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir):
+            pass
+    except OSError as error:
+        raise UserError("the cache cannot be written", got=f"{cache_dir}: {error.strerror}",
+                        fix="CACHE_DIR, --cache_dir or $VISHWAM_CACHE_DIR = a folder that can be "
+                            "written") from error
+    screen.quiet_tensorflow()
     try:
         # TensorFlow and SeqIO come in here and nowhere else: 15 s.
         from vishwam_t5x.data.tf import cache as tf_cache
@@ -98,7 +108,6 @@ def _write(name: str, modules: Sequence[str], cache_dir: str, splits: Sequence[s
             raise
         raise UserError(f"writing a cache needs the package {error.name}",
                         fix="pip install 'vishwam_t5x[seqio]'") from error
-    cache_dir = str(pathlib.Path(cache_dir).expanduser())
     return tf_cache.cache_task_or_mixture(name, modules, cache_dir, splits, overwrite)
 
 

@@ -206,6 +206,7 @@ def _with_picture(line: Prediction, path: pathlib.Path, decode_image: DecodeImag
 def _spectrogram(config: Any) -> input_files.Spectrogram | None:
     if config is None:
         return None
+    screen.quiet_tensorflow()
     from vishwam_t5x.data.tf import audio
 
     def spectrogram(waveform: np.ndarray, rate: int, multiple: int) -> np.ndarray:

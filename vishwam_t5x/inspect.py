@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
+from vishwam_t5x import screen
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.data import gallery, report, source
 from vishwam_t5x.objectives.denoisers import Objective
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     from vishwam_t5x import gin_config
 
     config = gin_config.parse(argv, "inspect", flags=FLAGS)
-    logging.set_verbosity(logging.INFO)
+    screen.show_messages()
     given: dict = {}
     if config.flags.get("output"):
         given["output"] = config.flags["output"]
@@ -73,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
 def _open(config: source.DatasetConfig, objective: Objective) -> source.Dataset:
     if config.use_cached:
         return source.open_dataset(config, objective)
+    screen.quiet_tensorflow()
     from vishwam_t5x.data.tf import live
 
     return live.open_live_dataset(config, objective)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from absl import logging
 
+from vishwam_t5x import screen
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.data import source
 from vishwam_t5x.data.records import TaskCache
@@ -94,6 +95,7 @@ def metrics_of(task: TaskCache, config: DatasetConfig) -> TaskMetrics:
     if found is not None:
         return found
     _register(config)
+    screen.quiet_tensorflow()
     from vishwam_t5x.data.tf import metrics
 
     given = metrics.seqio_metrics(task.name)
@@ -124,6 +126,7 @@ def text_codec(tasks: Sequence[TaskCache], config: DatasetConfig,
     if described:
         return tokenizer(next(iter(described.values()))["path"], layout)
     _register(config)
+    screen.quiet_tensorflow()
     from vishwam_t5x.data.tf import metrics
 
     vocabulary = metrics.text_vocabulary(_with_text(tasks))
@@ -146,6 +149,7 @@ def _with_text(tasks: Sequence[TaskCache]) -> str:
 
 
 def _register(config: DatasetConfig) -> None:
+    screen.quiet_tensorflow()
     from vishwam_t5x.data.tf import examples
 
     examples.import_task_modules(config.modules)

@@ -118,6 +118,8 @@ def train(model: Trainable, model_dir: str, objective: Objective,
     with contextlib.ExitStack() as stack:
         stop = StopRequest().install()
         stack.callback(stop.restore)
+        if distributed.is_primary():
+            stack.enter_context(run_dir.held())
         saver_ready = setup.in_background(lambda: _checkpoints(run_dir, checkpoint_cfg))
         open_dataset = _dataset_opener(train_dataset_cfg, objective, model)
         devices = mesh_lib.make_mesh(mesh)
@@ -195,6 +197,7 @@ def _dataset(config: source.DatasetConfig, objective: Objective, model: Trainabl
                         getattr(objective, "vocabulary", None))
         return dataset
     # TensorFlow and SeqIO in the training process: what a live stream costs.
+    screen.quiet_tensorflow()
     from vishwam_t5x.data.tf.live import open_live_dataset
 
     return open_live_dataset(config, objective)

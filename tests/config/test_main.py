@@ -88,6 +88,31 @@ def test_messages_are_ours():
     assert lines == [["INFO", "by absl 1"], ["INFO", "by us"], ["WARNING", "serious"]]
 
 
+def test_tensorflow_is_quiet_and_nobody_else():
+    done = helpers.run(["-c", """if True:
+        import logging, os, sys
+        from vishwam_t5x import screen
+        screen.show_messages()
+        screen.quiet_tensorflow()
+        logging.info("by us")
+        print("printed", file=sys.stderr)
+        os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called are\\n"
+                    b"I0000 00:00:1795507923.534622   26677 port.cc:153] oneDNN is on\\n"
+                    b"fatal: from C++\\n")
+        os.abort()
+        """], timeout=60)
+    assert done.returncode == -6
+    shown = sorted(line.rpartition("INFO ")[2] for line in done.stderr.splitlines())
+    assert [line for line in shown if not line.startswith(("  ", "Fatal", "Current"))] == [
+        "by us", "fatal: from C++", "printed"]
+
+
+def test_a_cache_that_cannot_be_written():
+    done = vishwam("cache", "--task_or_mixture=quickstart", "--cache_dir=/proc/nowhere")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the cache cannot be written" in done.stderr
+
+
 def test_unknown_verb():
     done = vishwam("trian")
     assert done.returncode == 2 and "did you mean 'train'?" in done.stderr and not done.stdout

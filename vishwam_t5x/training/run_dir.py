@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
+from collections.abc import Iterator
+
+from absl import logging
 
 from vishwam_t5x.core.errors import UserError
 
@@ -43,6 +48,26 @@ class RunDir:
             raise UserError("MODEL_DIR cannot be written", got=str(path),
                             fix="choose another folder, or change its permissions")
         return cls(path)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the directory for one process: two that train into it would undo each other's work.
+
+        The lock dies with its process, however that ends. A file system without locks has none.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        with (self.path / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    "another process is training into this MODEL_DIR", got=str(self.path),
+                    fix="wait for it, stop it, or choose another MODEL_DIR") from None
+            except OSError as error:
+                logging.info("%s cannot be locked: %s", self.path, error)
+            yield
 
     @property
     def config(self) -> pathlib.Path:

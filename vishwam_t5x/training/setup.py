@@ -149,7 +149,9 @@ def first_state(factory: StateFactory, seed: int,
         return factory.adopt(state)
     if initial_params is not None:
         return factory.with_params(initial_params())
-    return factory.create(key_for(seed, "params"))
+    state = factory.create(key_for(seed, "params"))
+    compilation.return_freed_memory()
+    return state
 
 
 def in_background(function: Callable[[], Any]) -> concurrent.futures.Future:

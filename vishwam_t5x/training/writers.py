@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -136,8 +137,9 @@ class TerminalWriter:
 
     def write(self, step: int, record: Record) -> None:
         """Shows the few numbers a person watches."""
+        # Those of single tasks, one level deeper, are in the files.
         names = [name for name in record
-                 if name == "loss" or name.startswith(("loss/", "eval/loss"))]
+                 if re.fullmatch(r"loss(/[^/]+)?|eval/loss(/[^/]+)?", name)]
         parts = [f"{name} {_number(record[name])}" for name in names]
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(parts), refresh=False)
