@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,5 +65,5 @@ def return_freed_memory() -> None:
     model of a million parameters, in 0.05 s. Does nothing where the C library cannot (it is glibc's
     malloc_trim).
     """
-    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
