@@ -16,8 +16,6 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from absl import logging
-
 from vishwam_t5x import screen
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.data import gallery, report, source
