@@ -12,7 +12,7 @@ import pytest
 
 from vishwam_t5x.core.errors import Preempted, UserError
 from vishwam_t5x.training import setup
-from vishwam_t5x.training.hooks import EarlyStop, ProfileHook
+from vishwam_t5x.training.hooks import EarlyStop, EvaluateHook, ProfileHook
 from vishwam_t5x.training.optimizers import AdamW
 from vishwam_t5x.training.schedules import warmup_cosine
 from vishwam_t5x.training.signals import StopRequest
@@ -103,3 +103,19 @@ def test_a_stop_before_the_first_step_is_at_once():
         assert stop.agreed(3)
     finally:
         stop.restore()
+
+
+def test_evaluation_is_not_billed_for_the_step(monkeypatch):
+    clock = [0.0]
+
+    def wait(tree):
+        clock[0] += 5.0  # what is left of the step
+        return tree
+
+    def evaluate(params):
+        clock[0] += 2.0
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    hook = EvaluateHook(evaluate, period=1, clock=lambda: clock[0])
+    assert hook(1, types.SimpleNamespace(params={}), False).seconds == 2.0

@@ -60,6 +60,8 @@ class EvaluateHook:
     def __call__(self, step: int, state: TrainState, last: bool) -> HookResult | None:
         if step % self._period and not last:
             return None
+        # The step itself may still run: its time is not the evaluation's.
+        jax.block_until_ready(state.params)
         start = self._clock()
         metrics = {f"eval/{name}": float(value)
                    for name, value in self._evaluator(state.params).items()}
