@@ -54,8 +54,8 @@ def test_include_uses_the_search_path(setup):
 def test_hardware_need_not_be_chosen():
     """With no file of gin/hardware the mesh is that of the devices at hand."""
     config = gin_config.parse(
-        ["--gin_file=gin/models/tiny.gin", "--gin_file=gin/optimizers/adafactor.gin",
-         "--gin_file=gin/objectives/ul2_text.gin", "--gin_file=gin/runs/pretrain.gin",
+        ["--gin_file=gin/runs/pretrain.gin", "--gin_file=gin/models/tiny.gin",
+         "--gin_file=gin/optimizers/adafactor.gin", "--gin_file=gin/objectives/ul2_text.gin",
          '--gin.MODEL_DIR="x"', '--gin.MIXTURE_OR_TASK_NAME="a"', "--gin.BATCH_SIZE=4",
          "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 64}", "--gin.TRAIN_STEPS=4"],
         "train")

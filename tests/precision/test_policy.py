@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -12,7 +11,6 @@ from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.precision.policy import (
     LossScaleConfig,
     Policy,
-    cast_floating,
     default_policy_name,
     policy_by_name,
     resolve_policy,
@@ -51,17 +49,6 @@ def test_a_policy_resolves_to_itself():
     policy = Policy(param_dtype=jnp.bfloat16)
     assert resolve_policy(policy) is policy
     assert policy.param_dtype == jnp.dtype("bfloat16")
-
-
-def test_casts_touch_floating_arrays_only():
-    tree = {"w": jnp.ones(2), "ids": jnp.ones(2, jnp.int32), "key": jax.random.key(0)}
-    policy = Policy(compute_dtype="bfloat16", output_dtype="float16", param_dtype="bfloat16")
-    assert policy.cast_to_compute(tree)["w"].dtype == jnp.bfloat16
-    assert policy.cast_to_param(tree)["w"].dtype == jnp.bfloat16
-    assert policy.cast_to_output(tree)["w"].dtype == jnp.float16
-    assert policy.cast_to_accumulation(cast_floating(tree, "float16"))["w"].dtype == jnp.float32
-    assert policy.cast_to_compute(tree)["ids"].dtype == jnp.int32
-    assert policy.cast_to_compute(tree)["key"].dtype == tree["key"].dtype
 
 
 @pytest.mark.parametrize("make, words", [

@@ -73,7 +73,7 @@ class Policy:
         param_dtype: dtype in which parameters are stored and updated.
         compute_dtype: dtype of activations and matmul operands.
         output_dtype: dtype of logits and other results handed out of the model.
-        accumulation_dtype: dtype of losses, and of gradients summed over microbatches.
+        accumulation_dtype: dtype in which gradients are summed over microbatches.
         loss_scale: see `LossScaleConfig`.
 
     Every dtype is given by name ('float32', 'bfloat16', 'float16', 'float64') or as a dtype, and
@@ -98,33 +98,11 @@ class Policy:
         """The name of the compute dtype."""
         return np.dtype(self.compute_dtype).name
 
-    def cast_to_param(self, tree: Any) -> Any:
-        """Returns the tree with its floating arrays in `param_dtype`."""
-        return cast_floating(tree, self.param_dtype)
-
-    def cast_to_compute(self, tree: Any) -> Any:
-        """Returns the tree with its floating arrays in `compute_dtype`."""
-        return cast_floating(tree, self.compute_dtype)
-
-    def cast_to_output(self, tree: Any) -> Any:
-        """Returns the tree with its floating arrays in `output_dtype`."""
-        return cast_floating(tree, self.output_dtype)
-
-    def cast_to_accumulation(self, tree: Any) -> Any:
-        """Returns the tree with its floating arrays in `accumulation_dtype`."""
-        return cast_floating(tree, self.accumulation_dtype)
-
 
 def float_dtype(dtype: DTypeLike, field: str = "dtype") -> np.dtype:
     """Returns the floating dtype of that name; `field` names it in the error."""
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     return jnp.dtype(one_of(name, FLOAT_DTYPES, f"floating dtype for {field}"))
-
-
-def cast_floating(tree: Any, dtype: DTypeLike) -> Any:
-    """Returns the tree with its floating arrays cast to `dtype`; integers and keys stay."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def policy_by_name(name: str = "auto", device: Any = None) -> Policy:
