@@ -43,3 +43,13 @@ def test_augmentations_may_not_change_shape_or_dtype():
 def test_unusable_shift(pixels):
     with pytest.raises(UserError):
         RandomShift(pixels)
+
+
+def test_some_images_stay_where_they_are():
+    image = np.arange(16, dtype=np.float32).reshape(4, 4, 1) + 1
+    step = RandomShift(pixels=1, probability=0.5)
+    same = [np.array_equal(step(image, np.random.default_rng(seed)), image) for seed in range(400)]
+    # Half are not moved, and one ninth of the others by nothing.
+    assert 0.46 < np.mean(same) < 0.65
+    with pytest.raises(UserError, match="probability"):
+        RandomShift(probability=1.5)

@@ -20,17 +20,23 @@ class RandomShift:
 
     Attributes:
         pixels: largest shift, in pixels; each whole number in [-pixels, pixels] is equally likely.
+        probability: chance that an image is moved at all, in [0, 1].
     """
 
     pixels: int = 1
+    probability: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.pixels, int) or isinstance(self.pixels, bool) or self.pixels < 0:
             raise UserError("an image shift must be a whole number of pixels, 0 or more",
                             got=repr(self.pixels))
+        if not 0 <= self.probability <= 1:
+            raise UserError("RandomShift.probability must be in [0, 1]", got=self.probability)
 
     def __call__(self, image: Shaped[np.ndarray, "h w ..."],
                  rng: np.random.Generator) -> Shaped[np.ndarray, "h w ..."]:
+        if self.probability < 1 and rng.random() >= self.probability:
+            return image
         down, right = rng.integers(-self.pixels, self.pixels + 1, size=2)
         return shift(image, int(down), int(right))
 
