@@ -201,4 +201,5 @@ def _refuse(plan: Plan, report: RestoreReport, available: Mapping[str, Any], all
         hint = did_you_mean(plan.missing[0], available)
         raise UserError("parameters of the model are missing in the checkpoint",
                         got=report.table(),
-                        fix=f"fallback_to_scratch = True starts them afresh{'; ' + hint if hint else ''}")
+                        fix="fallback_to_scratch = True starts them afresh"
+                            + (f"; {hint}" if hint else ""))
