@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-import runs
+import training_runs as runs
 
 STEPS = 120
 KILLS = 20

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-import runs
+import training_runs as runs
 
 import helpers
 

@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-import runs
+import training_runs as runs
 
 STEPS = 60
 
