@@ -191,6 +191,32 @@ def test_microbatches_add_up(tmp_path, microbatches):
     np.testing.assert_allclose(one.params["table"], other.params["table"], rtol=2e-6, atol=2e-6)
 
 
+def test_a_step_is_logged_before_it_is_saved(tmp_path):
+    # Killed after the save, a resume starts behind it: nobody would write the record again.
+    seen = {}
+
+    class Saver(FakeSaver):
+        def save(self, step, state, metrics=None):
+            seen[step] = [record["step"] for record in records(tmp_path / "metrics.jsonl")][-1]
+            return super().save(step, state, metrics)
+
+    loop, factory, _, _ = build(tmp_path, saver=Saver(period=3), total=7)
+    loop.run(factory.create(jax.random.key(0)))
+    assert seen == {3: 3, 6: 6, 7: 7}
+
+
+def test_a_state_due_to_be_rolled_back_is_not_saved(tmp_path):
+    # Steps 13 to 15 are bad and a save is due at 15: it must not become the newest checkpoint.
+    gains = {12: float("nan"), 13: float("nan"), 14: float("nan")}
+    loop, factory, _, _ = build(tmp_path, gains=gains, total=18)
+    steps = []
+    loop._saver.save, save = lambda step, *rest: (steps.append(step), save(step, *rest)), \
+        loop._saver.save
+    loop.run(factory.create(jax.random.key(0)))
+    assert steps == [5, 10, 15, 18], "the first 15 was bad; this one is of other batches"
+    assert loop._batches.seeks == [DataPosition(100, (9,))]
+
+
 def test_nan_batch_is_skipped_and_named(tmp_path):
     loop, factory, path, _ = build(tmp_path, gains={7: float("nan")}, total=12)
     state = loop.run(factory.create(jax.random.key(0)))

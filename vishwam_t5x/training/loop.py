@@ -155,14 +155,19 @@ class Loop:
             self._recent.append(dataclasses.replace(previous, metrics=None))
             # Evaluate before saving, so that keep-best has the metric of this very step.
             extra, ended = self._call_hooks(step, state)
-            if self._saver.should_save(step):
+            saving = self._saver.should_save(step)
+            # Agreed across processes; last, so that the step just made is what gets saved.
+            stopping = self._stop.agreed(step)
+            if saving or stopping:
+                # A save waits for this step anyway. Looked at now, its record is written before
+                # its checkpoint, and a state that is due to be rolled back is never saved.
+                rolled_back, previous = self._observe(previous), None
+                if rolled_back is not None:
+                    state, step, extra, saving = rolled_back, int(rolled_back.step), {}, False
+            if saving:
                 self._saver.save(step, state, extra)
                 self._save_stall += self._saver.seconds_held
-            # Agreed across processes; last, so that the step just made is what gets saved.
-            if self._stop.agreed(step):
-                rolled_back = self._observe(previous)
-                if rolled_back is not None:
-                    state, step, extra = rolled_back, int(rolled_back.step), {}
+            if stopping:
                 self._finish(step, state, extra)
                 raise Preempted(step, "asked to stop")
         if previous is not None:
