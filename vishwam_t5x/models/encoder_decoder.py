@@ -25,7 +25,12 @@ from vishwam_t5x.models.layers import Embed
 from vishwam_t5x.models.scan import stack_layers
 from vishwam_t5x.objectives.chunked_loss import projected_cross_entropy_sums
 from vishwam_t5x.objectives.losses import LossConfig, LossSums, loss_weights
-from vishwam_t5x.parallelism.sharding import batch_parts, constrain, current_partitioning
+from vishwam_t5x.parallelism.sharding import (
+    batch_parts,
+    constrain,
+    current_partitioning,
+    current_platform,
+)
 
 LOGITS = ("batch", "length", "vocab")
 """Logical axes of logits."""
@@ -159,7 +164,7 @@ class EncoderDecoder(nn.Module):
             name: projected_cross_entropy_sums(
                 part, self.target_encoders[name].table(), batch[f"targets/{name}/targets"],
                 loss_weights(batch, name), loss, scale=1 / math.sqrt(self.config.emb_dim),
-                batch_shards=batch_shards, constrain=constrain)
+                batch_shards=batch_shards, constrain=constrain, platform=current_platform())
             for name, part in hidden.items()}
 
     def init_cache(self, encoded: Encoded, max_length: int, num_decodes: int = 1) -> DecodeCache:

@@ -20,10 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from vishwam_t5x.core.errors import UserError, one_of
-from vishwam_t5x.parallelism.sharding import current_partitioning
+from vishwam_t5x.parallelism.sharding import current_platform
 
 # Names for `checkpoint_name` in model code.
 QKV = "qkv"  # query, key and value projections
@@ -66,7 +65,7 @@ def remat_policy(name: str, platform: str | None = None) -> Policy | None:
         return policies.dots_with_no_batch_dims_saveable
     if kind == "save_names":
         return policies.save_only_these_names(*_split_names(names))
-    if (platform or _platform()) == "cpu":
+    if (platform or current_platform()) == "cpu":
         # A CPU's device memory is host memory: kept there, the same results are at hand.
         return policies.save_only_these_names(*CHECKPOINT_NAMES)
     return policies.save_and_offload_only_these_names(
@@ -82,9 +81,3 @@ def _split_names(names: str) -> list[str]:
                         + ", ".join(CHECKPOINT_NAMES))
     return [one_of(name, CHECKPOINT_NAMES, "checkpoint name") for name in wanted]
 
-
-def _platform() -> str:
-    here = current_partitioning()
-    if here is not None and isinstance(here.mesh, Mesh):
-        return here.mesh.devices.flat[0].platform
-    return jax.default_backend()

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.core import meta
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names, path_name
@@ -66,6 +66,18 @@ def partitioning(mesh: AnyMesh, rules: LogicalAxisRules | None = None) -> Iterat
 def current_partitioning() -> Partitioning | None:
     """Returns what the innermost `partitioning` of this thread was given, or None."""
     return _current.value
+
+
+def current_platform() -> str:
+    """Returns what this thread traces for: 'cpu', 'gpu' or 'tpu'.
+
+    That of the mesh in `partitioning`, whose devices may be those of an ahead-of-time topology;
+    otherwise that of jax's default device.
+    """
+    here = current_partitioning()
+    if here is not None and isinstance(here.mesh, Mesh):
+        return here.mesh.devices.flat[0].platform
+    return jax.default_backend()
 
 
 def axes_size(mesh: AnyMesh, axes: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ import jax
 from absl import logging
 
 from vishwam_t5x.core.batch import BatchSpec
+from vishwam_t5x.parallelism.sharding import current_platform
 from vishwam_t5x.training.state import StateFactory
 
 DEFAULT_CACHE = "~/.cache/vishwam_t5x/compilation"
@@ -46,14 +47,24 @@ def abstract_batch(spec: BatchSpec, shardings: Mapping[str, Any]) -> dict[str, A
             for name, feature in spec.arrays().items()}
 
 
-def compile_step(step: Callable[..., Any], factory: StateFactory, batch: Mapping[str, Any]) -> Any:
-    """Compiles (state, batch) -> (state, metrics), with the state donated and its layout pinned.
+def lower_step(step: Callable[..., Any], factory: StateFactory, batch: Mapping[str, Any]
+               ) -> jax.stages.Lowered:
+    """Traces (state, batch) -> (state, metrics), with the state donated and its layout pinned.
 
     Unpinned, the second step would see a state laid out as the compiler liked and compile again.
+    The devices of the factory's mesh may be those of an ahead-of-time topology.
     """
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(factory.shardings, None))
     with factory.context():
-        compiled = jitted.lower(factory.abstract.on_device(), dict(batch)).compile()
+        traced = jitted.trace(factory.abstract.on_device(), dict(batch))
+        # The devices of a CUDA topology say 'gpu', and jax knows no lowering of that name.
+        is_cuda = current_platform() == "gpu" and jax.default_backend() != "gpu"
+        return traced.lower(lowering_platforms=("cuda",) if is_cuda else None)
+
+
+def compile_step(step: Callable[..., Any], factory: StateFactory, batch: Mapping[str, Any]) -> Any:
+    """Compiles what `lower_step` returns."""
+    compiled = lower_step(step, factory, batch).compile()
     return_freed_memory()
     return compiled
 

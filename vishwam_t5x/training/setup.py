@@ -61,11 +61,17 @@ class Parts:
 
     def compile(self, factory: StateFactory, shardings: Mapping[str, Any]) -> Any:
         """The compiled train step."""
+        return compilation.compile_step(*self._step(factory, shardings))
+
+    def lower(self, factory: StateFactory, shardings: Mapping[str, Any]) -> Any:
+        """What `compile` compiles, traced for the devices of the mesh."""
+        return compilation.lower_step(*self._step(factory, shardings))
+
+    def _step(self, factory: StateFactory, shardings: Mapping[str, Any]) -> tuple[Any, ...]:
         function = step.make_train_step(
             step.model_loss(self.model, self.step.loss), self.optimizer.build(), self.step,
             self.model.config.policy.accumulation_dtype)
-        return compilation.compile_step(
-            function, factory, compilation.abstract_batch(self.spec, shardings))
+        return function, factory, compilation.abstract_batch(self.spec, shardings)
 
     def throughput(self) -> Throughput:
         """Counter of useful work against the peak of all devices."""
