@@ -2,6 +2,8 @@
 
 It is written last, inside the temporary directory that becomes the checkpoint by being renamed:
 a directory without a manifest is not a checkpoint, and one whose files differ from it is damaged.
+In an object store nothing is renamed: Orbax's commit_success.txt follows the manifest, and the
+checksums are the store's own, so that nothing written has to be read back.
 """
 
 from __future__ import annotations
@@ -19,13 +21,17 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from vishwam_t5x.core import storage
+
 FILE_NAME = "manifest.json"
+COMMITTED = "commit_success.txt"
+"""What Orbax writes last of all where a folder cannot be renamed."""
 _FORMAT = 1
 _CHUNK = 1 << 22  # bytes read at once
 _THREADS = 4  # zlib lets go of the interpreter lock
 
 # Orbax goes on writing these after the manifest; nothing is restored from them.
-_NOT_COUNTED = frozenset({FILE_NAME, "_CHECKPOINT_METADATA", "commit_success.txt"})
+_NOT_COUNTED = frozenset({FILE_NAME, "_CHECKPOINT_METADATA", COMMITTED})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Manifest:
     Attributes:
         step: training steps done.
         leaves: '/'-joined name -> shape and dtype of every array.
-        files: path below the checkpoint -> (bytes, CRC-32).
+        files: path below the checkpoint -> (bytes, checksum): CRC-32, or in an object store the
+            checksum that the store keeps, named.
         metrics: metrics given when it was saved.
         packages: version of each package that wrote it.
         created: when, ISO 8601 in UTC.
@@ -72,7 +79,7 @@ class Manifest:
 
     step: int
     leaves: Mapping[str, Leaf]
-    files: Mapping[str, tuple[int, int]]
+    files: Mapping[str, tuple[int, int | str]]
     metrics: Mapping[str, float]
     packages: Mapping[str, str]
     created: str
@@ -93,7 +100,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _crc(path: epath.Path) -> tuple[int, int]:
+def _checksum(path: epath.Path) -> tuple[int, int | str]:
+    if storage.is_remote(path):
+        return storage.fingerprint(path)
     size, crc = 0, 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -103,6 +112,8 @@ def _crc(path: epath.Path) -> tuple[int, int]:
 
 def _files(directory: epath.Path) -> list[str]:
     """Returns the paths below `directory`, '/'-joined, of the files that count."""
+    if storage.is_remote(directory):
+        return [name for name in storage.files_below(directory) if name not in _NOT_COUNTED]
     found, folders = [], [""]
     while folders:
         folder = folders.pop()
@@ -124,7 +135,8 @@ def write(directory: epath.Path, step: int, leaves: Mapping[str, Leaf],
     """
     names = _files(directory)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        files = dict(zip(names, pool.map(lambda name: _crc(directory / name), names), strict=True))
+        checksums = pool.map(lambda name: _checksum(directory / name), names)
+        files = dict(zip(names, checksums, strict=True))
     manifest = Manifest(step, leaves, files, dict(metrics), _versions(),
                         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     body = {
@@ -134,8 +146,8 @@ def write(directory: epath.Path, step: int, leaves: Mapping[str, Leaf],
         "files": {name: list(entry) for name, entry in files.items()}}
     text = json.dumps({"crc32": _body_crc(body), **body}, indent=1)
     target = directory / FILE_NAME
-    if "://" in os.fspath(directory):
-        target.write_text(text)
+    if storage.is_remote(directory):
+        storage.write_text(target, text)
         return manifest
     with open(os.fspath(target), "w", encoding="utf-8") as file:
         file.write(text)
@@ -150,6 +162,8 @@ def _body_crc(body: Mapping[str, Any]) -> int:
 
 def exists(directory: epath.Path) -> bool:
     """Returns whether `directory` is a finished checkpoint."""
+    if storage.is_remote(directory):
+        return {FILE_NAME, COMMITTED}.issubset(storage.names(directory))
     return (directory / FILE_NAME).exists()
 
 
@@ -160,9 +174,11 @@ def read(directory: epath.Path) -> Manifest:
         DamagedCheckpoint: there is none, or it is not what was written.
     """
     try:
-        content = json.loads((directory / FILE_NAME).read_text())
+        content = json.loads(storage.read_text(directory / FILE_NAME))
     except FileNotFoundError:
         raise DamagedCheckpoint(directory, f"it has no {FILE_NAME}") from None
+    except storage.StorageError:
+        raise  # a storage that does not answer damages nothing
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(directory, f"{FILE_NAME} cannot be read ({error})") from error
     body = {key: value for key, value in content.items() if key != "crc32"} if isinstance(
@@ -177,6 +193,15 @@ def read(directory: epath.Path) -> Manifest:
         {name: Leaf(tuple(shape), dtype) for name, (shape, dtype) in body["leaves"].items()},
         {name: (size, crc) for name, (size, crc) in body["files"].items()},
         body["metrics"], body["packages"], body["created"])
+
+
+def _found(path: epath.Path, written: int | str, checksums: bool) -> tuple[int, int | str]:
+    """Bytes and checksum of a file, of the kind that was written down; the latter if not wanted."""
+    size, checksum = _checksum(path) if checksums or storage.is_remote(path) else (
+        path.stat().length, written)
+    # Copied from a store to a folder, or back: the two kinds cannot be compared, sizes can.
+    comparable = isinstance(checksum, int) == isinstance(written, int) and checksums
+    return size, checksum if comparable else written
 
 
 def verify(directory: epath.Path, checksums: bool = True) -> Manifest:
@@ -195,9 +220,11 @@ def verify(directory: epath.Path, checksums: bool = True) -> Manifest:
         size, crc = manifest.files[name]
         path = directory / name
         try:
-            found = _crc(path) if checksums else (path.stat().length, crc)
+            found = _found(path, crc, checksums)
         except FileNotFoundError:
             return f"file '{name}' is missing"
+        except storage.StorageError:
+            raise
         except OSError as error:
             return f"file '{name}' cannot be read ({error})"
         if found[0] != size:

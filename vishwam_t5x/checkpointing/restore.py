@@ -23,6 +23,7 @@ from vishwam_t5x.checkpointing.sources import (
     assemble,
     request_of,
 )
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.core.trees import flatten_names
 
@@ -93,7 +94,7 @@ def open_source(path: str | os.PathLike, checksums: bool = True) -> tuple[Source
         UserError: nothing is there, or it is damaged.
     """
     place = directories.find(path)
-    if not place.is_dir():
+    if storage.is_file(place):
         return NpzSource(place), None, str(place)
     if manifests.exists(place):
         return _open_one(place, checksums)

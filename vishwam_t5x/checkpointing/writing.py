@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,8 +36,9 @@ def quiet_orbax() -> None:
 class _Handler(ocp.PyTreeCheckpointHandler):
     """Orbax's handler, which writes our manifest just before the directory is committed."""
 
-    def __init__(self, compress: bool) -> None:
+    def __init__(self, compress: bool, before_commit: Callable[[], None] | None) -> None:
         super().__init__(use_ocdbt=True, use_compression=compress)
+        self._before_commit = before_commit
         self.manifest: Manifest | None = None
         self._content: tuple[int, dict[str, Leaf], Mapping[str, float]] | None = None
 
@@ -49,6 +50,8 @@ class _Handler(ocp.PyTreeCheckpointHandler):
         """Called by Orbax in process 0 when all files are written and none is yet committed."""
         super().finalize(directory)
         assert self._content is not None
+        if self._before_commit is not None:
+            self._before_commit()
         self.manifest = manifests.write(directory, *self._content)
 
 
@@ -70,11 +73,18 @@ class Writer:
     `begin` may return before anything is on disk; the arrays may be donated after it all the same.
     """
 
-    def __init__(self, compress: bool) -> None:
+    def __init__(self, compress: bool, before_commit: Callable[[], None] | None = None) -> None:
+        """Writes nothing yet.
+
+        Args:
+            compress: whether arrays are compressed.
+            before_commit: called in process 0 when all files of a checkpoint are written and it
+                is none yet.
+        """
         quiet_orbax()
-        self._compress = compress
+        self._compress, self._before_commit = compress, before_commit
         self._checkpointer: ocp.AsyncCheckpointer | None = None
-        self._handler = _Handler(compress)
+        self._handler = _Handler(compress, before_commit)
 
     def begin(self, directory: epath.Path, step: int, flat: Mapping[str, Any],
               metrics: Mapping[str, float]) -> None:
@@ -84,7 +94,7 @@ class Writer:
             OSError, ValueError: it could not even start.
         """
         if self._checkpointer is None:
-            self._handler = _Handler(self._compress)
+            self._handler = _Handler(self._compress, self._before_commit)
             self._checkpointer = ocp.AsyncCheckpointer(
                 self._handler, async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT))
         self._handler.announce(step, manifests.describe(flat), metrics)

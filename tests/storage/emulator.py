@@ -1,0 +1,152 @@
+"""A storage server on loopback, and a line to it that fails, resets and stalls as told."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+BUCKET = "vishwam-test"
+# In a process of its own: it is Python too, and would share the interpreter lock with what it
+# serves. It ends with its parent's end of the pipe, however the parent ends.
+_SERVER = """
+import sys, threading
+from gcp_storage_emulator.server import create_server
+server = create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket=sys.argv[2])
+server.start()
+sys.stdin.read()
+server.stop()
+"""
+
+
+def free_port() -> int:
+    """Returns a port of the loopback that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serve(port: int) -> Iterator[None]:
+    """Runs the emulator, with the bucket `BUCKET`, at a port of the loopback."""
+    server = subprocess.Popen([sys.executable, "-c", _SERVER, str(port), BUCKET],
+                              stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5):
+                    break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None, "the emulator did not start"
+                assert time.monotonic() < deadline, "the emulator does not answer"
+                time.sleep(0.05)
+        yield
+    finally:
+        assert server.stdin is not None
+        server.stdin.close()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def variables(port: int, **more: str) -> dict[str, str | None]:
+    """What a process needs in its environment to take the emulator for Google's storage."""
+    return {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}", "TENSORSTORE_GCS_HTTP_URL": None,
+            "EPATH_USE_TF": None, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **more}
+
+
+class FaultyLine:
+    """A TCP line to a server: a share of the connections fail, in a seeded order.
+
+    Attributes:
+        port: where it listens.
+        faults: how many connections of each kind there were.
+    """
+
+    def __init__(self, target: int, seed: int, share: float, stall_seconds: float) -> None:
+        self.port, self._target = free_port(), target
+        self._random, self._share, self._stall = random.Random(seed), share, stall_seconds
+        self.faults = {"none": 0, "503": 0, "reset": 0, "stall": 0, "cut": 0}
+        self.cut_off = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Stops listening."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            fault = "none"
+            if self._random.random() < self._share:
+                fault = self._random.choice(["503", "reset", "stall", "cut"])
+            if self.cut_off.is_set():
+                fault = "reset"
+            self.faults[fault] += 1
+            threading.Thread(target=self._serve, args=(client, fault), daemon=True).start()
+
+    def _serve(self, client: socket.socket, fault: str) -> None:
+        with client, contextlib.suppress(OSError):
+            if fault == "reset":
+                _reset(client)
+                return
+            if fault == "stall":
+                client.recv(1 << 16)
+                time.sleep(self._stall)
+                _reset(client)
+                return
+            if fault == "503":
+                client.recv(1 << 16)
+                client.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n"
+                               b"Connection: close\r\n\r\n")
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(1)
+                while client.recv(1 << 16):
+                    pass
+                return
+            with socket.create_connection(("127.0.0.1", self._target)) as server:
+                back = threading.Thread(target=_pump, args=(server, client, None), daemon=True)
+                back.start()
+                # Cut: the server gets the request's beginning, the client no answer.
+                _pump(client, server, 2000 if fault == "cut" else None)
+                if fault == "cut":
+                    _reset(client)
+                back.join(60)
+
+
+def _pump(source: socket.socket, sink: socket.socket, most: int | None) -> None:
+    with contextlib.suppress(OSError):
+        sent = 0
+        while data := source.recv(1 << 16):
+            sink.sendall(data if most is None else data[:most - sent])
+            sent += len(data)
+            if most is not None and sent >= most:
+                return
+        sink.shutdown(socket.SHUT_WR)
+
+
+def _reset(client: socket.socket) -> None:
+    """Closes so that the other side sees a reset, not an end."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def url(*names: str) -> str:
+    """Returns the path of something in the bucket."""
+    return str(pathlib.PurePosixPath(BUCKET, *names)).join(("gs://", ""))
