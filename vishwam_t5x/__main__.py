@@ -10,6 +10,7 @@ usage: vishwam VERB --gin_file=FILE [--gin.NAME=VALUE ...]
   inspect    show a mixture: rates, lengths, packing, decoded examples
   config     show a configuration, or the difference of two
   doctor     check this machine: versions, devices, paths
+  launch     start a run on GPUs, Slurm, TPUs, Kubernetes, SkyPilot, Docker
 
 vishwam VERB --help tells more. Exit codes: 0 done, 2 your mistake (problem, got, fix), 75 stopped
 on request and resumable by the same command, 1 anything else.
@@ -37,9 +38,10 @@ from vishwam_t5x.core.errors import (
     did_you_mean,
 )
 
-VERBS = ("train", "evaluate", "infer", "forward", "cache", "inspect", "config", "doctor")
+VERBS = ("train", "evaluate", "infer", "forward", "cache", "inspect", "config", "doctor",
+         "launch")
 # The verbs that read no gin files: their help has no word about them.
-_WITHOUT_GIN = ("doctor",)
+_WITHOUT_GIN = ("doctor", "launch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -337,7 +337,7 @@ def parse_ends(text: str) -> frozenset[str]:
     """Returns the names of ends in a list such as '75,76,SIGKILL'.
 
     Raises:
-        argparse.ArgumentTypeError: one is neither an exit code nor a signal, or one that is never restarted.
+        argparse.ArgumentTypeError: one is no exit code and no signal, or is never restarted.
     """
     ends = [word.strip() for word in text.split(",") if word.strip()]
     for end in ends:

@@ -1,0 +1,61 @@
+"""Start a run on this machine's GPUs, on a cluster or in a cloud.
+
+usage: vishwam launch --on=PLACE [options] [--dry-run] -- VERB [flags of the verb]
+
+  --on=local      this machine as it is      --supervise
+  --on=gpu        one of its GPUs            --devices=0
+  --on=gpu-pair   two                        --devices=0,1
+  --on=gpu-8      eight in one process       --devices=0,1,2,3,4,5,6,7
+  --on=slurm      --nodes=1 --gpus-per-node=8 --partition= --account= --time=24:00:00 --setup=
+  --on=tpu-vm     --project= --zone= --accelerator=v4-8 --spot --install= --copy=
+                  --runtime-version=
+  --on=tpu-pod    the same, for slices of several hosts: v4-32 is 16 chips on 4 hosts
+  --on=gke        --accelerator=v4-32|H100:8 --image= --nodes= --spot --namespace= --context=
+  --on=xpk        --cluster= --project= --zone= --accelerator= --image= --spot
+  --on=skypilot   --accelerator=H100:8|v4-8 --nodes= --spot --zone= --install= --copy=
+  --on=docker     --extra=cuda12|cuda13|tpu|cpu --image= --install=
+
+--dry-run prints the bash script that would be run, and does nothing. Everywhere: --name=NAME,
+--env=NAME=VALUE, --python=PATH, --restart-on=75,76,SIGKILL,SIGTERM and --give-up-after=3 (the
+supervisor's). The preset of gin/hardware/ is added unless you give one. Credentials are neither
+read nor stored: log in with the tool of the platform first. More: launch/README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from vishwam_t5x.core.errors import EXIT_OK
+from vishwam_t5x.launching import bucket, docker, kubernetes, local, request, skypilot, slurm, tpu
+from vishwam_t5x.launching.script import Script
+
+BUILDERS: Mapping[str, Callable[[request.Request], Script]] = {
+    "local": local.build, "gpu": local.build, "gpu-pair": local.build, "gpu-8": local.build,
+    "slurm": slurm.build, "tpu-vm": tpu.build, "tpu-pod": tpu.build,
+    "gke": kubernetes.build_gke, "xpk": kubernetes.build_xpk, "skypilot": skypilot.build,
+    "docker": docker.build,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `vishwam launch ARGV`; unless it is a dry run, this process becomes the script."""
+    asked = request.parse(argv)
+    script = BUILDERS[asked.place](asked)
+    print(script, end="")
+    if asked.dry_run:
+        return EXIT_OK
+    _check_bucket(asked)
+    script.become()
+
+
+def _check_bucket(asked: request.Request) -> None:
+    folder = asked.model_dir or ""
+    if not folder.startswith("gs://"):
+        return
+    client = bucket.default_client(asked.options.get("project"))
+    if client is None:
+        print(f"{folder} was not looked at: pip install 'vishwam_t5x[gcs]'", file=sys.stderr)
+        return
+    zone = asked.options.get("zone")
+    print(bucket.check(folder, bucket.region_of(zone) if zone else None, client), file=sys.stderr)
