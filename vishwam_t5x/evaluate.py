@@ -27,7 +27,7 @@ from typing import Any
 from absl import logging
 
 from vishwam_t5x import evaluation_setup, screen, task_lookup
-from vishwam_t5x.core import distributed
+from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK
 from vishwam_t5x.data import source
 from vishwam_t5x.data.source import DatasetConfig
@@ -57,8 +57,8 @@ class Evaluation:
 
     step: int | None
     results: list[TaskResult]
-    directory: pathlib.Path
-    page: pathlib.Path | None = None
+    directory: pathlib.PurePath
+    page: storage.PathLike | None = None
 
     def table(self) -> str:
         """Returns the metrics as a table to read; sums of weights are in the file only."""
@@ -136,7 +136,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
                      time.monotonic() - begin)
     if len(results) > 1:
         results.append(TaskResult(MIXTURE, SplitSums.of_all(splits).metrics(loss)))
-    directory = pathlib.Path(output_dir or pathlib.Path(model_dir) / "evaluation").expanduser()
+    directory = storage.place(output_dir or storage.join(model_dir, "evaluation"))
     directory /= evaluation_setup.checkpoint_name(restored)
     if config.split != dataset_cfg.split:
         directory /= config.split
@@ -185,7 +185,7 @@ def _write(found: Evaluation, config: DatasetConfig, model_dir: str,
             predictions.write_lines(found.directory / predictions.file_name(result.task),
                                     [line.to_json() for line in result.predictions])
     if page is not None:
-        folder = pathlib.Path(model_dir).expanduser()
+        folder = storage.place(model_dir)
         at = "" if found.step is None else f" at step {found.step}"
         found.page = report.write(
             folder / page.file, f"What {config.mixture_or_task_name} taught",

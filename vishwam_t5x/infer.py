@@ -20,6 +20,7 @@ log-probability in nats. Pictures are written as PNG files beside the output.
 from __future__ import annotations
 
 import dataclasses
+import io
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ import numpy as np
 from absl import logging
 
 from vishwam_t5x import evaluation_setup, screen, task_lookup
-from vishwam_t5x.core import distributed
+from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError, one_of
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation import input_file as input_files
@@ -57,7 +58,7 @@ class Inference:
         bad_lines: lines of the input file that could not be used.
     """
 
-    path: pathlib.Path
+    path: pathlib.PurePath
     num_predictions: int
     bad_lines: list[input_files.BadLine] = dataclasses.field(default_factory=list)
 
@@ -117,8 +118,8 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
     else:
         found = _of_tasks(ready, params, caches, codec, max_examples)
     stem = ready.config.split if input_file is None else pathlib.Path(input_file).stem
-    path = pathlib.Path(output_file or pathlib.Path(model_dir) / "inference" /
-                        evaluation_setup.checkpoint_name(restored) / f"{stem}.jsonl").expanduser()
+    path = storage.place(output_file or storage.join(
+        model_dir, "inference", evaluation_setup.checkpoint_name(restored), f"{stem}.jsonl"))
     if distributed.is_primary():
         found = [_with_picture(line, path, decode_image) for line in found]
         predictions.write_lines(path, [line.to_json() for line in found])
@@ -185,7 +186,7 @@ def _of_lines(generator: Generator, params: Any, reader: input_files.InputReader
     return sorted(found, key=lambda line: line.example)
 
 
-def _with_picture(line: Prediction, path: pathlib.Path, decode_image: DecodeImage | None
+def _with_picture(line: Prediction, path: pathlib.PurePath, decode_image: DecodeImage | None
                   ) -> Prediction:
     """Writes the picture of a line whose prediction is codes, and notes its file."""
     codes = line.prediction
@@ -198,8 +199,9 @@ def _with_picture(line: Prediction, path: pathlib.Path, decode_image: DecodeImag
         pixels = pixels[..., 0]
     stem = line.task.replace("/", "_") if line.target is not None else path.stem
     file = path.with_name(f"{stem}-{line.example}.png")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)).save(file)
+    drawn = io.BytesIO()
+    Image.fromarray(np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)).save(drawn, "PNG")
+    storage.write_bytes(file, drawn.getvalue())
     return dataclasses.replace(line, extra={**line.extra, "picture": file.name})
 
 

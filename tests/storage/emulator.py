@@ -16,17 +16,6 @@ import urllib.request
 from collections.abc import Iterator
 
 BUCKET = "vishwam-test"
-# In a process of its own: it is Python too, and would share the interpreter lock with what it
-# serves. It ends with its parent's end of the pipe, however the parent ends.
-_SERVER = """
-import sys, threading
-from gcp_storage_emulator.server import create_server
-server = create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket=sys.argv[2])
-server.start()
-sys.stdin.read()
-server.stop()
-"""
-
 
 def free_port() -> int:
     """Returns a port of the loopback that nobody listens at."""
@@ -38,7 +27,10 @@ def free_port() -> int:
 @contextlib.contextmanager
 def serve(port: int) -> Iterator[None]:
     """Runs the emulator, with the bucket `BUCKET`, at a port of the loopback."""
-    server = subprocess.Popen([sys.executable, "-c", _SERVER, str(port), BUCKET],
+    # In a process of its own: it is Python too, and would share the interpreter lock with what it
+    # serves. It ends with its parent's end of the pipe, however the parent ends.
+    script = pathlib.Path(__file__).with_name("emulator_server.py")
+    server = subprocess.Popen([sys.executable, str(script), str(port), BUCKET],
                               stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL)
     try:

@@ -213,9 +213,26 @@ def parent(path: PathLike) -> str:
     return f"{scheme}://{rest.rstrip('/').rpartition('/')[0]}"
 
 
+def expanded(path: PathLike) -> str:
+    """Returns a path with '~' resolved; a remote one as it is."""
+    return os.fspath(path) if is_remote(path) else os.path.expanduser(path)
+
+
 def local(path: PathLike) -> pathlib.Path:
     """Returns a plain path with '~' resolved."""
     return pathlib.Path(path).expanduser()
+
+
+def place(path: PathLike) -> pathlib.PurePath:
+    """Returns a path to build others on with `/`: a plain one with '~' resolved, or gs:// or s3://.
+
+    Give what is built to the functions here: a remote one must be opened with patience.
+    """
+    if not is_remote(path):
+        return local(path)
+    from etils import epath
+
+    return epath.Path(path)
 
 
 def read_bytes(path: PathLike) -> bytes:
@@ -254,12 +271,12 @@ def write_bytes(path: PathLike, data: bytes, new_only: bool = False) -> None:
         mode = {"mode": "create"} if new_only else {}
         patiently("written", path, lambda: system.pipe_file(name, data, **mode))
         return
-    place = local(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    file = local(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
-        os.replace(temporary, place)
+        os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -314,8 +331,8 @@ def fingerprint(path: PathLike) -> tuple[int, str]:
 def names(folder: PathLike) -> list[str]:
     """Returns the names of what lies in a folder, sorted; none where there is no folder."""
     if not is_remote(folder):
-        place = local(folder)
-        return sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
+        here = local(folder)
+        return sorted(entry.name for entry in here.iterdir()) if here.is_dir() else []
     system, name = _open(os.fspath(folder))
     try:
         found = patiently("listed", folder, lambda: system.ls(name, detail=False))
@@ -375,12 +392,12 @@ def download(source: PathLike, target: PathLike) -> None:
         OSError: it cannot be read or written.
     """
     system, name = _open(os.fspath(source))
-    place = local(target)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    file = local(target)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         patiently("read", source, lambda: system.get_file(name, os.fspath(temporary)))
-        os.replace(temporary, place)
+        os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
-import pathlib
 import wave
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.objectives.masking import PatchSpec
@@ -72,24 +73,28 @@ class InputReader:
     def read(self, path: str | os.PathLike) -> Iterator[InputLine | BadLine]:
         """Yields every line that is not blank: as inputs, or what is wrong with it.
 
-        Paths in the file are relative to its folder.
+        Paths in the file are relative to its folder. The file, and what it names, may be anywhere
+        that `core.storage` can read: gs://, s3://, ….
 
         Raises:
             UserError: the file itself cannot be read.
         """
-        path = pathlib.Path(path).expanduser()
         try:
-            lines = path.open("rb")
+            lines = io.BytesIO(storage.read_bytes(path)) if storage.is_remote(path) else (
+                storage.local(path).open("rb"))
+        except storage.StorageError:
+            raise
         except OSError as error:
-            raise UserError("the file of inputs cannot be read", got=f"{path}: {error.strerror}",
+            raise UserError("the file of inputs cannot be read",
+                            got=f"{path}: {error.strerror or 'there is none'}",
                             fix='give a file of lines like {"text": "what is this?", '
                                 '"image": "a.png"}') from error
         with lines:
             for number, text in enumerate(lines, 1):
                 if text.strip():
-                    yield self._line(number, text, path.parent)
+                    yield self._line(number, text, storage.parent(storage.expanded(path)))
 
-    def _line(self, number: int, text: bytes, folder: pathlib.Path) -> InputLine | BadLine:
+    def _line(self, number: int, text: bytes, folder: str) -> InputLine | BadLine:
         try:
             fields = _fields(text)
             return InputLine(number, fields, self._example(fields, folder))
@@ -97,7 +102,7 @@ class InputReader:
             got = "" if error.got is None else f" ({error.got})"
             return BadLine(number, f"{error.problem}{got}")
 
-    def _example(self, fields: Mapping[str, str], folder: pathlib.Path) -> dict[str, np.ndarray]:
+    def _example(self, fields: Mapping[str, str], folder: str) -> dict[str, np.ndarray]:
         clean: dict[str, np.ndarray] = {}
         for name, value in fields.items():
             if name not in self.objective.input_modalities:
@@ -105,10 +110,10 @@ class InputReader:
             if name == "text":
                 clean["text_inputs"] = np.asarray(self.encode(value), np.int32)
             elif name == "image":
-                clean["image_inputs"] = read_image(folder / value, self.objective.image,
-                                                   self.grids["image"])
+                clean["image_inputs"] = read_image(
+                    storage.join(folder, value), self.objective.image, self.grids["image"])
             else:
-                clean["audio_inputs"] = self._audio(folder / value)
+                clean["audio_inputs"] = self._audio(storage.join(folder, value))
         # The objective wants something to predict; what it makes of it is thrown away.
         wanted = "text_targets" if self.target == "text" else f"{self.target}_target_codes"
         clean[wanted] = np.zeros((0 if self.target == "text" else 1,), np.int32)
@@ -116,7 +121,7 @@ class InputReader:
         self._check_lengths(example)
         return {key: value for key, value in example.items() if key.startswith("inputs/")}
 
-    def _audio(self, path: pathlib.Path) -> np.ndarray:
+    def _audio(self, path: str) -> np.ndarray:
         if self.spectrogram is None:
             raise UserError("recordings cannot be read: infer.infer.log_mel is not bound")
         waveform, rate = read_wave(path)
@@ -163,7 +168,7 @@ def _fields(text: bytes) -> dict[str, str]:
     return fields
 
 
-def read_image(path: pathlib.Path, spec: PatchSpec, grid: tuple[int, int]
+def read_image(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
                ) -> Float[np.ndarray, "height width channels"]:
     """Reads a picture as a model with this grid of patches knows pictures.
 
@@ -184,7 +189,7 @@ def read_image(path: pathlib.Path, spec: PatchSpec, grid: tuple[int, int]
 
     size = grid[1] * spec.width, grid[0] * spec.height
     try:
-        with Image.open(path) as file:
+        with storage.as_local(path) as place, Image.open(place) as file:
             image = file.convert("L" if spec.channels == 1 else "RGB")
             image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=0)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
@@ -192,7 +197,7 @@ def read_image(path: pathlib.Path, spec: PatchSpec, grid: tuple[int, int]
     return (np.asarray(image, np.float32) / 255).reshape(size[1], size[0], spec.channels)
 
 
-def read_wave(path: pathlib.Path) -> tuple[Float[np.ndarray, "samples"], int]:
+def read_wave(path: storage.PathLike) -> tuple[Float[np.ndarray, "samples"], int]:
     """Reads a WAV file of 8, 16 or 32 bit PCM; channels are averaged.
 
     Returns:
@@ -202,7 +207,7 @@ def read_wave(path: pathlib.Path) -> tuple[Float[np.ndarray, "samples"], int]:
         UserError: there is no such file, or it is another format.
     """
     try:
-        with wave.open(str(path), "rb") as file:
+        with storage.as_local(path) as place, wave.open(str(place), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:

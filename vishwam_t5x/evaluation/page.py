@@ -7,9 +7,8 @@ page is written, and never chooses a window system: it draws into a file.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import os
-import pathlib
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
 
 _WIDTH = 11.0  # inches; 110 dots each
@@ -221,8 +221,8 @@ class Curves:
             ax.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
 
 
-def write_page(path: str | os.PathLike, title: str, sections: Sequence[Section],
-               subtitle: str = "") -> pathlib.Path:
+def write_page(path: storage.PathLike, title: str, sections: Sequence[Section],
+               subtitle: str = "") -> storage.PathLike:
     """Writes a PNG page of sections, one under the other; a reader never sees half a file.
 
     Args:
@@ -258,15 +258,13 @@ def write_page(path: str | os.PathLike, title: str, sections: Sequence[Section],
         _text(head, 0.012, 0.38, section.title, size=11.5, weight="bold", va="center")
         head.add_artist(_rule())
         section.draw(body)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    canvas.print_png(str(temporary))
-    os.replace(temporary, path)
+    drawn = io.BytesIO()
+    canvas.print_png(drawn)
+    storage.write_bytes(path, drawn.getvalue())
     return path
 
 
-def read_curves(path: str | os.PathLike,
+def read_curves(path: storage.PathLike,
                 prefix: str = "loss/") -> dict[str, tuple[list[int], list[float]]]:
     """Returns the curves of a metrics.jsonl, {modality: (steps, values)}, of keys under `prefix`.
 
@@ -277,9 +275,11 @@ def read_curves(path: str | os.PathLike,
         UserError: the file cannot be read, or a line before the last is not JSON.
     """
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        lines = storage.read_text(path).splitlines()
+    except storage.StorageError:
+        raise
     except OSError as error:
-        raise UserError("the metrics cannot be read", got=f"{path}: {error.strerror}",
+        raise UserError("the metrics cannot be read", got=f"{path}: {error.strerror or error}",
                         fix="give MODEL_DIR/metrics.jsonl") from error
     curves: dict[str, dict[int, float]] = {}
     for number, line in enumerate(lines, 1):

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from vishwam_t5x.core import storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,30 +62,24 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> pathlib.Path:
+def write_lines(path: storage.PathLike, lines: Iterable[str]) -> storage.PathLike:
     """Writes a text file in one piece: a reader never sees half of it.
 
     Args:
-        path: the file; its folder is made.
+        path: the file, in a folder, which is made, or in an object store.
         lines: without their ends.
 
     Returns:
         The path.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(line + "\n")
-    os.replace(temporary, path)
+    storage.write_text(path, "".join(f"{line}\n" for line in lines))
     return path
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+def read_lines(path: storage.PathLike) -> Iterator[dict[str, Any]]:
     """Yields the object of every line of a JSONL file."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
+    for line in storage.read_text(path).split("\n"):  # not splitlines: text may hold U+2028
+        if line:
             yield json.loads(line)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.evaluation import page
 from vishwam_t5x.evaluation.evaluator import Sample, TaskResult
@@ -51,7 +52,7 @@ def check_tasks(config: PageConfig, evaluated: Sequence[str]) -> None:
 
 
 def sections(results: Sequence[TaskResult], config: PageConfig,
-             training_metrics: pathlib.Path | None) -> list[page.Section]:
+             training_metrics: storage.PathLike | None) -> list[page.Section]:
     """Returns the page's parts: metrics, samples of each task, loss curves.
 
     What is shown of a task follows from its samples: pictures it drew, pictures or sounds it was
@@ -167,8 +168,8 @@ def _pixels(array: np.ndarray, kind: str) -> np.ndarray:
     return array
 
 
-def write(path: pathlib.Path, title: str, results: Sequence[TaskResult], config: PageConfig,
-          training_metrics: pathlib.Path | None, subtitle: str) -> pathlib.Path | None:
+def write(path: storage.PathLike, title: str, results: Sequence[TaskResult], config: PageConfig,
+          training_metrics: storage.PathLike | None, subtitle: str) -> storage.PathLike | None:
     """Writes the page and returns its path; None if there is nothing to show.
 
     Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 import jax
 from flax.core import meta
 from jax.sharding import Mesh
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names
 from vishwam_t5x.parallelism import sharding
@@ -81,14 +81,13 @@ def checkpoint_place(checkpoint: str | None, model_dir: str) -> str:
         return model_dir
     if not checkpoint.isdigit():
         return checkpoint
-    place = pathlib.Path(model_dir).expanduser() / "checkpoints" / checkpoint
-    if not place.is_dir():
-        there = sorted(int(entry.name) for entry in place.parent.glob("*")
-                        if entry.name.isdigit())
+    folder = storage.join(os.path.expanduser(model_dir), "checkpoints")
+    there = sorted(int(name) for name in storage.names(folder) if name.isdigit())
+    if int(checkpoint) not in there:
         raise UserError(f"{model_dir} has no checkpoint of step {checkpoint}",
                         got="steps " + ", ".join(map(str, there)) if there else "no checkpoints",
                         fix="--checkpoint=latest, or one of these steps, or a path")
-    return str(place)
+    return storage.join(folder, checkpoint)
 
 
 def _differences(wanted: Any, path: str | os.PathLike) -> str:

@@ -121,7 +121,14 @@ def judge(state: StabilityState, config: StabilityConfig, loss: jax.Array, finit
 class CulpritBatches:
     """The batches that a rollback steps over, remembered in `MODEL_DIR/skipped_batches.jsonl`."""
 
-    def __init__(self, model_dir: str | pathlib.Path) -> None:
+    def __init__(self, model_dir: str | pathlib.Path, url: str | None = None) -> None:
+        """Reads what is remembered.
+
+        Args:
+            model_dir: where the file is.
+            url: of the bucket's folder that `model_dir` stands for, for messages.
+        """
+        self.shown = f"{url or model_dir}/skipped_batches.jsonl"
         self.path = pathlib.Path(model_dir) / "skipped_batches.jsonl"
         self._starts: set[tuple[int, tuple[int, ...]]] = set()
         if self.path.exists():

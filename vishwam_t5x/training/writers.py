@@ -99,7 +99,8 @@ class TensorBoardWriter:
             # Imported late: protobuf costs start-up time that no first step should wait for.
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(self._log_dir, purge_step=self._resume_step + 1)
+            self._writer = SummaryWriter(self._log_dir, purge_step=self._resume_step + 1,
+                                         flush_secs=30)
         for name, value in record.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
