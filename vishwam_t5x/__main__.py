@@ -13,7 +13,8 @@ usage: vishwam VERB --gin_file=FILE [--gin.NAME=VALUE ...]
   launch     start a run on GPUs, Slurm, TPUs, Kubernetes, SkyPilot, Docker
 
 vishwam VERB --help tells more. Exit codes: 0 done, 2 your mistake (problem, got, fix), 75 stopped
-on request and resumable by the same command, 1 anything else.
+on request and resumable by the same command, 76 aborted by the watchdog (a lost process, a hung
+step) and resumable from the last checkpoint, 1 anything else.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from collections.abc import Sequence
 
 from vishwam_t5x.core.errors import (
     BACKGROUND,
+    EXIT_ABORTED,
     EXIT_FAILURE,
     EXIT_OK,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
+    PeersLost,
     Preempted,
     UserError,
     did_you_mean,
@@ -58,18 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         return code
     finally:
-        if argv is None and code != EXIT_OK:
-            _leave_background(code)
+        if argv is None:
+            _leave(code)
 
 
-def _leave_background(code: int) -> None:
-    """Ends the process without waiting for a thread that compiles, perhaps for minutes.
+def _leave(code: int) -> None:
+    """Ends the process without waiting for a thread that compiles, perhaps for minutes, nor for
+    the other processes of a run.
 
-    Does nothing if there is none: then Python ends as it should.
+    Does nothing if there are neither: then Python ends as it should.
     """
-    if any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate()):
+    distributed = sys.modules.get("vishwam_t5x.core.distributed")
+    several = distributed is not None and distributed.is_joined()
+    compiling = code != EXIT_OK and any(
+        thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
+    if several or compiling:
         if (error := sys.exc_info()[1]) is not None:
             traceback.print_exception(error)
+        if several:
+            distributed.leave(code)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -85,6 +95,9 @@ def _run(arguments: list[str]) -> int:
     except Preempted as stop:
         print(f"vishwam: {stop}", file=sys.stderr)
         return EXIT_PREEMPTED
+    except PeersLost as lost:
+        print(f"vishwam: {lost}; run the same command to resume", file=sys.stderr)
+        return EXIT_ABORTED
     except KeyboardInterrupt:
         print("vishwam: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell reports it.

@@ -24,6 +24,7 @@ NOT_MATHEMATICAL = {
     "*.train.total_steps": "how long the loop runs",
     "*.early_stop": "how long the loop runs",
     "*.stats_period": "when metrics are written",
+    "*.watchdog": "when to give up",
     "*.use_tensorboard": "who hears of the metrics",
     "*.eval_period": "evaluation does not touch the state",
     "*.eval_examples": "evaluation does not touch the state",
@@ -33,6 +34,7 @@ NOT_MATHEMATICAL = {
     "*.mesh": "where arrays lie",
     "*.logical_axis_rules": "where arrays lie",
     "*.num_microbatches": "sums are normalised by the whole batch: the same result to rounding",
+    "*.max_rows_per_device": "as num_microbatches",
     "*.EncoderDecoderConfig.remat_policy": "recomputation: the same numbers",
     "*.DatasetConfig.cache_dir": "where examples lie; data.json says whether they are the same",
     "*.DatasetConfig.keep_in_memory_mib": "where examples lie",
@@ -45,6 +47,8 @@ NOT_MATHEMATICAL = {
     "vishwam_t5x.inspect.*": "another verb",
     "vishwam_t5x.cache.*": "another verb",
 }
+# Each microbatch draws its own dropout masks: with dropout, another number of them is another run.
+_MASKS = ("*.num_microbatches", "*.max_rows_per_device")
 _ONLY_THROUGH = "only such settings refer to it"
 _ABSENT = "(default)"
 _SHOWN = 3  # parameters that a changed macro reaches, in a message
@@ -83,13 +87,14 @@ def differences(old: Graph, new: Graph) -> list[Difference]:
         before, after = (repr(graph.resolve(Macro(name))) for graph in (old, new))
         if before != after:  # Not behind a parameter: the MODEL of a bare model file.
             found[name] = Difference(name, before, after, (), "")
+    dropout = _has_dropout(old) or _has_dropout(new)
     mathematical = {key for graph in (old, new) for key in Reach(
-        graph, *graph.roots(), skip=lambda key: bool(_reason(key))).bindings}
+        graph, *graph.roots(), skip=lambda key: bool(_reason(key, dropout))).bindings}
     for key in sorted({*old.bindings, *new.bindings}, key=str):
         before, after = _value(old, key), _value(new, key)
         if before == after:
             continue
-        reason = _reason(key) or ("" if key in mathematical else _ONLY_THROUGH)
+        reason = _reason(key, dropout) or ("" if key in mathematical else _ONLY_THROUGH)
         for name, left, right in _causes(old, new, key) or [(str(key), before, after)]:
             earlier = found.get(name)
             if earlier is None or (earlier.reason and not reason):
@@ -140,6 +145,8 @@ def math_differences(old_text: str, new_text: str, allowed: Collection[str] = ()
 
 
 def _with_parameters(change: Difference) -> str:
+    if any(fnmatch.fnmatchcase(name, pattern) for name in change.parameters for pattern in _MASKS):
+        return f"{change}   (changes the dropout masks)"
     if change.parameters in ((), (change.name,)):
         return str(change)
     more = len(change.parameters) - _SHOWN
@@ -178,8 +185,17 @@ def _changed(old: Graph, new: Graph, value: Any) -> Iterator[tuple[str, tuple[st
             yield name, (repr(old.resolve(left.value)), repr(new.resolve(right.value)))
 
 
-def _reason(key: Key) -> str:
+def _has_dropout(graph: Graph) -> bool:
+    """Whether any part of the configuration drops anything; unbound, dropout is 0."""
+    return any(key.parameter.endswith("dropout_rate")
+               and repr(graph.resolve(binding.value)) not in ("0", "0.0")
+               for key, binding in graph.bindings.items())
+
+
+def _reason(key: Key, dropout: bool) -> str:
     name = f"{name_of(key.target)}.{key.parameter}"
+    if dropout and any(fnmatch.fnmatchcase(name, pattern) for pattern in _MASKS):
+        return ""
     return next((reason for pattern, reason in NOT_MATHEMATICAL.items()
                  if fnmatch.fnmatchcase(name, pattern)), "")
 

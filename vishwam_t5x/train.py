@@ -2,17 +2,24 @@
 
 usage: vishwam train --gin_file=FILE [--gin.NAME=VALUE ...]
                      [--coordinator_address=HOST:PORT --process_count=N --process_index=I]
+                     [--roll_call_seconds=S]
 
 The same command starts a run and resumes it: where MODEL_DIR holds checkpoints, training goes on
 from the newest good one, with exactly the batches that an uninterrupted run would have seen.
 
-MODEL_DIR gets config.gin, model-info.txt, metrics.jsonl, tensorboard/ and checkpoints/STEP/.
-SIGTERM: saves and exits with 75; run the same command to go on.
+MODEL_DIR gets config.gin, model-info.txt, metrics.jsonl, ledger.jsonl, tensorboard/ and
+checkpoints/STEP/. SIGTERM: saves and exits with 75; run the same command to go on.
+
+On several hosts run the same command on each: Cloud TPU, GKE, Slurm and Open MPI are detected,
+elsewhere give the address of process 0, how many processes there are, and each its number. Hosts
+that do not come within --roll_call_seconds (300) are named. One that dies, or hangs, makes the
+others write what they were doing and exit with 76; run the same command to go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -25,12 +32,14 @@ from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data import fit, source
+from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator
 from vishwam_t5x.objectives.denoisers import Objective
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism import show
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
-from vishwam_t5x.training import compilation, hooks, same_data, setup
+from vishwam_t5x.training import compilation, elastic, hooks, same_data, setup
+from vishwam_t5x.training.ledger import Ledger
 from vishwam_t5x.training.loop import Loop, LoopConfig
 from vishwam_t5x.training.optimizers import Optimizer
 from vishwam_t5x.training.run_dir import RunDir
@@ -38,9 +47,17 @@ from vishwam_t5x.training.signals import StopRequest
 from vishwam_t5x.training.stability import CulpritBatches, StabilityConfig
 from vishwam_t5x.training.state import StateFactory, TrainState
 from vishwam_t5x.training.step import StepConfig
-from vishwam_t5x.training.writers import JsonlWriter, TensorBoardWriter, TerminalWriter, Writers
+from vishwam_t5x.training.watchdog import Watchdog, WatchdogConfig
+from vishwam_t5x.training.writers import (
+    JsonlWriter,
+    TensorBoardWriter,
+    TerminalWriter,
+    Writers,
+    read_records,
+)
 
-FLAGS = ("coordinator_address", "process_count", "process_index")
+FLAGS = ("coordinator_address", "process_count", "process_index", "roll_call_seconds")
+_CACHE_FILLED = 24 * 3600.0  # seconds that a process waits for the slowest to have its data
 
 
 class Trainable(Protocol):
@@ -66,6 +83,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
           eval_period: int = 1000, eval_examples: int | None = None,
           early_stop: hooks.EarlyStop | None = None,
           stats_period: int = 100, num_microbatches: int = 1,
+          max_rows_per_device: int | None = None, watchdog: WatchdogConfig = WatchdogConfig(),
           stability: StabilityConfig = StabilityConfig(), random_seed: int = 0,
           compilation_cache_dir: str | None = None, use_tensorboard: bool = True,
           profile_steps: int = 0, profile_start: int = 10) -> TrainState:
@@ -92,6 +110,9 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         early_stop: ends the run when evaluation no longer improves.
         stats_period: steps between metric records.
         num_microbatches: parts a batch is cut into to save memory.
+        max_rows_per_device: rows that a device may hold at a time: on fewer devices the batch is
+            cut into more microbatches; None: num_microbatches alone says.
+        watchdog: how long a step may take and another process be silent.
         stability: what a bad step is and when to roll back.
         random_seed: of parameters and dropout.
         compilation_cache_dir: compiled programs kept across processes; None: a folder under the
@@ -107,47 +128,44 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         UserError: the parts do not fit together.
         Preempted: asked to stop; the state has been saved.
     """
-    for name, steps in (("profile_steps", profile_steps), ("profile_start", profile_start)):
-        if steps < 0:
-            raise UserError(f"train.{name} must be 0 steps or more", got=steps)
-    if early_stop is not None and train_eval_dataset_cfg is None:
-        raise UserError("early_stop needs an evaluation to watch",
-                        fix="bind train.train_eval_dataset_cfg, or leave early_stop out")
+    _check(profile_steps, profile_start, early_stop, train_eval_dataset_cfg)
+    cut_into = elastic.microbatches(num_microbatches, train_dataset_cfg.batch_size,
+                                    max_rows_per_device)
     compilation.enable_compilation_cache(compilation_cache_dir)
     run_dir = RunDir.open(model_dir)
-    with contextlib.ExitStack() as stack:
+    with contextlib.closing(run_dir), contextlib.ExitStack() as stack:
         stop = StopRequest().install()
         stack.callback(stop.restore)
-        if distributed.is_primary():
-            stack.enter_context(run_dir.held())
+        ledger = Ledger(run_dir.ledger if distributed.is_primary() else None)
+        stack.enter_context(Watchdog(watchdog, ledger))
+        _hold(stack, run_dir)
         saver_ready = setup.in_background(lambda: _checkpoints(run_dir, checkpoint_cfg))
         open_dataset = _dataset_opener(train_dataset_cfg, objective, model)
         devices = mesh_lib.make_mesh(mesh)
         logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
         parts = setup.Parts(
             model, optimizer, devices, logical_axis_rules,
-            StepConfig(num_microbatches, loss, stability, random_seed),
+            StepConfig(cut_into(devices, logical_axis_rules), loss, stability, random_seed),
             source.batch_spec(train_dataset_cfg, objective))
         setup.check_modalities(model, objective, parts.spec)
         batch_shardings = parts.batch_shardings()
         factory = parts.factory()
-        if distributed.is_primary():
-            run_dir.write(run_dir.model_info, _model_info(factory, devices, logical_axis_rules))
-
+        _write_model_info(run_dir, factory, devices, logical_axis_rules)
         saver = saver_ready.result()
         stack.callback(saver.close)
         state_ready = setup.in_background(lambda: setup.first_state(
             factory, random_seed, lambda: saver.restore(factory.abstract),
             _initial_params(factory, initial_checkpoint_path, assignment_map,
                             fallback_to_scratch, random_seed)))
-        step_ready = setup.in_background(lambda: parts.compile(factory, batch_shardings))
+        # Meanwhile, unless there seems to be no step to take.
+        step_ready = setup.in_background(lambda: None if (saver.latest_step() or 0) >= total_steps
+                                         else parts.compile(factory, batch_shardings))
         state = state_ready.result()
         first_step = int(state.step)
-        # A run that ended early stays ended: going on would learn what it was not to learn.
-        if early_stop and (ended := early_stop.replay(run_dir.metrics, first_step)):
-            logging.info("the run had ended at step %d: %s", first_step, ended)
+        ledger.start(first_step, read_records(run_dir.metrics))
+        if _is_over(run_dir, first_step, total_steps, early_stop):
             return state
-        dataset = open_dataset()
+        dataset = _opened_by_all(open_dataset)
         same_data.check(run_dir, dataset.examples, first_step > 0, distributed.is_primary())
         batches = stack.enter_context(dataset.prefetch(batch_shardings, state.data_position))
         writers = _writers(run_dir, first_step, total_steps, use_tensorboard)
@@ -155,26 +173,58 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         each_step: list[hooks.Hook] = []
         if train_eval_dataset_cfg is not None:
             each_step.append(hooks.EvaluateHook(
-                _evaluator(parts, objective, train_eval_dataset_cfg, eval_examples),
+                _evaluator(parts, objective, train_eval_dataset_cfg, eval_examples, early_stop),
                 eval_period, early_stop))
         if profile_steps:
-            profile = hooks.ProfileHook(run_dir.profile, first_step + profile_start, profile_steps)
-            each_step.append(profile)
-            stack.callback(profile.close)
+            each_step.append(stack.enter_context(contextlib.closing(hooks.ProfileHook(
+                run_dir.profile, first_step + profile_start, profile_steps))))
+        ledger.enter("compile")
+        step_fn = step_ready.result() or parts.compile(factory, batch_shardings)
+        distributed.barrier("first step")  # a collective waits for a slow compiler far less long
         loop = Loop(
-            LoopConfig(total_steps, stats_period, stability), step_ready.result(), batches, saver,
-            each_step, writers, CulpritBatches(run_dir.path), parts.throughput(),
-            factory.abstract, setup.describe_metrics(optimizer), stop)
+            LoopConfig(total_steps, stats_period, stability), step_fn, batches, saver,
+            each_step, writers, CulpritBatches(run_dir.path, run_dir.url), parts.throughput(),
+            factory.abstract, setup.describe_metrics(optimizer), stop, ledger)
         logging.info("training from step %d to %d", first_step, total_steps)
         stop.wait_for_steps()
-        return loop.run(state)
+        state = loop.run(state)
+        distributed.barrier("end of the run")  # nobody leaves while another may need it
+        return state
+
+
+def _check(profile_steps: int, profile_start: int, early_stop: hooks.EarlyStop | None,
+           evaluated: source.DatasetConfig | None) -> None:
+    for name, steps in (("profile_steps", profile_steps), ("profile_start", profile_start)):
+        if steps < 0:
+            raise UserError(f"train.{name} must be 0 steps or more", got=steps)
+    if early_stop is not None and evaluated is None:
+        raise UserError("early_stop needs an evaluation to watch",
+                        fix="bind train.train_eval_dataset_cfg, or leave early_stop out")
+
+
+def _hold(stack: contextlib.ExitStack, run_dir: RunDir) -> None:
+    """Process 0 holds the directory for all; if it cannot, all refuse."""
+    distributed.refuse_together("MODEL_DIR held", lambda: stack.enter_context(
+        run_dir.held() if distributed.is_primary() else contextlib.nullcontext()))
+
+
+def _is_over(run_dir: RunDir, step: int, total_steps: int, early_stop: hooks.EarlyStop | None
+             ) -> bool:
+    if step >= total_steps:
+        logging.info("the run is at step %d of %d: nothing is left to do", step, total_steps)
+        return True
+    # A run that ended early stays ended: going on would learn what it was not to learn.
+    if early_stop and (ended := early_stop.replay(run_dir.metrics, step)):
+        logging.info("the run had ended at step %d: %s", step, ended)
+        return True
+    return False
 
 
 def _checkpoints(run_dir: RunDir, config: CheckpointConfig) -> Any:
     # Imported in a thread: orbax takes a second, during which the step is traced.
     from vishwam_t5x.checkpointing.manager import Checkpoints
 
-    return Checkpoints(run_dir.checkpoints, config)
+    return Checkpoints(run_dir.checkpoints, config, before_commit=run_dir.keep)
 
 
 def _dataset_opener(config: source.DatasetConfig, objective: Objective, model: Trainable
@@ -187,6 +237,20 @@ def _dataset_opener(config: source.DatasetConfig, objective: Objective, model: T
     if config.use_cached and source.missing_tasks(config):
         return lambda: _dataset(config, objective, model)
     return setup.in_background(lambda: _dataset(config, objective, model)).result
+
+
+def _opened_by_all(open_dataset: Callable[[], source.Dataset]) -> source.Dataset:
+    """Waits for the dataset of every process, and that all have the same examples.
+
+    Raises:
+        UserError: on every process, what is the matter on one of them.
+    """
+    opened: list[source.Dataset] = []
+    distributed.refuse_together("data", lambda: opened.append(open_dataset()), _CACHE_FILLED)
+    distributed.compare(
+        "the data", {"data": json.dumps(same_data.order(opened[0].examples), indent=1)},
+        fix="give every host the same cache (a shared cache_dir, or a copy of it)")
+    return opened[0]
 
 
 def _dataset(config: source.DatasetConfig, objective: Objective, model: Trainable
@@ -225,11 +289,12 @@ def _initial_params(factory: StateFactory, path: str | None,
 
 
 def _evaluator(parts: setup.Parts, objective: Objective, config: source.DatasetConfig,
-               num_examples: int | None) -> hooks.Evaluator:
-    from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator
-
-    return LossEvaluator(parts.model, parts.step.loss, objective, config, parts.mesh, parts.rules,
-                         num_examples)
+               num_examples: int | None, early_stop: hooks.EarlyStop | None) -> hooks.Evaluator:
+    evaluator = LossEvaluator(parts.model, parts.step.loss, objective, config, parts.mesh,
+                              parts.rules, num_examples)
+    if early_stop is not None:
+        early_stop.check_metric(evaluator.metric_names())
+    return evaluator
 
 
 def _writers(run_dir: RunDir, first_step: int, total_steps: int, tensorboard: bool) -> Writers:
@@ -242,8 +307,11 @@ def _writers(run_dir: RunDir, first_step: int, total_steps: int, tensorboard: bo
     return Writers(kinds)
 
 
-def _model_info(factory: StateFactory, mesh: jax.sharding.Mesh, rules: LogicalAxisRules) -> str:
-    return "\n".join(show.model_info(factory.boxed_params, mesh, rules)) + "\n"
+def _write_model_info(run_dir: RunDir, factory: StateFactory, mesh: jax.sharding.Mesh,
+                      rules: LogicalAxisRules) -> None:
+    if distributed.is_primary():
+        lines = show.model_info(factory.boxed_params, mesh, rules)
+        run_dir.write(run_dir.model_info, "\n".join(lines) + "\n")
 
 
 def check_config(run_dir: RunDir, config: gin_config.ParsedConfig) -> None:
@@ -252,11 +320,15 @@ def check_config(run_dir: RunDir, config: gin_config.ParsedConfig) -> None:
     Raises:
         UserError: it changes the mathematics of a run that has begun.
     """
-    if run_dir.config.exists() and run_dir.checkpoints.exists():
+    def check() -> None:
+        if not (run_dir.config.exists() and run_dir.checkpoints.exists()):
+            return
         for change in gin_differences.math_differences(
                 run_dir.config.read_text(), config.text(), config.allowed):
             logging.warning("changed since the run began: %s%s", change,
                             f" ({change.reason})" if change.reason else "")
+
+    distributed.refuse_together("configuration of the run", check)
     if distributed.is_primary():
         run_dir.write(run_dir.config, config.text())
 
@@ -265,9 +337,12 @@ def main(argv: Sequence[str]) -> int:
     """Runs `vishwam train ARGV` and returns the exit code."""
     config = gin_config.parse(argv, "train", flags=FLAGS)
     numbers = {name: _whole_number(name, config.flags.get(name)) for name in FLAGS[1:]}
-    distributed.initialize(config.flags.get("coordinator_address"), numbers["process_count"],
-                           numbers["process_index"])
     screen.show_messages()
+    distributed.initialize(config.flags.get("coordinator_address"), numbers["process_count"],
+                           numbers["process_index"], numbers["roll_call_seconds"] or 300)
+    distributed.compare(
+        "configuration or code", {"config": config.text(), "code": distributed.code_version()},
+        fix="start the same command with the same version of everything on every host")
     if "model_dir" in (given := config.arguments(train)):
         check_config(RunDir.open(given["model_dir"]), config)
     config.call(train)

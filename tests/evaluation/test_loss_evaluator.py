@@ -109,6 +109,13 @@ def test_damaged_records_are_left_out_counted_and_named(tiny, caplog):
     assert "captions record 2: on purpose" in caplog.text
 
 
+def test_says_beforehand_which_metrics_it_gives(tiny):
+    module, params = tiny
+    for tasks in ([small_model.text_task()], [small_model.text_task(), small_model.image_task()]):
+        evaluate = evaluator(module, tasks)
+        assert set(evaluate(params)) <= set(evaluate.metric_names())
+
+
 def test_target_tokens_are_those_that_count(tiny):
     module, params = tiny
     evaluate = evaluator(module, [small_model.text_task()])

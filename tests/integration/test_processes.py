@@ -1,49 +1,96 @@
-"""Two processes train one run together, stop together, and one process goes on alone."""
+"""Several processes train one run together, stop together, and any number goes on."""
 
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
 
 import numpy as np
+import process_groups as groups
 import pytest
 import training_runs as runs
 
-import helpers
-
 STEPS = 30
 SAVE_NEVER = "--gin.SAVE_PERIOD=1000"
+SOON = "--gin.WatchdogConfig.peer_seconds=4"
+EVENT_NAMES = ("examples_crc32", "next_example", "carried", "weight_sum/text")
 
 
-def start_two(model_dir: pathlib.Path, env) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes = []
+def assert_same_batches(one, other):
+    for name in EVENT_NAMES:
+        assert runs.column(one, name) == runs.column(other, name), name
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, quickstart_cache):
+    """One process, four devices, undisturbed."""
+    model_dir = tmp_path_factory.mktemp("straight") / "run"
+    runs.train(model_dir, STEPS, SAVE_NEVER, env=quickstart_cache, devices=4)
+    return model_dir
+
+
+def test_two_stop_together_and_four_devices_go_on_bit_equal(straight, tmp_path, quickstart_cache):
+    """Two processes of two devices are one of four: the mesh decides the numbers."""
+    model_dir = tmp_path / "run"
+    group = groups.start(model_dir, STEPS, SAVE_NEVER, count=2, env=quickstart_cache)
+    runs.wait_for_step(group.processes[0], model_dir, 5)
+    group.processes[1].send_signal(signal.SIGTERM)  # the notice reaches one of them
+    assert group.wait() == [75, 75], group.tail()
+    saved = [int(path.name) for path in (model_dir / "checkpoints").iterdir()]
+    assert saved == [runs.last_step(model_dir)] and saved[0] < STEPS
+    runs.train(model_dir, STEPS, SAVE_NEVER, env=quickstart_cache, devices=4)
+    assert_same_batches(straight, model_dir)
+    expected, found = runs.column(straight, "loss"), runs.column(model_dir, "loss")
+    np.testing.assert_allclose([found[s] for s in expected], list(expected.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "lost"), [("SIGKILL", 1), ("SIGKILL", 0), ("SIGSTOP", 1)])
+def test_a_lost_process_ends_the_others_resumably(name, lost, tmp_path, quickstart_cache):
+    model_dir = tmp_path / "run"
+    group = groups.start(model_dir, 10_000, SAVE_NEVER, SOON, count=2, env=quickstart_cache)
+    runs.wait_for_step(group.processes[0], model_dir, 2)
+    victim, other = group.processes[lost], group.processes[1 - lost]
+    victim.send_signal(getattr(signal, name))
+    try:
+        assert other.wait(timeout=60) == 76, group.tail()
+        log = group.log(1 - lost)
+        assert f"process {lost}" in log and "has been silent for 4 s" in log
+        assert log.count("Thread 0x") > 2 and "loop.py" in log, "the stacks of all threads"
+        if name == "SIGSTOP":
+            victim.send_signal(signal.SIGCONT)
+            assert victim.wait(timeout=60) == 76, "it finds that the others have gone"
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+def test_absent_processes_are_named(tmp_path, quickstart_cache):
+    group = groups.start(tmp_path / "run", STEPS, "--roll_call_seconds=8", count=3, absent=1,
+                         env=quickstart_cache)
+    assert group.wait() == [76, 76], group.tail()
     for index in range(2):
-        with open(f"{model_dir}.{index}.log", "wb") as log:
-            processes.append(subprocess.Popen(
-                [sys.executable, "-m", "vishwam_t5x", *runs.command(model_dir, STEPS, SAVE_NEVER),
-                 f"--coordinator_address=localhost:{port}", "--process_count=2",
-                 f"--process_index={index}"],
-                env=helpers.environment(1, env), cwd=helpers.ROOT, stdout=log, stderr=log))
-    return processes
+        assert "roll-call: process 1 missing (not there after 8 s)" in group.log(index)
+
+
+def test_other_settings_are_refused_by_all(tmp_path, quickstart_cache):
+    group = groups.start(tmp_path / "run", STEPS, count=2, env=quickstart_cache,
+                         odd={1: ("--gin.LEARNING_RATE=0.5",)})
+    assert group.wait() == [2, 2], group.tail()
+    for index in range(2):
+        log = group.log(index)
+        assert "the processes differ in configuration or code" in log
+        assert "process 1  config: LEARNING_RATE = 0.5" in log and "Traceback" not in log
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_one_goes_on(tmp_path, quickstart_cache):
-    straight, model_dir = tmp_path / "straight", tmp_path / "run"
-    runs.train(straight, STEPS, SAVE_NEVER, env=quickstart_cache)
-    first, second = start_two(model_dir, quickstart_cache)
-    pathlib.Path(f"{model_dir}.log").touch()
-    runs.wait_for_step(first, model_dir, 5)
-    second.send_signal(signal.SIGTERM)  # the notice reaches one of them
-    assert [process.wait(timeout=120) for process in (first, second)] == [75, 75]
-    saved = [int(path.name) for path in (model_dir / "checkpoints").iterdir()]
-    assert saved == [runs.last_step(model_dir)] and saved[0] < STEPS
-    runs.train(model_dir, STEPS, SAVE_NEVER, env=quickstart_cache)
-    for name in ("examples_crc32", "next_example", "carried", "weight_sum/text"):
-        assert runs.column(straight, name) == runs.column(model_dir, name), name
-    expected, found = runs.column(straight, "loss"), runs.column(model_dir, "loss")
-    np.testing.assert_allclose([found[s] for s in expected], list(expected.values()), rtol=1e-4)
+def test_two_then_one_then_four(straight, tmp_path, quickstart_cache):
+    """The same number of devices in one, two or four processes: the same bits."""
+    model_dir = tmp_path / "run"
+    for count, until in ((2, 10), (1, 20), (4, STEPS)):
+        group = groups.start(model_dir, until, SAVE_NEVER, count=count, devices=4 // count,
+                             env=quickstart_cache)
+        assert set(group.wait(600)) == {0}, group.tail()
+    assert_same_batches(straight, model_dir)
+    for name in ("loss", "loss/text", "loss/image", "grad_norm", "param_norm"):
+        expected, found = runs.column(straight, name), runs.column(model_dir, name)
+        np.testing.assert_allclose([found[s] for s in expected], list(expected.values()),
+                                   rtol=1e-5, err_msg=name)
+    print("bit-equal:", runs.column(straight, "loss") == runs.column(model_dir, "loss"))

@@ -31,7 +31,8 @@ def test_killed_and_resumed_is_bit_equal(straight, tmp_path, quickstart_cache):
     killed_at = runs.last_step(model_dir)
     runs.train(model_dir, STEPS, env=quickstart_cache)
     assert "restored step" in (done := runs.train(model_dir, STEPS, env=quickstart_cache)).stderr
-    assert f"training from step {STEPS}" in done.stderr, "a finished run has nothing left to do"
+    assert f"the run is at step {STEPS} of {STEPS}: nothing is left to do" in done.stderr
+    assert "MFU is relative" not in done.stderr, "it says so before anything is compiled"
     assert 0 < killed_at < STEPS
     assert_same_batches(straight, model_dir)
     assert sorted(runs.column(model_dir, "loss")) == list(range(1, STEPS + 1))
@@ -70,5 +71,9 @@ def test_changed_config_is_refused_or_said(straight, quickstart_cache):
                          exit_code=2)
     assert "LEARNING_RATE" in refused.stderr and "0.003" in refused.stderr
     assert "Traceback" not in refused.stderr
-    said = runs.train(straight, STEPS, "--gin.LOG_PERIOD=7", env=quickstart_cache)
+    dropout = runs.train(straight, STEPS, "--gin.DROPOUT_RATE=0.1", "--gin.NUM_MICROBATCHES=2",
+                         "--allow_config_change=DROPOUT_RATE", env=quickstart_cache, exit_code=2)
+    assert "NUM_MICROBATCHES: 1 -> 2   (changes the dropout masks)" in dropout.stderr
+    said = runs.train(straight, STEPS, "--gin.LOG_PERIOD=7", "--gin.NUM_MICROBATCHES=2",
+                      env=quickstart_cache)
     assert "LOG_PERIOD" in said.stderr

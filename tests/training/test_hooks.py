@@ -51,6 +51,13 @@ def test_early_stop_watches_an_evaluation():
         EarlyStop(metric="loss")
 
 
+def test_early_stop_knows_its_metric_before_the_run():
+    names = ["loss", "loss/text", "accuracy/text"]
+    EarlyStop(metric="eval/accuracy/text", mode="max").check_metric(names)
+    with pytest.raises(UserError, match="did you mean 'eval/accuracy/text'"):
+        EarlyStop(metric="eval/acuracy/text").check_metric(names)
+
+
 def profiled(monkeypatch, first, steps, total):
     """Steps after which a profile began and ended."""
     state = types.SimpleNamespace(step=jnp.int32(0), params={})

@@ -78,6 +78,9 @@ class FakeBatches:
         self.seeks.append(position)
         self.position = position
 
+    def check_damage(self):
+        pass
+
 
 class FakeSaver:
     """Keeps host copies of the states it is given."""

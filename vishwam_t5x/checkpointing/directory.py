@@ -16,7 +16,7 @@ from etils import epath
 
 from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Manifest
-from vishwam_t5x.core.distributed import any_process, is_primary
+from vishwam_t5x.core.distributed import any_process, from_primary, is_primary
 from vishwam_t5x.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,12 @@ def steps_in(folder: epath.Path) -> list[int]:
         return []
     return sorted(int(entry.name) for entry in folder.iterdir()
                   if re.fullmatch(r"\d+", entry.name))
+
+
+def agreed_steps_in(folder: epath.Path) -> list[int]:
+    """As `steps_in`, as process 0 sees it: a network file system may show others less."""
+    steps = steps_in(folder) if is_primary() else []
+    return list(map(int, from_primary("checkpoints listed", " ".join(map(str, steps))).split()))
 
 
 def sweep(folder: epath.Path) -> list[str]:
@@ -100,15 +106,16 @@ def verify_together(place: epath.Path, checksums: bool) -> Manifest:
         DamagedCheckpoint: in every process.
     """
     found: Manifest | DamagedCheckpoint | None = None
-    if is_primary():
-        try:
-            found = manifests.verify(place, checksums)
-        except DamagedCheckpoint as damage:
-            found = damage
-    if any_process(isinstance(found, DamagedCheckpoint)):
+    try:
+        # The bytes are read once; that it can reach the files each process finds out for itself.
+        found = manifests.verify(place, checksums) if is_primary() else manifests.read(place)
+    except DamagedCheckpoint as damage:
+        found = damage
+    if any_process(isinstance(found, DamagedCheckpoint), "checkpoint verified"):
         raise found if isinstance(found, DamagedCheckpoint) else DamagedCheckpoint(
-            place, "process 0 says so")
-    return found if isinstance(found, Manifest) else manifests.read(place)
+            place, "another process says so")
+    assert isinstance(found, Manifest)
+    return found
 
 
 def newest_good(folder: epath.Path, checksums: bool = True) -> tuple[int, Manifest] | None:
@@ -122,7 +129,7 @@ def newest_good(folder: epath.Path, checksums: bool = True) -> tuple[int, Manife
         UserError: there are checkpoints and all are damaged.
     """
     faults = []
-    for step in reversed(steps_in(folder)):
+    for step in reversed(agreed_steps_in(folder)):
         try:
             return step, verify_together(folder / str(step), checksums)
         except DamagedCheckpoint as damage:

@@ -79,7 +79,7 @@ class Checkpoints:
             return self._policy.due(step, self._last_step, elapsed)
         if step % _AGREE_EVERY:  # clocks differ, and agreeing costs a message to every process
             return self._policy.due(step, self._last_step, None)
-        return any_process(self._policy.due(step, self._last_step, elapsed))
+        return any_process(self._policy.due(step, self._last_step, elapsed), "save by the clock")
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> bool:
         """Saves `state` as the checkpoint of `step`, in the background.
@@ -255,7 +255,7 @@ class Checkpoints:
             UserError: there are only damaged ones, none of `step`, or it is of another model.
         """
         self.wait()
-        steps = self.all_steps()
+        steps = directories.agreed_steps_in(self.folder)
         if step is not None and step not in steps:
             raise UserError("there is no checkpoint of this step", got=step,
                             fix=f"in {self.folder}: {', '.join(map(str, steps)) or 'none'}")
@@ -264,7 +264,8 @@ class Checkpoints:
     def restore_before(self, abstract_state: Any, step: int) -> Any | None:
         """Restores the newest good checkpoint of fewer than `step` steps; see `restore`."""
         self.wait()
-        return self._restore_newest(abstract_state, [s for s in self.all_steps() if s < step])
+        return self._restore_newest(abstract_state, [
+            s for s in directories.agreed_steps_in(self.folder) if s < step])
 
     def _restore_newest(self, abstract_state: Any, steps: list[int]) -> Any | None:
         damaged: dict[int, str] = {}
@@ -275,7 +276,7 @@ class Checkpoints:
                 damaged[candidate] = str(damage)
                 log.error("%s; trying the next older one", damage)
                 continue
-            self._set_aside([s for s in self.all_steps() if s > candidate], damaged)
+            self._set_aside(candidate, damaged)
             self._last_step, self._last_time = candidate, self._clock()
             self._saved = self.restored_step = candidate
             log.info("restored step %d from %s", candidate, self.folder / str(candidate))
@@ -296,9 +297,9 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract_state),
                                   [arrays[name] for name in wanted])
 
-    def _set_aside(self, newer: list[int], damaged: Mapping[int, str]) -> None:
-        barrier("checkpoints listed")  # all processes have listed the newer ones
-        for step in newer if is_primary() else ():
+    def _set_aside(self, restored: int, damaged: Mapping[int, str]) -> None:
+        newer = [step for step in self.all_steps() if step > restored] if is_primary() else []
+        for step in newer:
             name = directories.set_aside(
                 self.folder / str(step),
                 directories.DAMAGED if step in damaged else directories.ABANDONED)

@@ -5,6 +5,7 @@ A source names its arrays and reads those asked for, each straight to its device
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import zipfile
@@ -22,6 +23,7 @@ from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.layers import Recipe
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Leaf
 from vishwam_t5x.checkpointing.writing import quiet_orbax
+from vishwam_t5x.core.distributed import any_process
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names, unflatten_names
 
@@ -65,7 +67,8 @@ class CheckpointSource:
         """See `Source.read`.
 
         Raises:
-            DamagedCheckpoint: its files do not hold what the manifest says.
+            DamagedCheckpoint: its files do not hold what the manifest says, or cannot be read by
+                some process: then all of them raise it.
         """
         if not requests:
             return {}
@@ -78,13 +81,22 @@ class CheckpointSource:
                 arguments[name] = ocp.ArrayRestoreArgs(
                     dtype=request.dtype, sharding=request.sharding,
                     global_shape=self.leaves[name].shape)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        # The handler alone: Orbax's Checkpointer waits for all processes when it is done, and one
+        # that could not read would leave the others there.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree, failure = None, None
             try:
-                tree = checkpointer.restore(self.directory, args=ocp.args.PyTreeRestore(
+                tree = handler.restore(self.directory, args=ocp.args.PyTreeRestore(
                     item=unflatten_names(item), restore_args=unflatten_names(arguments),
                     partial_restore=True))
-            except (OSError, ValueError) as error:  # what TensorStore raises for bad bytes
-                raise DamagedCheckpoint(self.directory, f"it cannot be read ({error})") from error
+            except Exception as error:  # noqa: BLE001 - raised again, once the others know
+                failure = error
+        if any_process(failure is not None, "checkpoint read"):
+            # OSError and ValueError are what TensorStore raises for bad bytes.
+            if failure is None or isinstance(failure, OSError | ValueError):
+                why = failure or "by another process"
+                raise DamagedCheckpoint(self.directory, f"it cannot be read ({why})") from failure
+            raise failure
         return flatten_names(tree)
 
 

@@ -1,17 +1,30 @@
-"""One program on many processes: joining them, and agreeing on what all must agree on."""
+"""One program on many processes: joining them, agreeing on what all must agree on, leaving."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib
 import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
 
 import jax
-import numpy as np
 
+from vishwam_t5x.core import coordination, roll_call
+from vishwam_t5x.core.coordination import DEADLINE, exchange, process_name
 from vishwam_t5x.core.errors import UserError
+
+_LEAVING = 10.0  # seconds that process 0, in which the coordination service lives, stays for others
+_SHOWN = 8  # lines of a difference in a message
 
 
 def initialize(coordinator_address: str | None = None, num_processes: int | None = None,
-               process_id: int | None = None, timeout_seconds: int = 300) -> None:
+               process_id: int | None = None, timeout_seconds: float = 300,
+               heartbeat_seconds: int = 100) -> None:
     """Joins the processes of one run; does nothing for a run of a single process.
 
     With no arguments the cluster is looked for where jax looks (Cloud TPU, Slurm, Open MPI, GKE),
@@ -22,34 +35,53 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         num_processes: processes in the run.
         process_id: number of this process, from 0.
         timeout_seconds: how long to wait for the others.
+        heartbeat_seconds: after how long a silence jax takes a process for dead; more than
+            `training.watchdog` does, which says more.
 
     Raises:
         UserError: some of the three are given and some are not, or there is no such process.
+        PeersLost: not all came; says who is absent.
     """
     explicit = (coordinator_address, num_processes, process_id)
     if any(value is not None for value in explicit):
-        if any(value is None for value in explicit):
-            raise UserError(
-                "coordinator_address, process_count and process_index go together",
-                got=f"{coordinator_address}, {num_processes}, {process_id}",
-                fix="give all three, or none and let the cluster be detected")
-        assert num_processes is not None and process_id is not None
-        if not 0 <= process_id < num_processes:
-            raise UserError("process_index counts the processes of the run from 0",
-                            got=f"{process_id} of {num_processes}",
-                            fix=f"a number from 0 to {max(num_processes, 1) - 1}")
-        if ":" not in str(coordinator_address):
-            raise UserError("coordinator_address is HOST:PORT of process 0",
-                            got=repr(coordinator_address),
-                            fix=f"--coordinator_address={coordinator_address or 'HOST'}:8476")
-        jax.distributed.initialize(coordinator_address, num_processes, process_id,
-                                   initialization_timeout=timeout_seconds)
+        found = _checked(*explicit)
+    elif _cluster_is_near():
+        found = coordination.detect_cluster(timeout_seconds)
+        if found is None:
+            jax.distributed.initialize(initialization_timeout=int(timeout_seconds),
+                                       heartbeat_timeout_seconds=heartbeat_seconds)
+            return
+    else:
         return
-    several = (int(os.environ.get("SLURM_NTASKS", "1")) > 1
-               or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-               or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1)
-    if several:
-        jax.distributed.initialize(initialization_timeout=timeout_seconds)
+    roll_call.call(*found, timeout_seconds)
+    jax.distributed.initialize(*found, initialization_timeout=int(max(timeout_seconds, 1)),
+                               heartbeat_timeout_seconds=heartbeat_seconds)
+    coordination.service()  # says now, and not in the middle of a run, that jax has changed
+
+
+def _checked(address: str | None, count: int | None, index: int | None) -> tuple[str, int, int]:
+    if address is None or count is None or index is None:
+        raise UserError("coordinator_address, process_count and process_index go together",
+                        got=f"{address}, {count}, {index}",
+                        fix="give all three, or none and let the cluster be detected")
+    if not 0 <= index < count:
+        raise UserError("process_index counts the processes of the run from 0",
+                        got=f"{index} of {count}",
+                        fix=f"a number from 0 to {max(count, 1) - 1}")
+    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
+        raise UserError("coordinator_address is HOST:PORT of process 0", got=repr(address),
+                        fix=f"--coordinator_address={address or 'HOST'}:8476")
+    return address, count, index
+
+
+def _cluster_is_near() -> bool:
+    """Whether the environment names a cluster of several processes; asks no network."""
+    # VISHWAM_CLUSTER: the hosts of a Cloud TPU slice, which a metadata server knows, not the
+    # environment. The launchers set it.
+    return (os.environ.get("VISHWAM_CLUSTER") == "1"
+            or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+            or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+            or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1)
 
 
 def is_primary() -> bool:
@@ -57,18 +89,119 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def any_process(flag: bool) -> bool:
-    """Returns whether `flag` is true on any process; all processes must call it together."""
+def any_process(flag: bool, name: str = "any process", timeout: float = DEADLINE) -> bool:
+    """Returns whether `flag` is true on any process; all processes must call it together.
+
+    Raises:
+        PeersLost: somebody did not come within `timeout` seconds.
+    """
     if jax.process_count() == 1:
         return bool(flag)
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+    return "1" in exchange(name, "1" if flag else "0", timeout)
 
 
-def barrier(name: str) -> None:
-    """Waits until every process has arrived at the place called `name`."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def barrier(name: str, timeout: float = DEADLINE) -> None:
+    """Waits until every process has arrived at the place called `name`.
 
-        multihost_utils.sync_global_devices(name)
+    Raises:
+        PeersLost: somebody did not come within `timeout` seconds.
+    """
+    exchange(name, timeout=timeout)
+
+
+def from_primary(name: str, value: str, timeout: float = DEADLINE) -> str:
+    """Returns what process 0 says, on every process; what the others say is ignored."""
+    return exchange(name, value if is_primary() else "", timeout)[0]
+
+
+def refuse_together(name: str, check: Callable[[], object], timeout: float = DEADLINE) -> None:
+    """Runs a check that may fail on one process alone; if it fails on any, it does on all.
+
+    Args:
+        name: what is checked.
+        check: raises `UserError`, or not; what it returns is not looked at.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        UserError: what the check says here or, where it has nothing to say, on another process.
+    """
+    mistake: UserError | None = None
+    try:
+        check()
+    except UserError as error:
+        mistake = error
+    found = exchange(name, "" if mistake is None else str(mistake), timeout)
+    if mistake is not None:
+        raise mistake
+    for process, text in enumerate(found):
+        if text:
+            raise UserError(f"{process_name(process)} refuses to start", got=text,
+                            fix="see its own message")
+
+
+def compare(what: str, texts: Mapping[str, str], fix: str) -> None:
+    """Refuses, on every process, to go on unless all say the same.
+
+    Args:
+        what: what is compared, for the message.
+        texts: {name: text that must be equal everywhere}.
+        fix: what to do about a difference.
+
+    Raises:
+        UserError: some process differs from process 0, in what and how.
+    """
+    if jax.process_count() == 1:
+        return
+    hashes = exchange(what, " ".join(hashlib.sha256(text.encode()).hexdigest()
+                                     for text in texts.values()))
+    odd = [process for process, value in enumerate(hashes) if value != hashes[0]]
+    if not odd:
+        return
+    differing = [name for number, name in enumerate(texts)
+                 if hashes[odd[0]].split()[number] != hashes[0].split()[number]]
+    whole = exchange(f"{what}: in full", "\n".join(
+        f"{name}: {line}" for name in differing for line in texts[name].splitlines()))
+    ours, theirs = whole[0].splitlines(), whole[odd[0]].splitlines()
+    lines = [f"process 0  {line}" for line in ours if line not in theirs] + [
+        f"process {odd[0]}  {line}" for line in theirs if line not in ours]
+    raise UserError(
+        f"the processes differ in {what}",
+        got="\n       ".join([", ".join(map(process_name, odd)) + " unlike process 0:",
+                              *lines[:_SHOWN]]), fix=fix)
+
+
+def code_version() -> str:
+    """Returns what program this is: versions, and a hash of our own source, a line each."""
+    sources = hashlib.sha256()
+    root = pathlib.Path(__file__).resolve().parent.parent
+    for path in sorted(root.rglob("*.py")):
+        sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    versions = [f"{name} {importlib.import_module(name).__version__}"
+                for name in ("jax", "jaxlib", "numpy")]
+    return "\n".join([*versions, f"python {platform.python_version()}",
+                      f"source {sources.hexdigest()[:16]}"])
+
+
+def is_joined() -> bool:
+    """Whether this process has joined others."""
+    return jax.distributed.is_initialized()
+
+
+def leave(code: int) -> None:
+    """Ends this process of several, at once.
+
+    Without jax's own farewell, which would wait minutes for processes that may be gone. Process 0
+    leaves last, if the others are quick: when it goes, the service on which they talk goes too.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(Exception):  # whatever is the matter, the exit code is what counts
+        index = jax.process_index()
+        coordination.put(f"left/{index}", str(code))
+        deadline = time.monotonic() + _LEAVING
+        while index == 0 and time.monotonic() < deadline:
+            if len(coordination.get_all("left")) == jax.process_count():
+                time.sleep(0.2)  # the last of them is between its message and its end
+                break
+            time.sleep(0.05)
+    os._exit(code)

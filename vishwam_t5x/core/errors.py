@@ -9,6 +9,7 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again and it goes on.
+EXIT_ABORTED = 76  # Ended by the watchdog: resumable by the same command, from a checkpoint.
 
 BACKGROUND = "vishwam-background"
 """Names threads whose work (compiling, say) is worth nothing to a process that has failed."""
@@ -54,6 +55,23 @@ class Preempted(Exception):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.step, self.reason)
+
+
+class PeersLost(Exception):
+    """Other processes of the run did not come, or are gone; exit code 76, resumable.
+
+    Attributes:
+        where: what was waited for.
+        missing: numbers of the processes that are missing; () if unknown.
+        message: all of it in words.
+    """
+
+    def __init__(self, where: str, missing: tuple[int, ...], message: str) -> None:
+        self.where, self.missing, self.message = where, missing, message
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.where, self.missing, self.message)
 
 
 def did_you_mean(word: str, choices: Iterable[str], limit: int = 3) -> str:

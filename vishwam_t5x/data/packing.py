@@ -7,12 +7,15 @@ it asks for. The arrays are those of `core.batch.BatchSpec.arrays`.
 from __future__ import annotations
 
 import concurrent.futures
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from vishwam_t5x.core.batch import BatchSpec, DataPosition, ModalityLengths
+from vishwam_t5x.core.coordination import exchange
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.assembly import PlacedExample, assemble, example_lengths
 from vishwam_t5x.data.packing_plan import (
@@ -66,14 +69,15 @@ class PackedBatches:
             objective: corrupts an example on read; a pure function of (seed, example).
             spec: shapes of the batch; `spec.packed` False puts one example in each row.
             seed: of the objective.
-            max_bad_fraction: share of damaged records, among those read so far and at least
-                `MIN_RECORDS_FOR_FRACTION`, beyond which to stop.
+            max_bad_fraction: share of damaged records, among those read so far by all processes
+                and at least `MIN_RECORDS_FOR_FRACTION`, beyond which to stop.
             read_threads: records read at a time; more than 1 pays on network file systems.
         """
         self.examples, self.objective, self.spec, self.seed = examples, objective, spec, seed
         self.packer = Packer(examples, objective, spec, seed)
         self.max_bad_fraction = max_bad_fraction
         self.num_read = self.num_bad = 0
+        self._last_bad: DamagedRecord | None = None
         self._pool = (concurrent.futures.ThreadPoolExecutor(read_threads, "vishwam-read")
                       if read_threads > 1 else None)
 
@@ -86,7 +90,8 @@ class PackedBatches:
             rows: which rows to build; None: all.
 
         Raises:
-            UserError: an example fits in no row, or too many records are damaged.
+            UserError: an example fits in no row, or too many records are damaged; of several
+                processes, see `check_damage`.
         """
         plan = self.packer.plan(position)
         if plan is None:
@@ -105,9 +110,34 @@ class PackedBatches:
                 bad.append(clean)
             else:
                 placed.append(PlacedExample(index, place.lengths, self._corrupt(place, clean)))
-        self._count(len(places), bad)
+        self.num_read += len(places)
+        self.num_bad += len(bad)
+        if bad:
+            self._last_bad = bad[-1]
+            if jax.process_count() == 1:
+                self.check_damage()
         self.examples.release(min((plan.end.next_example, *plan.end.carried)))
         return HostBatch(assemble(self.spec, len(wanted), placed), plan, tuple(bad))
+
+    def check_damage(self) -> None:
+        """Stops all processes together if too many records are damaged; all must call it together.
+
+        One process that stopped by itself would leave the others waiting for it in the next step.
+
+        Raises:
+            UserError: the same on every process.
+        """
+        bad = self._last_bad
+        counts = [json.loads(text) for text in exchange("damaged records", json.dumps(
+            [self.num_read, self.num_bad, bad and [bad.task, str(bad)]]))]
+        num_read, num_bad = (sum(count[which] for count in counts) for which in (0, 1))
+        if num_bad <= self.max_bad_fraction * max(num_read, MIN_RECORDS_FOR_FRACTION):
+            return
+        task, last = next(count[2] for count in counts if count[2])
+        raise UserError(
+            "too many damaged records", got=f"{num_bad} of {num_read} read; the last: {last}",
+            fix=f"write the cache again (vishwam cache --task_or_mixture={task} --overwrite), or "
+                f"allow more: max_bad_fraction is {self.max_bad_fraction}")
 
     def close(self) -> None:
         """Ends the reading threads."""
@@ -130,15 +160,3 @@ class PackedBatches:
         assert got == planned, (
             f"example {place.example}: the objective promised {planned} and gave {got}")
         return example
-
-    def _count(self, num_read: int, bad: Sequence[DamagedRecord]) -> None:
-        self.num_read += num_read
-        self.num_bad += len(bad)
-        allowed = self.max_bad_fraction * max(self.num_read, MIN_RECORDS_FOR_FRACTION)
-        if bad and self.num_bad > allowed:
-            raise UserError(
-                "too many damaged records",
-                got=f"{self.num_bad} of {self.num_read} read; the last: {bad[-1]}",
-                fix="write the cache again (vishwam cache --task_or_mixture="
-                    f"{bad[-1].task} --overwrite), or allow more: max_bad_fraction is "
-                    f"{self.max_bad_fraction}")

@@ -30,6 +30,8 @@ class BatchBuilder(Protocol):
 
     def batch(self, position: DataPosition, rows: Sequence[int]) -> HostBatch | None: ...
 
+    def check_damage(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -162,6 +164,14 @@ class Prefetcher:
         """Goes on from `position`; batches made ahead are thrown away."""
         self._join()
         self._start(position)
+
+    def check_damage(self) -> None:
+        """Stops all processes together if too many records are damaged; all must call it together.
+
+        Raises:
+            UserError: the same on every process.
+        """
+        self._batches.check_damage()
 
     def close(self) -> None:
         """Ends the thread and the builder; may be called twice."""

@@ -24,6 +24,8 @@ from vishwam_t5x.evaluation.placement import Placement, sum_over_processes
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 
+_PER_MODALITY = ("loss", "cross_entropy", "accuracy", "weight_sum")
+
 
 def without_augmentation(objective: Any) -> Any:
     """Returns the objective for evaluation: as `objective.without_augmentation()` gives it, or as
@@ -215,6 +217,17 @@ class LossEvaluator:
                     metrics[f"{kind}/{task}/{modality}"] = value
         return metrics
 
+    def metric_names(self) -> tuple[str, ...]:
+        """Returns the names that `__call__` can give; a task without a modality lacks its own."""
+        modalities = self._spec.target_capacities
+        names = ["loss", "num_examples"]
+        for kind in _PER_MODALITY:
+            names += [f"{kind}/{modality}" for modality in modalities]
+            if len(self._streams) > 1:
+                names += [f"{kind}/{task}/{modality}" for task in self._streams
+                          for modality in modalities]
+        return tuple(names)
+
     def split_sums(self, params: Any, task: str) -> SplitSums:
         """Returns the sums over one task's split; every process must call it together."""
         result, damaged = SplitSums(), 0
@@ -230,6 +243,7 @@ class LossEvaluator:
                 damaged += len(batch.info.skipped)
                 for record in batch.info.skipped:
                     logging.warning("left out of the evaluation: %s", record)
+            batches.check_damage()
         for part in jax.device_get(sums):
             result.add(part)
         result.num_damaged = sum_over_processes(damaged)

@@ -6,13 +6,13 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 from absl import logging
 
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import UserError, one_of
 from vishwam_t5x.training.state import TrainState
 from vishwam_t5x.training.writers import read_records
 
@@ -118,6 +118,17 @@ class EarlyStop:
     def rewind(self, step: int) -> None:
         """Forgets what was observed after `step`."""
         self._seen = {seen: value for seen, value in self._seen.items() if seen <= step}
+
+    def check_metric(self, names: Sequence[str]) -> None:
+        """Refuses a metric that evaluation cannot give, before anything is trained.
+
+        Args:
+            names: what the evaluator gives, without 'eval/'.
+
+        Raises:
+            UserError: the metric is none of them.
+        """
+        one_of(self.metric, [f"eval/{name}" for name in names], "metric of EarlyStop")
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Returns why to stop, or None."""

@@ -18,6 +18,7 @@ from absl import logging
 from vishwam_t5x.core.batch import Batch, DataPosition
 from vishwam_t5x.core.errors import Preempted, UserError
 from vishwam_t5x.training.hooks import Hook
+from vishwam_t5x.training.ledger import Ledger
 from vishwam_t5x.training.signals import StopRequest
 from vishwam_t5x.training.stability import CulpritBatches, StabilityConfig
 from vishwam_t5x.training.state import TrainState
@@ -41,6 +42,8 @@ class Batches(Protocol):
     def __next__(self) -> DeviceBatch: ...
 
     def seek(self, position: DataPosition) -> None: ...
+
+    def check_damage(self) -> None: ...
 
 
 class Saver(Protocol):
@@ -104,7 +107,7 @@ class Loop:
                  batches: Batches, saver: Saver, hooks: Sequence[Hook], writers: Writers,
                  culprits: CulpritBatches, throughput: Throughput, abstract: TrainState,
                  describe: Callable[[Any, int], dict[str, float]],
-                 stop: StopRequest | None = None) -> None:
+                 stop: StopRequest | None = None, ledger: Ledger | None = None) -> None:
         """Everything the loop uses is handed in.
 
         Args:
@@ -119,11 +122,12 @@ class Loop:
             abstract: shapes and shardings of the state, for going back to a checkpoint.
             describe: (host metrics, step) -> numbers to log.
             stop: stop requests.
+            ledger: counts where the time goes.
         """
         self._config, self._step_fn, self._batches, self._saver = config, step_fn, batches, saver
         self._hooks, self._writers, self._culprits = hooks, writers, culprits
         self._throughput, self._abstract, self._describe = throughput, abstract, describe
-        self._stop = stop or StopRequest()
+        self._stop, self._ledger = stop or StopRequest(), ledger or Ledger()
         self._recent: collections.deque[_Taken] = collections.deque(maxlen=256)
         self._rollbacks, self._save_stall = 0, 0.0
 
@@ -137,10 +141,13 @@ class Loop:
         previous: _Taken | None = None
         step, ended = int(state.step), None
         extra: dict[str, float] = {}
+        self._ledger.enter("host")
         while step < self._config.total_steps and ended is None:
-            batch = self._next_batch()
+            with self._ledger.spend("data_wait"):
+                batch = self._next_batch()
             # The state is donated: from here on only the new one exists.
-            state, metrics = self._step_fn(state.on_device(), batch.arrays)
+            with self._ledger.spend("step"):
+                state, metrics = self._step_fn(state.on_device(), batch.arrays)
             # Position and parameters travel together, so a save can never pair the wrong two.
             state = state.at(batch.end)
             step += 1
@@ -154,7 +161,8 @@ class Loop:
             previous = _Taken(step, metrics, batch.start, batch.end, batch.example_ids, batch.work)
             self._recent.append(dataclasses.replace(previous, metrics=None))
             # Evaluate before saving, so that keep-best has the metric of this very step.
-            extra, ended = self._call_hooks(step, state)
+            with self._ledger.spend("eval"):
+                extra, ended = self._call_hooks(step, state)
             saving = self._saver.should_save(step)
             # Agreed across processes; last, so that the step just made is what gets saved.
             stopping = self._stop.agreed(step)
@@ -165,7 +173,8 @@ class Loop:
                 if rolled_back is not None:
                     state, step, extra, saving = rolled_back, int(rolled_back.step), {}, False
             if saving:
-                self._saver.save(step, state, extra)
+                with self._ledger.spend("save"):
+                    self._saver.save(step, state, extra)
                 self._save_stall += self._saver.seconds_held
             if stopping:
                 self._finish(step, state, extra)
@@ -180,9 +189,11 @@ class Loop:
         return state
 
     def _finish(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
-        if self._config.save_at_end:
-            self._saver.save(step, state, metrics)
-        if not self._saver.wait():
+        with self._ledger.spend("save"):
+            if self._config.save_at_end:
+                self._saver.save(step, state, metrics)
+            saved = self._saver.wait()
+        if not saved:
             raise RuntimeError(f"the last checkpoint, of step {step}, could not be written: see "
                                "the log above; the one before it is intact")
 
@@ -214,15 +225,20 @@ class Loop:
         self._throughput.add(taken.work)
         for damaged in taken.work.skipped:
             logging.warning("step %d: damaged record left out: %s", taken.step, damaged)
-        metrics = jax.device_get(taken.metrics)
+        with self._ledger.spend("step"):
+            metrics = jax.device_get(taken.metrics)
         if taken.step % self._config.stats_period == 0 or taken.step == self._config.total_steps:
+            # Exchanged between processes where all are at the same step: all stop, or none.
+            self._batches.check_damage()
             record = {**self._describe(metrics, taken.step), **self._throughput.report(),
+                      **self._ledger.slowest(),
                       "next_example": taken.end.next_example,
                       # Two runs that saw the same examples at a step show the same number.
                       "examples_crc32": zlib.crc32(repr(taken.example_ids).encode()),
                       "carried": len(taken.end.carried),
                       "save_stall_seconds": self._save_stall}
             self._writers.write(taken.step, record)
+            self._ledger.progress(taken.step)
             self._save_stall = 0.0
         if not bool(metrics["update_applied"]):
             logging.warning(
@@ -241,7 +257,7 @@ class Loop:
             raise Diverged(
                 f"steps {first_bad} to {taken.step} were bad again after "
                 f"{self._rollbacks - 1} rollbacks; the batches are listed in "
-                f"{self._culprits.path}")
+                f"{self._culprits.shown}")
         for culprit in self._recent:
             if first_bad <= culprit.step <= taken.step:
                 self._culprits.add(culprit.start, culprit.step, "bad loss",
@@ -251,10 +267,11 @@ class Loop:
         if state is None:
             raise Diverged(
                 f"steps {first_bad} to {taken.step} were bad and there is no earlier checkpoint "
-                f"to go back to; the batches are listed in {self._culprits.path}")
+                f"to go back to; the batches are listed in {self._culprits.shown}")
         logging.error(
             "steps %d to %d were bad: back to step %d, stepping over their batches (listed in %s)",
-            first_bad, taken.step, int(state.step), self._culprits.path)
+            first_bad, taken.step, int(state.step), self._culprits.shown)
+        self._ledger.lost(taken.step - int(state.step), self._throughput.seconds_per_step)
         # The steps since then are about to be taken, evaluated and logged again.
         self._recent.clear()
         self._writers.rewind(int(state.step))

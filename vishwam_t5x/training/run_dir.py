@@ -100,6 +100,11 @@ class RunDir:
         return self.path / "data.json"
 
     @property
+    def ledger(self) -> pathlib.Path:
+        """Where the time went; see `ledger`."""
+        return self.path / "ledger.jsonl"
+
+    @property
     def profile(self) -> pathlib.Path:
         """Profiler traces."""
         return self.path / "profile"

@@ -41,6 +41,12 @@ def describe(examples: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
+def order(examples: Any) -> dict[str, dict[str, Any]]:
+    """Returns `describe` without what may differ where a cache was written on each host."""
+    return {task: {name: value for name, value in facts.items() if name in _ORDER}
+            for task, facts in describe(examples).items()}
+
+
 def check(run_dir: RunDir, examples: Any, resuming: bool, write: bool) -> None:
     """Compares the examples with those of the run so far, and writes down what they are.
 
@@ -63,7 +69,7 @@ def check(run_dir: RunDir, examples: Any, resuming: bool, write: bool) -> None:
             raise UserError(
                 "the examples are not those this run has read", got="\n       ".join(changes),
                 fix=f"bring back the cache and the mixture, or, if the change is meant, remove "
-                    f"{run_dir.data}")
+                    f"{run_dir.shown(run_dir.data)}")
         for task in now:
             if _value(before, task, "content") != now[task]["content"]:
                 logging.warning("the cache of %s was written again since the run began: the same "

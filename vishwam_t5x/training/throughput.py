@@ -44,6 +44,8 @@ class Throughput:
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._flops, self._peak, self._clock = flops_per_token_pair, peak_flops, clock
         self.bad_records = 0
+        self.seconds_per_step = 0.0
+        """Of the last report."""
         self.restart()
 
     def restart(self) -> None:
@@ -66,11 +68,12 @@ class Throughput:
         """Returns the window's figures and begins a new one; times in seconds."""
         steps = max(self._steps, 1)
         seconds = max(self._clock() - self._start - self._excluded, 1e-9)
+        self.seconds_per_step = seconds / steps
         inputs = sum(work.input_tokens for work in self._work)
         targets = sum(work.target_tokens for work in self._work)
         flops = inputs * self._flops[0] + targets * self._flops[1]
         record = {
-            "seconds_per_step": seconds / steps,
+            "seconds_per_step": self.seconds_per_step,
             "data_wait_seconds": sum(work.wait_seconds for work in self._work) / steps,
             "tokens_per_second": (inputs + targets) / seconds,
             "examples_per_second": sum(work.num_examples for work in self._work) / seconds,

@@ -1,0 +1,222 @@
+"""Ends a run that cannot go on: a process that is gone or frozen, a step that hangs; exit code 76.
+
+A step of several processes waits for all of them, for ever if one is gone. Each process therefore
+says from a thread that it lives; process 0 listens to all of them, they listen to it. Whoever ends
+writes the stacks of all threads, so that a hang can be understood afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from vishwam_t5x.core import coordination
+from vishwam_t5x.core.coordination import process_name
+from vishwam_t5x.core.errors import EXIT_ABORTED, EXIT_OK, EXIT_PREEMPTED, PeersLost, UserError
+from vishwam_t5x.training.ledger import Ledger
+
+_GOOD_ENDS = {str(EXIT_OK), str(EXIT_PREEMPTED)}
+_GRACE = 15.0  # seconds for all to end by themselves when one has refused to go on
+_LOOK = 0.25  # seconds between looks at the clock
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """How long nothing may happen.
+
+    Attributes:
+        step_seconds: in the loop, from one step to the next; None: no limit.
+        phase_seconds: while compiling, evaluating or saving; None: no limit.
+        peer_seconds: how long another process may be silent. Less than 100: then jax gives it up.
+    """
+
+    step_seconds: float | None = 1800.0
+    phase_seconds: float | None = 4 * 3600.0
+    peer_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("step_seconds", "phase_seconds", "peer_seconds"):
+            value = getattr(self, name)
+            if value is None and name != "peer_seconds":
+                continue
+            if not value > 0:
+                raise UserError(f"WatchdogConfig.{name} must be more than 0 seconds", got=value)
+        if self.peer_seconds > 90:
+            raise UserError("WatchdogConfig.peer_seconds must be at most 90",
+                            got=self.peer_seconds, fix="jax ends a run after 100 s of silence")
+
+
+class Watchdog:
+    """Watches from `with` to its end; see `WatchdogConfig`."""
+
+    def __init__(self, config: WatchdogConfig, ledger: Ledger) -> None:
+        """Args:
+            config: how long nothing may happen.
+            ledger: says what this process is doing, and since when; told how it ended.
+        """
+        self._config, self._ledger = config, ledger
+        self._several = jax.process_count() > 1
+        self._ended = threading.Event()
+        self._once = threading.Lock()
+        self._contact = time.monotonic()  # when process 0 was last heard
+        self._trouble = ""
+        self._lost: str | None = None
+        self._heard: dict[int, tuple[str, float]] = {}
+        self._c_handler: Any = None
+
+    def __enter__(self) -> Watchdog:
+        threads = [self._watch]
+        if self._several:
+            threads.append(self._beat)
+            self._catch_aborts()
+        for target in threads:
+            threading.Thread(target=target, daemon=True, name="vishwam-watchdog").start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._several and isinstance(error, jax.errors.JaxRuntimeError | PeersLost):
+            self._judge(error)
+        self._ended.set()
+        why = "finished" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
+        self._ledger.close(why)
+
+    def _judge(self, error: BaseException) -> None:
+        """A step or a barrier failed: if another process is gone, this one ends too."""
+        traceback.print_exception(error)
+        if isinstance(error, PeersLost):
+            self._abort(str(error))
+        if (lost := self._verdict()) is not None:
+            self._abort(lost)
+
+    def _verdict(self) -> str | None:
+        """Waits as long as a silent process may take to be noticed; who is lost, or None."""
+        deadline = time.monotonic() + 1.5 * self._config.peer_seconds + 2 * self._period
+        while time.monotonic() < deadline and (lost := self._who_is_lost()) is None:
+            time.sleep(_LOOK)
+        return lost
+
+    # --- this process ---
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        frozen = 0.0
+        since = self._ledger.since
+        while not self._ended.wait(_LOOK):
+            now = time.monotonic()
+            if self._ledger.since != since:
+                since, frozen = self._ledger.since, 0.0
+            # Time in which this whole process was stopped (Ctrl-Z, a debugger) is no hang.
+            frozen += max(now - looked - 20 * _LOOK, 0.0)
+            looked = now
+            if (lost := self._who_is_lost()) is not None:
+                self._abort(lost)
+            phase, limit = self._ledger.phase, self._limit(self._ledger.phase)
+            if limit is not None and now - self._ledger.since - frozen > limit:
+                self._abort(f"nothing has happened for {limit:g} s (in phase '{phase}')")
+
+    def _limit(self, phase: str) -> float | None:
+        if phase == "init":  # may write a cache for hours; compares and restores under deadlines
+            return None
+        if phase in ("compile", "eval", "save"):
+            return self._config.phase_seconds
+        return self._config.step_seconds
+
+    def _abort(self, why: str) -> None:
+        """Says why, dumps all stacks, and ends the process."""
+        if not self._once.acquire(blocking=False):
+            time.sleep(60.0)  # another thread is at it
+        print(f"vishwam: aborted by the watchdog: {why}\n  run the same command to resume; what "
+              "each thread was doing:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        self._ledger.close(f"watchdog: {why}")
+        sys.stderr.flush()
+        os._exit(EXIT_ABORTED)
+
+    # --- the other processes ---
+
+    @property
+    def _period(self) -> float:
+        return min(self._config.peer_seconds / 6, 10.0)
+
+    def _beat(self) -> None:
+        number = 0
+        me = jax.process_index()
+        while not self._ended.is_set():
+            number += 1
+            try:
+                coordination.put(f"alive/{me}", str(number))
+                if me == 0:
+                    self._listen()
+                elif (said := coordination.get("lost")) is not None:
+                    self._lost = said
+                elif (beat := coordination.get("alive/0")) is not None:
+                    self._hear(0, beat)
+                self._contact, self._trouble = time.monotonic(), ""
+            except jax.errors.JaxRuntimeError as error:
+                self._trouble = str(error).strip().splitlines()[0][:200]
+            self._ended.wait(self._period)
+
+    def _listen(self) -> None:
+        """Process 0: who has not been heard for too long, or has ended otherwise than well?"""
+        now = time.monotonic()
+        left = coordination.get_all("left")
+        beats = coordination.get_all("alive")
+        for process in range(1, jax.process_count()):
+            self._hear(process, beats.get(process, ""))
+            code, silent = left.get(process), now - self._heard[process][1]
+            if code in _GOOD_ENDS:
+                continue
+            if code is not None and silent > _GRACE:
+                self._lose(f"{process_name(process)} ended with exit code {code}")
+            elif code is None and silent > self._config.peer_seconds:
+                self._lose(f"{process_name(process)} has been silent for "
+                           f"{self._config.peer_seconds:g} s: killed, frozen, or cut off")
+
+    def _hear(self, process: int, beat: str) -> None:
+        if self._heard.get(process, ("no", 0.0))[0] != beat:
+            self._heard[process] = beat, time.monotonic()
+
+    def _lose(self, why: str) -> None:
+        coordination.put("lost", why)
+        # The service must outlive the news: the others ask for it once a period.
+        time.sleep(2 * self._period + _LOOK)
+        self._lost = why
+
+    def _who_is_lost(self) -> str | None:
+        if not self._several or self._lost is not None:
+            return self._lost
+        if jax.process_index() == 0:
+            return None
+        now, limit = time.monotonic(), self._config.peer_seconds
+        if now - min(self._contact, self._heard.get(0, ("", self._contact))[1]) > limit:
+            return (f"{process_name(0)} has been silent for {limit:g} s: killed, frozen, or cut "
+                    "off" + (f" ({self._trouble})" if self._trouble else ""))
+        return None
+
+    def _catch_aborts(self) -> None:
+        """jax aborts (SIGABRT) when process 0 is gone: that is a reason to end with 76.
+
+        Its callback for this cannot be called from Python in jaxlib 0.10. The handler runs in one
+        of jax's threads, which is lost anyway: it waits there for the watchdog's verdict.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def handle(signum: int) -> None:
+            if not self._ended.is_set() and (lost := self._verdict()) is not None:
+                self._abort(lost)
+            libc.signal(signum, 0)  # SIG_DFL: another trouble, it ends as it would have
+
+        self._c_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+        libc.signal(int(signal.SIGABRT), self._c_handler)
