@@ -1,10 +1,13 @@
 """Check this machine and this installation, and say what to mend.
 
-usage: vishwam doctor [--json]
+usage: vishwam doctor [--json] [--bucket=gs://BUCKET] [--region=REGION]
 
 Reports versions, devices, paths and settings; a line that begins with `!` is a problem and carries
 its fix, `~` is advice. Exit code 0 when there is no problem, 2 otherwise. Nothing is changed.
 --json prints the same as one JSON object.
+--bucket=B    also ask whether B, e.g. the MODEL_DIR of a run, exists, may be written, and lies in
+              the accelerator's region. A cache in a bucket is always asked about
+--region=R    region or zone of the accelerator; default: that of this machine, in Google Cloud
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from vishwam_t5x import gin_files
 from vishwam_t5x.command_line import CommandLine
-from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR
+from vishwam_t5x.core import buckets
+from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 
 OK, ADVICE, PROBLEM = "ok", "advice", "problem"
 _MARKS = {OK: " ", ADVICE: "~", PROBLEM: "!"}
@@ -69,8 +74,8 @@ class Finding:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `vishwam doctor ARGV` and returns the exit code."""
-    line = CommandLine.split(argv, "doctor", ("json",))
-    found = examine()
+    line = CommandLine.split(argv, "doctor", ("json", "bucket", "region"))
+    found = examine(line.flags.get("bucket"), line.flags.get("region"))
     healthy = all(finding.status != PROBLEM for finding in found)
     if "json" in line.flags:
         print(json.dumps({"healthy": healthy,
@@ -86,11 +91,43 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK if healthy else EXIT_USER_ERROR
 
 
-def examine() -> list[Finding]:
-    """Returns every finding, in the order they are reported."""
+def examine(bucket: str | None = None, region: str | None = None) -> list[Finding]:
+    """Returns every finding, in the order they are reported.
+
+    Args:
+        bucket: gs:// path to ask about, besides that of the cache.
+        region: of the accelerator; None: that of this machine, if it is in Google Cloud.
+    """
     sections: list[Callable[[], Iterable[Finding]]] = [
         _python, _machine, _versions, _environment, _devices, _paths]
-    return [finding for section in sections for finding in section()]
+    found = [finding for section in sections for finding in section()]
+    paths = [("bucket", bucket), ("cache's bucket", os.environ.get("VISHWAM_CACHE_DIR"))]
+    return found + [finding for name, path in paths if path and (
+        name == "bucket" or path.startswith("gs://")) for finding in look_at_bucket(
+            name, path, region)]
+
+
+def look_at_bucket(name: str, path: str, region: str | None = None, client: Any = None
+                   ) -> list[Finding]:
+    """Returns what `core.buckets.check_bucket` finds.
+
+    Args:
+        name: of the finding.
+        path: gs://BUCKET/…
+        region: of the accelerator; None: that of this machine.
+        client: as `check_bucket` takes it.
+    """
+    region = region or buckets.own_region()
+    try:
+        report = buckets.check_bucket(path, region, client)
+    except UserError as error:
+        return [Finding(name, f"{path}: {error.problem}", PROBLEM, error.fix or "")]
+    place = f"gs://{report.bucket}" + (f" in {report.location}" if report.location else "")
+    found = [Finding(name, f"{place}: {what}", PROBLEM, fix) for what, fix in report.problems]
+    found += [Finding(name, f"{place}: {what}", ADVICE, fix) for what, fix in report.advice]
+    beside = f", accelerator in {buckets.region_of(region)}" if region else \
+        ", the accelerator's region is not known (--region)"
+    return found or [Finding(name, place + beside)]
 
 
 def _python() -> Iterable[Finding]:
@@ -202,7 +239,7 @@ def _paths() -> Iterable[Finding]:
                   OK if files else PROBLEM, "" if files else "reinstall vishwam_t5x")
     cache = os.environ.get("VISHWAM_CACHE_DIR") or "~/.cache/vishwam_t5x"
     if "://" in cache:
-        yield Finding("cache", f"{cache} (not tried)")
+        yield Finding("cache", cache)
         return
     yield _writable(pathlib.Path(cache).expanduser())
 
