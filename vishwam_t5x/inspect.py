@@ -1,9 +1,13 @@
-"""Show what a mixture holds: rates, lengths, packing, and examples before and after corruption.
+"""Show what a mixture holds, or how a run went.
 
 usage: vishwam inspect --gin_file=FILE [--gin.NAME=VALUE ...] [--output=PAGE.html]
                        [--num_examples=N] [--json]
+       vishwam inspect MODEL_DIR [--output=PAGE.png]
 
---output=PAGE.html   where the page of decoded examples goes; default: inspect_MIXTURE.html here
+Of a mixture: rates, lengths, packing, and examples before and after corruption. Of a run: losses,
+and where the time went (compiling, waiting for data, steps, evaluation, saves, work done twice).
+
+--output=PAGE        where the page goes; default: inspect_MIXTURE.html here, MODEL_DIR/run.png
 --num_examples=N     examples of each task on the page; default 8
 --json               print the figures as one JSON object
 
@@ -17,9 +21,12 @@ import pathlib
 from collections.abc import Sequence
 
 from vishwam_t5x import screen
+from vishwam_t5x.command_line import CommandLine
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.data import gallery, report, source
 from vishwam_t5x.objectives.denoisers import Objective
+from vishwam_t5x.training import run_page
+from vishwam_t5x.training.run_dir import RunDir
 
 FLAGS = ("output", "num_examples", "json")
 
@@ -57,6 +64,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs `vishwam inspect ARGV` and returns the exit code."""
     from vishwam_t5x import gin_config
 
+    line = CommandLine.split(argv, "inspect", FLAGS, positional=1)
+    if line.positional:
+        return _inspect_run(line)
     config = gin_config.parse(argv, "inspect", flags=FLAGS)
     screen.show_messages()
     given: dict = {}
@@ -66,6 +76,23 @@ def main(argv: Sequence[str]) -> int:
         given["num_examples"] = _whole_number(config.flags["num_examples"])
     figures, text = config.call(inspect, **given)
     print(json.dumps(figures.to_json()) if "json" in config.flags else text)
+    return EXIT_OK
+
+
+def _inspect_run(line: CommandLine) -> int:
+    place = pathlib.Path(line.positional[0]).expanduser()
+    if line.files or line.bindings or line.flags.keys() - {"output"}:
+        raise UserError("of a run only --output can be given", got=", ".join(
+            [*line.files, *(flag for flag, _ in line.bindings), *line.flags]),
+            fix=f"vishwam inspect {place}")
+    if not place.is_dir():
+        raise UserError("there is no such folder", got=str(place),
+                        fix="give the MODEL_DIR of a run")
+    run_dir = RunDir(place)
+    print(run_page.summary(run_dir))
+    page = pathlib.Path(line.flags.get("output") or place / "run.png").expanduser()
+    run_page.draw(run_dir, page)
+    print(f"\nlosses and times: {page}")
     return EXIT_OK
 
 

@@ -1,0 +1,29 @@
+"""Fewer devices, more microbatches, the same batch."""
+
+import pytest
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.parallelism.mesh import MeshConfig, make_mesh
+from vishwam_t5x.training.elastic import microbatches
+
+
+@pytest.mark.parametrize(("asked", "batch", "limit", "cut"), [
+    (1, 24, None, 1), (3, 24, None, 3), (1, 24, 24, 1), (1, 24, 12, 2), (1, 24, 5, 6),
+    (1, 24, 7, 4), (3, 24, 24, 3), (1, 24, 1, 24)])
+def test_on_one_device(asked, batch, limit, cut):
+    assert microbatches(asked, batch, limit)(make_mesh(MeshConfig(data=1)), None) == cut
+
+
+def test_on_eight_devices(eight_devices):
+    eight_devices("""
+        from vishwam_t5x.parallelism.mesh import MeshConfig, make_mesh
+        from vishwam_t5x.training.elastic import microbatches
+        cut = microbatches(1, 48, 6)
+        assert cut(make_mesh(MeshConfig(data=8)), None) == 1
+        assert cut(make_mesh(MeshConfig(data=2, tensor=4)), None) == 4
+        """)
+
+
+def test_no_rows():
+    with pytest.raises(UserError, match="at least 1 row"):
+        microbatches(1, 8, 0)
