@@ -45,6 +45,8 @@ VERBS = ("train", "evaluate", "infer", "forward", "cache", "inspect", "config", 
          "launch")
 # The verbs that read no gin files: their help has no word about them.
 _WITHOUT_GIN = ("doctor", "launch")
+# The verbs that give XLA something to compile.
+_COMPILING = ("train", "evaluate", "infer", "forward")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,6 +128,9 @@ def _dispatch(arguments: list[str]) -> int:
             from vishwam_t5x.command_line import HELP
             print(f"\n{HELP}")
         return EXIT_OK
+    if verb in _COMPILING and "XLA_FLAGS" in os.environ:
+        from vishwam_t5x.parallelism import xla_flags
+        xla_flags.mend_environment()
     return importlib.import_module(f"vishwam_t5x.{verb}").main(rest)
 
 

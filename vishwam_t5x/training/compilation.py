@@ -13,6 +13,7 @@ import jax
 from absl import logging
 
 from vishwam_t5x.core.batch import BatchSpec
+from vishwam_t5x.parallelism import xla_flags
 from vishwam_t5x.parallelism.sharding import current_platform
 from vishwam_t5x.training.state import StateFactory
 
@@ -63,8 +64,10 @@ def lower_step(step: Callable[..., Any], factory: StateFactory, batch: Mapping[s
 
 
 def compile_step(step: Callable[..., Any], factory: StateFactory, batch: Mapping[str, Any]) -> Any:
-    """Compiles what `lower_step` returns."""
-    compiled = lower_step(step, factory, batch).compile()
+    """Compiles what `lower_step` returns, with what `parallelism.xla_flags` has for its devices."""
+    # First: some are read while the step is traced and lowered.
+    options = xla_flags.compiler_options(list(factory.mesh.devices.flat))
+    compiled = lower_step(step, factory, batch).compile(compiler_options=options or None)
     return_freed_memory()
     return compiled
 

@@ -109,6 +109,11 @@ class StateFactory:
             step=jnp.zeros((), jnp.int32), params=params, opt_state=self._optimizer.init(params),
             loss_scale=init_loss_scale(self._policy), stability=StabilityState.create())
 
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that the state is laid out on."""
+        return self._mesh
+
     def context(self) -> contextlib.AbstractContextManager:
         """The mesh and axis rules, to be entered while tracing."""
         return sharding.partitioning(self._mesh, self._rules)
