@@ -42,3 +42,28 @@ def test_uint8_stands_for_0_to_1():
 def test_std_must_be_positive():
     with pytest.raises(UserError, match="std must be positive"):
         dataclasses.replace(config.PatchInput(modality="image", patch_dim=4, grid=(2, 2)), std=0.0)
+
+
+def test_learned_positions_follow_the_place_not_the_slot():
+    network = model(learned_positions=True)
+    patches = np.random.default_rng(0).random((1, 4, 4)).astype(np.float32)
+    variables = network.init(jax.random.key(0))
+    table = variables["params"]["input_image_encoder"]["position_embedding"]
+    assert table.names == ("image_patch", "embed") and table.value.shape == (4, 16)
+
+    def hidden(order):
+        return np.asarray(network.apply(variables, {
+            "inputs/image/input": patches[:, order],
+            "inputs/image/pos_ids": np.asarray([order], np.int32)}, method="encode").hidden)
+
+    order = [2, 0, 3, 1]
+    np.testing.assert_allclose(hidden(order), hidden([0, 1, 2, 3])[:, order], atol=1e-5)
+    moved = network.apply(variables, {
+        "inputs/image/input": patches[:, order],
+        "inputs/image/pos_ids": np.arange(4, dtype=np.int32)[None]}, method="encode").hidden
+    assert np.abs(np.asarray(moved) - hidden(order)).max() > 1e-3
+
+
+def test_no_positions_are_learned_unless_asked():
+    params = model().init(jax.random.key(0))["params"]["input_image_encoder"]
+    assert "position_embedding" not in params

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -30,6 +31,8 @@ class PatchInput:
         mean: subtracted from every number of a patch, in the units of the patches. A patch of
             zeros says nothing after a norm that only knows directions, so centre what is dark.
         std: every number is divided by it after that.
+        learned_positions: adds a learned vector for each place of the grid, as a ViT does, beside
+            the rotary positions: on a small grid those tell places apart only by attention.
     """
 
     modality: str
@@ -38,6 +41,7 @@ class PatchInput:
     rope_scale: float = 1.0
     mean: float = 0.0
     std: float = 1.0
+    learned_positions: bool = False
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("patch_dim",))
@@ -100,6 +104,18 @@ class PatchInputEncoder(nn.Module):
                   param_dtype=policy.param_dtype, name="projection")(patches)
         x = x + modality_embedding(self, cfg.emb_dim, policy)
         pos_ids = modalities.positions_or_default(fields, slots)
+        if self.input.learned_positions:
+            x = x + self._positions(pos_ids)
         angles = grid_angles(pos_ids, self.input.grid[1], cfg.head_dim, cfg.position.theta,
                              self.input.rope_scale)
         return InputSequence.create(x, angles, mask, fields.get("segment_ids"))
+
+    @nn.nowrap
+    def _positions(self, pos_ids: jax.Array) -> jax.Array:
+        """Returns the learned vectors [B, N, D] of places in the grid."""
+        policy, (height, width) = self.config.policy, self.input.grid
+        table = self.param(
+            "position_embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("image_patch", "embed")),
+            (height * width, self.config.emb_dim), policy.param_dtype)
+        return jnp.take(table.astype(policy.compute_dtype), pos_ids, axis=0, mode="clip")
