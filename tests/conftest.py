@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 
@@ -27,11 +28,18 @@ def eight_devices():
 
 
 @pytest.fixture(scope="session")
-def quickstart_cache(tmp_path_factory):
+def quickstart_cache(tmp_path_factory, worker_id):
     """Environment variables under which the quickstart's examples are cached, once a session."""
-    folder = tmp_path_factory.mktemp("quickstart_cache")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "quickstart_cache"
+    folder.mkdir(exist_ok=True)
     env = {"VISHWAM_CACHE_DIR": str(folder),
            "JAX_COMPILATION_CACHE_DIR": str(folder / "compilation")}
-    done = helpers.vishwam("cache", "--task_or_mixture=quickstart", env=env)
-    assert done.returncode == 0, done.stderr
+    # All processes of the test run share it; the first that comes writes it.
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            done = helpers.vishwam("cache", "--task_or_mixture=quickstart", env=env)
+            assert done.returncode == 0, done.stderr
+            (folder / "done").touch()
     return env
