@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import copies, source
 from vishwam_t5x_tasks import quickstart_sources as sources
 
 VOCABULARY_SIZE = 1024
@@ -112,10 +113,8 @@ def to_patches(images: Float[np.ndarray, "images height width channels"],
 
 
 def cache_directory() -> pathlib.Path:
-    """Returns VISHWAM_CACHE_DIR, or ~/.cache/vishwam_t5x where it is not set."""
-    configured = os.environ.get("VISHWAM_CACHE_DIR")
-    return (pathlib.Path(configured) if configured
-            else pathlib.Path.home() / ".cache" / "vishwam_t5x")
+    """Returns VISHWAM_CACHE_DIR (of a bucket: its copy here), or ~/.cache/vishwam_t5x."""
+    return pathlib.Path(copies.folder_of(source.default_cache_dir()))
 
 
 def vocabulary_path() -> str:

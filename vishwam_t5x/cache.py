@@ -5,7 +5,8 @@ usage: vishwam cache --task_or_mixture=NAME [--module=MODULE] [--cache_dir=DIR]
 
 --task_or_mixture=NAME   a SeqIO Task or Mixture
 --module=A,B             modules or .py files that register it; default: the tasks that come along
---cache_dir=DIR          default: $VISHWAM_CACHE_DIR, or ~/.cache/vishwam_t5x
+--cache_dir=DIR          default: $VISHWAM_CACHE_DIR, or ~/.cache/vishwam_t5x. May be gs://… or s3://…:
+                         written here first, below copies/, then copied there
 --splits=A,B             default: every split the task has
 --overwrite              write again what is there already (after the task has changed)
 --json                   print the result, or the mistake, as one JSON object
@@ -26,7 +27,9 @@ from typing import Any
 
 from vishwam_t5x import screen
 from vishwam_t5x.command_line import CommandLine
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from vishwam_t5x.data import copies
 from vishwam_t5x.data.source import DatasetConfig, default_cache_dir
 
 FLAGS = ("task_or_mixture", "module", "cache_dir", "splits", "overwrite", "json")
@@ -90,7 +93,7 @@ def _run(line: CommandLine, argv: Sequence[str]) -> dict:
 
 def _write(name: str, modules: Sequence[str], cache_dir: str, splits: Sequence[str],
            overwrite: bool) -> dict:
-    cache_dir = str(pathlib.Path(cache_dir).expanduser())
+    place, cache_dir = cache_dir, copies.folder_of(cache_dir)
     try:
         pathlib.Path(cache_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_dir):
@@ -108,7 +111,13 @@ def _write(name: str, modules: Sequence[str], cache_dir: str, splits: Sequence[s
             raise
         raise UserError(f"writing a cache needs the package {error.name}",
                         fix="pip install 'vishwam_t5x[seqio]'") from error
-    return tf_cache.cache_task_or_mixture(name, modules, cache_dir, splits, overwrite)
+    if storage.is_remote(place) and not overwrite:  # what is there need not be written again
+        for split in splits or copies.SPLITS:
+            copies.pull(place, name, split)
+    result = tf_cache.cache_task_or_mixture(name, modules, cache_dir, splits, overwrite)
+    if storage.is_remote(place):
+        copies.push(place, name, result)
+    return result
 
 
 def _table(result: dict) -> str:

@@ -9,17 +9,18 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+import jax
 from jax.sharding import NamedSharding
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import MODALITIES, BatchSpec, DataPosition
 from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from vishwam_t5x.data import copies, fit, records
 from vishwam_t5x.data import directory as cache_directory
-from vishwam_t5x.data import fit, records
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing import Objective, PackedBatches
 from vishwam_t5x.data.packing_plan import ExampleStream
@@ -33,8 +34,7 @@ _logger = logging.getLogger(__name__)
 
 def default_cache_dir() -> str:
     """Returns $VISHWAM_CACHE_DIR, or ~/.cache/vishwam_t5x."""
-    return os.environ.get(CACHE_DIR_VARIABLE) or str(
-        pathlib.Path.home() / ".cache" / "vishwam_t5x")
+    return os.environ.get(CACHE_DIR_VARIABLE) or str(copies.default_base())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ class DatasetConfig:
         pack: many examples a row; False: one.
         module: importable module or .py file, or several, that register the tasks with SeqIO; None:
             the tasks that come with vishwam_t5x.
-        cache_dir: directory of the caches; None: $VISHWAM_CACHE_DIR or ~/.cache/vishwam_t5x.
+        cache_dir: directory of the caches, which may be gs:// or s3://; None: $VISHWAM_CACHE_DIR
+            or ~/.cache/vishwam_t5x.
         prefetch: batches made ahead.
         read_threads: records read at a time by this host; more than 1 pays on network file systems.
         keep_in_memory_mib: MiB of decoded records that each host may keep, so that small tasks are
@@ -88,11 +89,6 @@ class DatasetConfig:
                 raise UserError(f"{name} must be a positive whole number", got=repr(value),
                                 fix="set BATCH_SIZE" if name == "batch_size" else
                                 f"set DatasetConfig.{name}")
-        if "://" in (self.cache_dir or ""):
-            raise UserError("caches are read from a file system, not from a bucket",
-                            got=self.cache_dir,
-                            fix="mount the bucket (gcsfuse) or copy the cache to a disk, and give "
-                                "that folder as cache_dir")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise UserError("the data's seed must be a whole number, 0 or more",
                             got=repr(self.seed), fix="set RANDOM_SEED")
@@ -106,8 +102,13 @@ class DatasetConfig:
 
     @property
     def directory(self) -> str:
-        """Where the caches are."""
-        return str(pathlib.Path(self.cache_dir or default_cache_dir()).expanduser())
+        """Where the caches are read: of a directory in an object store, its copy; see `copies`."""
+        return copies.folder_of(self.place)
+
+    @property
+    def place(self) -> str:
+        """The cache directory itself: a folder, or one in an object store."""
+        return self.cache_dir or default_cache_dir()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -221,6 +222,7 @@ def open_mixture(config: DatasetConfig, specs: Mapping[str, PatchSpec], repeat: 
 
 def missing_tasks(config: DatasetConfig) -> list[str]:
     """Returns what of a mixture is not cached: names of tasks, or its own if nothing is known."""
+    copies.pull(config.place, config.mixture_or_task_name, config.split)
     rates = cache_directory.read_rates(config.directory, config.mixture_or_task_name)
     if rates is None:
         return [config.mixture_or_task_name]
@@ -240,11 +242,17 @@ def ensure_cached(config: DatasetConfig) -> None:
     missing = missing_tasks(config)
     if not missing:
         return
+    if storage.is_remote(config.place) and jax.process_count() > 1:
+        # Each host would write it in a folder of its own, and they would meet in the bucket.
+        raise UserError("the cache in the object store is not complete",
+                        got=f"{config.place}: no split '{config.split}' of {', '.join(missing)}",
+                        fix="write it first, on one host: vishwam cache --task_or_mixture="
+                            f"{config.mixture_or_task_name} --cache_dir={config.place}")
     _logger.info("no cache yet of %s, split %s: writing it to %s", ", ".join(missing),
-                 config.split, config.directory)
+                 config.split, config.place)
     command = [sys.executable, "-m", "vishwam_t5x", "cache", "--json",
                f"--task_or_mixture={config.mixture_or_task_name}",
-               f"--cache_dir={config.directory}"]
+               f"--cache_dir={config.place}"]
     # Who trains will evaluate: one start of TensorFlow for all splits. The others are smaller.
     command += [f"--splits={config.split}"] if config.split != "train" else []
     command += [f"--module={','.join(config.modules)}"] if config.modules else []
