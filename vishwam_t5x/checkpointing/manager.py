@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from etils import epath
 from vishwam_t5x.checkpointing import directory as directories
 from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.layers import Plan, make_plan
+from vishwam_t5x.checkpointing.local_tier import LocalTier, run_id
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.checkpointing.sources import CheckpointSource, assemble, request_of
@@ -53,6 +55,11 @@ class Checkpoints:
         self._policy, self._keep = config.policy(), config.retention()
         self._verify, self._clock = config.verify, clock
         self._writer = Writer(config.compress)
+        self._local: LocalTier | None = None
+        if config.local_folder is not None:
+            self._local = LocalTier(config.local_folder, run_id(self.folder.parent),
+                                    config.local_period)
+        self._local_only: int | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._writing: concurrent.futures.Future[bool] | None = None
         self._metrics: dict[int, Mapping[str, float]] = {}
@@ -74,6 +81,12 @@ class Checkpoints:
         """Returns whether a checkpoint is due after `step` steps; the same in every process."""
         if step <= self._last_step:
             return False
+        due = self._persistent_due(step)
+        # Asked for last, so that `save` knows which of the two it is.
+        self._local_only = step if not due and self._local and self._local.due(step) else None
+        return due or self._local_only is not None
+
+    def _persistent_due(self, step: int) -> bool:
         elapsed = self._clock() - self._last_time
         if not self._policy.by_clock or jax.process_count() == 1:
             return self._policy.due(step, self._last_step, elapsed)
@@ -97,6 +110,11 @@ class Checkpoints:
             Whether the write has begun, or had been done.
         """
         start = time.monotonic()
+        if self._local is not None and self._local_only == step:
+            self._local_only = None
+            self._local.save(step, flatten_names(state))
+            self.seconds_held = time.monotonic() - start
+            return True
         self.wait()
         waited = time.monotonic() - start
         if waited > 1.0:
@@ -134,6 +152,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until nothing is being written and ends the background thread."""
         self.wait()
+        if self._local is not None:
+            self._local.close()
         self._pool.shutdown()
         self._writer.close()
 
@@ -259,17 +279,24 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise UserError("there is no checkpoint of this step", got=step,
                             fix=f"in {self.folder}: {', '.join(map(str, steps)) or 'none'}")
-        return self._restore_newest(abstract_state, [s for s in steps if step is None or s <= step])
+        return self._restore_newest(abstract_state, steps, math.inf if step is None else step + 1)
 
     def restore_before(self, abstract_state: Any, step: int) -> Any | None:
         """Restores the newest good checkpoint of fewer than `step` steps; see `restore`."""
         self.wait()
-        return self._restore_newest(abstract_state, [
-            s for s in directories.agreed_steps_in(self.folder) if s < step])
+        return self._restore_newest(
+            abstract_state, directories.agreed_steps_in(self.folder), step)
 
-    def _restore_newest(self, abstract_state: Any, steps: list[int]) -> Any | None:
+    def _restore_newest(self, abstract_state: Any, steps: list[int], below: float) -> Any | None:
+        steps = [step for step in steps if step < below]
         damaged: dict[int, str] = {}
-        for candidate in reversed(steps):
+        local = [] if self._local is None else [
+            step for step in self._local.agreed_steps() if step not in steps and step < below]
+        for candidate in sorted([*steps, *local], reverse=True):
+            if candidate in local:
+                if (state := self._restore_local(candidate, abstract_state)) is not None:
+                    return state
+                continue
             try:
                 state = self._restore_one(candidate, abstract_state)
             except DamagedCheckpoint as damage:
@@ -277,13 +304,27 @@ class Checkpoints:
                 log.error("%s; trying the next older one", damage)
                 continue
             self._set_aside(candidate, damaged)
-            self._last_step, self._last_time = candidate, self._clock()
-            self._saved = self.restored_step = candidate
+            self._saved = candidate
             log.info("restored step %d from %s", candidate, self.folder / str(candidate))
             return state
         if damaged:
             raise directories.all_damaged(self.folder, list(damaged.values()))
         return None
+
+    def _restore_local(self, step: int, abstract_state: Any) -> Any | None:
+        assert self._local is not None
+        wanted = flatten_names(abstract_state)
+        try:
+            arrays = self._local.restore(step, wanted)
+        except DamagedCheckpoint as damage:
+            log.warning("local checkpoint of step %d cannot be used (%s); trying an older one",
+                        step, damage.why)
+            return None
+        self._set_aside(step, {})
+        self._saved = None  # not in MODEL_DIR
+        log.info("restored step %d from the local disks", step)
+        return jax.tree.unflatten(jax.tree.structure(abstract_state),
+                                  [arrays[name] for name in wanted])
 
     def _restore_one(self, step: int, abstract_state: Any) -> Any:
         place = self.folder / str(step)
@@ -298,6 +339,10 @@ class Checkpoints:
                                   [arrays[name] for name in wanted])
 
     def _set_aside(self, restored: int, damaged: Mapping[int, str]) -> None:
+        self._last_step, self._last_time = restored, self._clock()
+        self.restored_step = restored
+        if self._local is not None:
+            self._local.forget_after(restored)
         newer = [step for step in self.all_steps() if step > restored] if is_primary() else []
         for step in newer:
             name = directories.set_aside(

@@ -177,6 +177,9 @@ class CheckpointConfig:
         verify: on restore compare the checksum of every file with what was written (reads every
             byte twice); False: only whether all files are there in their full size.
         compress: zstd on what is written: some 8 % smaller, four times the CPU time.
+        local_folder: on a local disk of every host; saved there too, more often, and restored from
+            if newer and there on every host of as many; None: nowhere.
+        local_period: steps between these saves.
     """
 
     period: int | None = 1000
@@ -189,10 +192,16 @@ class CheckpointConfig:
     keep_every_steps: int | None = None
     verify: bool = True
     compress: bool = False
+    local_folder: str | None = None
+    local_period: int = 100
 
     def __post_init__(self) -> None:
         self.policy()
         self.retention()
+        if self.local_period < 1:
+            raise UserError("local_period must be at least 1 step", got=self.local_period)
+        if "://" in (self.local_folder or ""):
+            raise UserError("local_folder must be on a disk of the host", got=self.local_folder)
 
     def policy(self) -> SavePolicy:
         """Returns when to save."""
