@@ -15,8 +15,7 @@ No dropout. Runs on one device unless the file binds forward.forward.mesh.
 
 from __future__ import annotations
 
-import os
-import pathlib
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.evaluation import restoring
 from vishwam_t5x.evaluation.batch_file import read_batch
@@ -137,8 +137,6 @@ def _check_against(config: Any, arrays: dict[str, np.ndarray], path: str) -> Non
 
 
 def _write(output: str, results: dict[str, np.ndarray]) -> None:
-    path = pathlib.Path(output).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, **results)
-    os.replace(temporary, path)
+    packed = io.BytesIO()
+    np.savez(packed, **results)
+    storage.write_bytes(output, packed.getvalue())

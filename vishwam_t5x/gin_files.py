@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -25,6 +30,10 @@ def search_paths(extra: Iterable[str | os.PathLike] = ()) -> list[pathlib.Path]:
     Args:
         extra: folders to look in before all others (`--gin_search_paths`).
     """
+    for path in extra:
+        if storage.is_remote(path):
+            raise UserError("gin files are searched for in folders, not in object stores",
+                            got=path, fix="--gin_file=gs://… with the whole path")
     paths = [pathlib.Path(path) for path in extra] + [pathlib.Path.cwd()]
     paths += [root] if (root := checkout()) else [INSTALLED]
     return list({path.resolve(): path for path in paths}.values())
@@ -34,12 +43,15 @@ def find(name: str | os.PathLike, paths: Sequence[pathlib.Path]) -> pathlib.Path
     """Returns the path of the gin file called `name`.
 
     Args:
-        name: an absolute path, or one relative to a folder of `paths`.
+        name: an absolute path, one relative to a folder of `paths`, or one in an object store,
+            e.g. gs://bucket/run.gin; of that the copy is returned that was made of it now.
         paths: as `search_paths` returns them.
 
     Raises:
         UserError: no such file; the message lists the folders and the nearest names.
     """
+    if storage.is_remote(name):
+        return _copy(os.fspath(name))
     wanted = pathlib.Path(name).expanduser()
     for candidate in [wanted] if wanted.is_absolute() else _candidates(wanted, paths):
         if candidate.is_file():
@@ -50,6 +62,24 @@ def find(name: str | os.PathLike, paths: Sequence[pathlib.Path]) -> pathlib.Path
         f"no gin file {str(name)!r}",
         got=f"nothing of that name in\n       {looked_in}",
         fix=hint or "give its path, or add its folder with --gin_search_paths=FOLDER")
+
+
+def _copy(url: str) -> pathlib.Path:
+    """Copies a gin file from an object store; its folder is named by the path, for messages."""
+    place = _copies() / url.replace("://", "/")
+    try:
+        storage.download(url, place)
+    except FileNotFoundError:
+        raise UserError(f"no gin file {url!r}", got="nothing of that name in the object store",
+                        fix="gcloud storage ls shows what there is") from None
+    return place
+
+
+@functools.cache
+def _copies() -> pathlib.Path:
+    folder = tempfile.mkdtemp(prefix="vishwam-gin-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return pathlib.Path(folder)
 
 
 def available(paths: Sequence[pathlib.Path]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
 
 T5X_FEATURES = {
@@ -79,7 +81,8 @@ def read_batch(path: str | os.PathLike, input_modalities: tuple[str, ...],
 def _load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     fix = "give an .npz file as numpy.savez writes it"
     try:
-        file = np.load(path)
+        # Read whole: it may lie in an object store.
+        file = np.load(io.BytesIO(storage.read_bytes(path)))
         if isinstance(file, np.ndarray):
             raise UserError("the batch cannot be read", got=f"{path}: one array", fix=fix)
         with file:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.objectives.vocabulary import EOS_ID, PAD_ID, VocabularyLayout
 
@@ -128,10 +129,12 @@ class Tokenizer:
 
 def _read(path: str | os.PathLike) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return storage.read_bytes(path)
+    except storage.StorageError:
+        raise
     except OSError as error:
-        raise UserError("the SentencePiece model cannot be read", got=f"{path}: {error.strerror}",
+        raise UserError("the SentencePiece model cannot be read",
+                        got=f"{path}: {error.strerror or 'there is none'}",
                         fix="give the path of a .model file; `vishwam cache` writes the "
                             "quickstart's") from error
 

@@ -5,13 +5,18 @@ Also finds the Tasks: imports the modules that register them and looks names up 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import logging
 import pathlib
 import pkgutil
+import shutil
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Mapping, Sequence
@@ -21,6 +26,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records
@@ -39,7 +45,8 @@ def import_task_modules(names: Sequence[str]) -> list[types.ModuleType]:
     """Imports modules that register Tasks.
 
     Args:
-        names: importable names or paths of .py files; none: all that come with vishwam_t5x.
+        names: importable names or paths of .py files, which may be in an object store; none:
+            all that come with vishwam_t5x.
 
     Raises:
         UserError: there is no such module or file.
@@ -71,7 +78,7 @@ def _import_name(name: str) -> types.ModuleType:
 
 
 def _import_file(path: str) -> types.ModuleType:
-    file = pathlib.Path(path).expanduser().resolve()
+    file = _copy(path) if storage.is_remote(path) else pathlib.Path(path).expanduser().resolve()
     if not file.is_file():
         raise UserError("there is no such file of tasks", got=path)
     loaded = sys.modules.get(file.stem)
@@ -90,6 +97,17 @@ def _import_file(path: str) -> types.ModuleType:
         del sys.modules[file.stem]  # half of it must not be found by the next import
         raise
     return module
+
+
+@functools.cache
+def _copy(url: str) -> pathlib.Path:
+    """Copies a file of tasks from an object store, once a process."""
+    folder = tempfile.mkdtemp(prefix="vishwam-tasks-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    place = pathlib.Path(folder) / url.rsplit("/", 1)[-1]
+    with contextlib.suppress(FileNotFoundError):
+        storage.download(url, place)
+    return place
 
 
 def task_rates(name: str, cache_dir: str) -> dict[str, float]:
