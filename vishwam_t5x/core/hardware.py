@@ -36,6 +36,7 @@ class Hardware:
         link_bandwidth: bytes/s a device can send to its neighbours over all its links together
             (ICI, NVLink, or PCIe where that is all there is).
         compute_capability: of an NVIDIA GPU, e.g. '8.0'.
+        torus_dims: dimensions of a TPU's torus, over which `link_bandwidth` is spread; 0: a switch.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Hardware:
     peak_flops: Mapping[str, float]
     link_bandwidth: float
     compute_capability: str | None = None
+    torus_dims: int = 0
 
     def matmul_peak(self, dtype: str) -> float:
         """Returns the FLOP/s to hold a matmul of that dtype against, at jax's default precision.
@@ -61,13 +63,13 @@ class Hardware:
 
 
 def _tpu(name: str, hbm: float, usable_gib: float, bandwidth: float, bf16: float, link: float,
-         int8: float | None = None, fp8: float | None = None) -> Hardware:
+         torus: int, int8: float | None = None, fp8: float | None = None) -> Hardware:
     """A TPU device: HBM in GiB, bandwidths in GB/s, peaks in TFLOP/s."""
     peaks = {"bfloat16": bf16 * TERA, "float32": bf16 * TERA}
     peaks |= {"int8": int8 * TERA} if int8 else {}
     peaks |= {"float8": fp8 * TERA} if fp8 else {}
     return Hardware(name, "tpu", int(hbm * GIB), int(usable_gib * GIB), bandwidth * GB, peaks,
-                    link * GB)
+                    link * GB, torus_dims=torus)
 
 
 def _gpu(name: str, capability: str, gb: float, usable_gib: float, bandwidth: float, link: float,
@@ -81,13 +83,13 @@ def _gpu(name: str, capability: str, gb: float, usable_gib: float, bandwidth: fl
 # v2, v3 and 7x have two devices a chip and the chip's figures are halved. Usable bytes are what
 # libtpu's compiler states when a program is too big.
 _TPUS = (
-    _tpu("TPU v2", 8, 7.48, 350, 22.5, 124),
-    _tpu("TPU v3", 16, 15.48, 450, 61.5, 164),
-    _tpu("TPU v4", 32, 30.75, 1228, 275, 300, int8=275),
-    _tpu("TPU v5e", 16, 15.75, 819, 197, 200, int8=394),
-    _tpu("TPU v5p", 96, 95.74, 2765, 459, 600, int8=918),
-    _tpu("TPU v6e", 32, 31.25, 1638, 918, 448, int8=1836),
-    _tpu("TPU 7x", 96, 94.75, 3690, 1153.5, 600, fp8=2307),
+    _tpu("TPU v2", 8, 7.48, 350, 22.5, 124, 2),
+    _tpu("TPU v3", 16, 15.48, 450, 61.5, 164, 2),
+    _tpu("TPU v4", 32, 30.75, 1228, 275, 300, 3, int8=275),
+    _tpu("TPU v5e", 16, 15.75, 819, 197, 200, 2, int8=394),
+    _tpu("TPU v5p", 96, 95.74, 2765, 459, 600, 3, int8=918),
+    _tpu("TPU v6e", 32, 31.25, 1638, 918, 448, 2, int8=1836),
+    _tpu("TPU 7x", 96, 94.75, 3690, 1153.5, 600, 3, fp8=2307),
 )
 
 # GPUs: NVIDIA's data sheets and architecture white papers; dense tensor-core rates with float32

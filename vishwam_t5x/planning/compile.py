@@ -1,0 +1,139 @@
+"""Compiles a recipe's train step for a target and reads off what it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.planning import activations, collectives, hlo, targets, traffic
+from vishwam_t5x.planning.figures import Bytes, Cache, Figures
+from vishwam_t5x.planning.program import Recipe
+from vishwam_t5x.training.setup import Parts
+
+LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
+"""Compiler options that halve a TPU's compile time; bytes stay within a few percent."""
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def compile_recipe(recipe: Recipe, target: targets.Target, cache: Cache | None = None,
+                   quick: bool = False) -> Figures:
+    """Returns the figures of the recipe's step on the target, from the cache where it has them.
+
+    Call in a process with `targets.environment(target)`. No parameter is ever allocated.
+
+    Args:
+        recipe: what is trained, choices applied.
+        target: what for.
+        cache: where figures are remembered; None: nowhere.
+        quick: compile with `LEAST_EFFORT`.
+
+    Raises:
+        UserError: recipe and target do not go together, or the compiler refuses the program.
+    """
+    start = time.monotonic()
+    parts = recipe.parts(targets.devices(target))
+    factory = parts.factory()
+    shardings = parts.batch_shardings()
+    lowered = parts.lower(factory, shardings)
+    program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    traced = time.monotonic() - start
+    devices = parts.mesh.devices
+    key = Cache.key(program, target.name, devices.shape, [device.id for device in devices.flat],
+                    quick, *_versions())
+    if cache is not None and (found := cache.get(key)) is not None:
+        return found
+    logging.info("traced in %.0f s, compiling for %s", traced, target.name)
+    start = time.monotonic()
+    options = LEAST_EFFORT if quick and target.platform != "cpu" else None
+    try:
+        compiled, needed = lowered.compile(compiler_options=options), None
+    except jax.errors.JaxRuntimeError as error:
+        compiled, needed = None, out_of_memory_bytes(str(error))
+        if needed is None:
+            raise UserError(f"the compiler refuses the program for {target.name}",
+                            got=str(error).splitlines()[0][:300],
+                            fix="see the message; the recipe may use what this hardware lacks"
+                            ) from error
+    seconds = time.monotonic() - start
+    figures = _figures(parts, factory, target, compiled, needed, program,
+                       recipe.flops(), (traced, seconds))
+    if cache is not None:
+        cache.put(key, figures)
+    return figures
+
+
+def out_of_memory_bytes(message: str) -> int | None:
+    """Returns what a compiler that ran out of memory says the program would need, in bytes."""
+    for pattern in (r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm",
+                    r"would (?:use|need) ([\d.]+)([KMGT]?)i?B",
+                    r"Total hbm usage >= ([\d.]+)([KMGT]?)",
+                    r"needs ([\d.]+)([KMGT]?)i?B"):
+        if match := re.search(pattern, message):
+            return int(float(match[1]) * _UNITS[match[2]])
+    return 0 if "RESOURCE_EXHAUSTED" in message else None
+
+
+def shard_bytes(tree: Any) -> int:
+    """Returns the bytes of one device's shards of `ShapeDtypeStruct`s that have shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree) if getattr(leaf, "sharding", None) is not None)
+
+
+def state_bytes(parts: Parts, factory: Any) -> tuple[int, int, int]:
+    """Returns one device's bytes of (parameters, the rest of the train state, batch)."""
+    state = factory.abstract.on_device()
+    parameters = shard_bytes(state.params)
+    sharding = next(iter(parts.batch_shardings().values()))
+    batch = sum(math.prod(sharding.shard_shape(feature.shape)) * np.dtype(feature.dtype).itemsize
+                for feature in parts.spec.arrays().values())
+    return parameters, shard_bytes(state) - parameters, batch
+
+
+def _figures(parts: Parts, factory: Any, target: targets.Target, compiled: Any,
+             needed: int | None, program: str, flops: float, seconds: tuple[float, float]
+             ) -> Figures:
+    parameters, optimizer, batch = state_bytes(parts, factory)
+    arguments = parameters + optimizer + batch
+    found: tuple[collectives.Collective, ...] = ()
+    moved = None
+    if compiled is not None:
+        memory = compiled.memory_analysis()
+        temporary = memory.temp_size_in_bytes
+        total = (memory.argument_size_in_bytes + temporary + max(
+            0, memory.output_size_in_bytes - memory.alias_size_in_bytes))
+        module = hlo.parse(compiled.as_text())
+        found = tuple(collectives.find(module, dict(parts.mesh.shape),
+                                       list(parts.mesh.devices.flat)))
+        moved = traffic.memory_bytes(module)
+        fits = target.platform == "tpu" or total <= target.limit_bytes
+    else:
+        total = max(needed or 0, arguments)
+        temporary, fits = max(0, total - arguments), False
+    kept = min(activations.kept_bytes(parts, factory), temporary)
+    config = parts.model.config
+    return Figures(
+        target.name, program, fits, target.limit_bytes,
+        Bytes(parameters, optimizer, batch, kept, temporary - kept, temporary, total),
+        flops, moved, found, dict(parts.mesh.shape), config.remat_policy,
+        parts.step.num_microbatches, config.policy.name, parts.spec.batch_size, *seconds)
+
+
+def _versions() -> list[str]:
+    names = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,74 @@
+"""How long a step takes at best: by arithmetic, by memory, by messages."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vishwam_t5x.core.flops import mfu
+from vishwam_t5x.planning.collectives import Collective
+from vishwam_t5x.planning.figures import Figures
+from vishwam_t5x.planning.targets import Target
+
+RECOMPUTED = {"none": 0.0, "dots": 0.0, "minimal": 0.05, "offload": 0.1, "save_names": 0.2,
+              "full": 1 / 3}
+"""Share of a step's FLOPs that a remat policy does again: for 'full' a forward pass, for the others
+the part of one that attention weights and projections commonly are."""
+
+HOP_SECONDS = {"tpu": 1e-6, "gpu": 5e-6, "cpu": 0.0}
+"""What each step of a ring costs beside its bytes: a guess."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step if one thing alone were the limit; None where no figure is known.
+
+    Attributes:
+        compute: matmuls at the data sheet's peak, those done twice included.
+        memory: bytes moved at the data sheet's bandwidth.
+        messages: bytes sent over the links, and hops.
+        best: all three overlap; no step is faster.
+        worst: nothing overlaps.
+        bound: what limits `best`: 'compute', 'memory' or 'messages'.
+        mfu: share of the peak at `best`; None where there is no peak.
+    """
+
+    compute: float | None
+    memory: float | None
+    messages: float | None
+    best: float | None
+    worst: float | None
+    bound: str | None
+    mfu: float | None
+
+
+def estimate(figures: Figures, target: Target) -> Estimate:
+    """Returns the estimate; all None for a CPU, of which no data sheet is known."""
+    hardware = target.hardware
+    if hardware is None or figures.traffic_bytes is None:
+        return Estimate(None, None, None, None, None, None, None)
+    peak = hardware.matmul_peak(figures.precision)
+    again = RECOMPUTED[figures.remat.partition(":")[0]]
+    parts = {
+        "compute": figures.flops * (1 + again) / (target.num_devices * peak),
+        "memory": figures.traffic_bytes / hardware.hbm_bandwidth,
+        "messages": sum(message_seconds(one, target) for one in figures.collectives)}
+    best = max(parts.values())
+    bound = max(parts, key=lambda name: parts[name])
+    return Estimate(parts["compute"], parts["memory"], parts["messages"], best,
+                    sum(parts.values()), bound,
+                    mfu(figures.flops, best, target.num_devices, peak))
+
+
+def message_seconds(one: Collective, target: Target) -> float:
+    """Returns the seconds of all messages of a kind, one after the other.
+
+    On a torus a group gets the links of the dimensions that it spans; its ring turns along each of
+    them in turn, so the hops grow with the sides of the torus and not with the devices.
+    """
+    assert target.hardware is not None
+    bandwidth = target.hardware.link_bandwidth * one.torus_share
+    dims = max(1, round(target.hardware.torus_dims * one.torus_share))
+    hops = dims * (one.group ** (1 / dims) - 1)
+    turns = 2 if one.kind == "all-reduce" else 1
+    latency = one.count * turns * max(1.0, hops) * HOP_SECONDS[target.platform]
+    return one.sent_bytes / bandwidth + latency
