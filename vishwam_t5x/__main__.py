@@ -7,6 +7,7 @@ usage: vishwam VERB --gin_file=FILE [--gin.NAME=VALUE ...]
   infer      predictions for a split of a task or a file of inputs
   forward    logits and loss of a checkpoint on one batch (for porting)
   cache      prepare a task's examples once, for fast reading
+  plan       compile for absent hardware: does it fit, how long is a step at best
   inspect    show a mixture: rates, lengths, packing, decoded examples
   config     show a configuration, or the difference of two
   doctor     check this machine: versions, devices, paths
@@ -41,7 +42,7 @@ from vishwam_t5x.core.errors import (
     did_you_mean,
 )
 
-VERBS = ("train", "evaluate", "infer", "forward", "cache", "inspect", "config", "doctor",
+VERBS = ("train", "evaluate", "infer", "forward", "cache", "plan", "inspect", "config", "doctor",
          "launch")
 # The verbs that read no gin files: their help has no word about them.
 _WITHOUT_GIN = ("doctor", "launch")
