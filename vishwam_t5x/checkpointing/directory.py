@@ -8,9 +8,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
+import shutil
+import tempfile
 
 from etils import epath
 
@@ -67,6 +70,28 @@ def sweep(folder: epath.Path) -> list[str]:
         log.warning("removed what an interrupted save had left in %s: %s", folder,
                     ", ".join(swept))
     return swept
+
+
+def probe(folder: epath.Path, size: int) -> None:
+    """Writes a little into `folder`, to find out before all processes begin to save together.
+
+    Args:
+        folder: of checkpoints; made if it is new.
+        size: bytes that this process is about to write.
+
+    Raises:
+        OSError: that will not do.
+    """
+    if "://" in os.fspath(folder):
+        return  # a bucket is never full; whether it answers, only the write itself shows
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {size:,} are needed", str(folder))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove(directory: epath.Path) -> None:

@@ -26,13 +26,19 @@ from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.checkpointing.sources import CheckpointSource, assemble, request_of
 from vishwam_t5x.checkpointing.writing import Writer, can_snapshot, snapshot
+from vishwam_t5x.core import coordination
+from vishwam_t5x.core.coordination import process_name
 from vishwam_t5x.core.distributed import any_process, barrier, is_primary
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import PeersLost, UserError
 from vishwam_t5x.core.trees import flatten_names
 
 log = logging.getLogger(__name__)
 
 _AGREE_EVERY = 10  # steps between questions of the time in runs of several processes
+
+
+class NotBegun(OSError):
+    """A save that no process has begun, since one of them could not."""
 
 
 class Checkpoints:
@@ -131,6 +137,8 @@ class Checkpoints:
                 flat = snapshot(flat)
             else:
                 self._begin(step, flat, numbers)
+        except PeersLost:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it was, training goes on
             self._succeeded = False
             self._report_failure(step, error)
@@ -176,12 +184,25 @@ class Checkpoints:
 
     def _begin(self, step: int, flat: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         target = self.folder / str(step)
+        failure: Exception | None = None
+        try:
+            self._prepare(target, flat)
+        except Exception as error:  # noqa: BLE001 - raised again, once the others know
+            failure = error
+        # In Orbax's hands, one process that could not begin would leave the others waiting.
+        if any_process(failure is not None, "save begun"):
+            raise NotBegun(str(failure or "another process cannot write")) from failure
+        self._writer.begin(target, step, flat, metrics)
+
+    def _prepare(self, target: epath.Path, flat: Mapping[str, Any]) -> None:
+        if jax.process_count() > 1:
+            directories.probe(self.folder, sum(leaf.nbytes for leaf in flat.values())
+                              // jax.process_count())
         if is_primary():
             self.folder.mkdir(parents=True, exist_ok=True)
             directories.remove(target)  # one of another time line, or damaged
             if self.failed_saves:  # its slowest files may have come after it was swept
                 directories.sweep(self.folder)
-        self._writer.begin(target, step, flat, metrics)
 
     def _write(self, step: int, flat: Mapping[str, Any] | None, metrics: Mapping[str, float]
                ) -> bool:
@@ -205,6 +226,10 @@ class Checkpoints:
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self.failed_saves += 1
+        if jax.process_count() > 1 and not isinstance(error, NotBegun):
+            # The others are somewhere in Orbax's barriers, whose numbers do not agree any more.
+            coordination.put("lost", f"{process_name(jax.process_index())} could not write the "
+                             f"checkpoint of step {step}: {error}"[:500])
         self._writer.reset()
         older: list[int] = []
         with contextlib.suppress(OSError):  # the disk may be the reason why we are here

@@ -157,10 +157,10 @@ class Watchdog:
             number += 1
             try:
                 coordination.put(f"alive/{me}", str(number))
-                if me == 0:
+                if (said := coordination.get("lost")) is not None:
+                    self._lose(said)
+                elif me == 0:
                     self._listen()
-                elif (said := coordination.get("lost")) is not None:
-                    self._lost = said
                 elif (beat := coordination.get("alive/0")) is not None:
                     self._hear(0, beat)
                 self._contact, self._trouble = time.monotonic(), ""
@@ -189,9 +189,10 @@ class Watchdog:
             self._heard[process] = beat, time.monotonic()
 
     def _lose(self, why: str) -> None:
-        coordination.put("lost", why)
-        # The service must outlive the news: the others ask for it once a period.
-        time.sleep(2 * self._period + _LOOK)
+        if jax.process_index() == 0:
+            coordination.put("lost", why)
+            # The service must outlive the news: the others ask for it once a period.
+            time.sleep(2 * self._period + _LOOK)
         self._lost = why
 
     def _who_is_lost(self) -> str | None:

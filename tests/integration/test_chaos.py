@@ -1,0 +1,111 @@
+"""Thirty disturbances of a run of four processes, of every kind, and it learns the very same."""
+
+import collections
+import json
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import process_groups as groups
+import pytest
+import training_runs as runs
+
+from vishwam_t5x.checkpointing.restore import open_source
+from vishwam_t5x.checkpointing.sources import Request
+
+PROCESSES, DISTURBANCES, STEPS = 4, 30, 400
+SETTINGS = ("--gin.SAVE_PERIOD=5", "--gin.WatchdogConfig.peer_seconds=6",
+            "--gin.WatchdogConfig.phase_seconds=150", "--gin.WatchdogConfig.step_seconds=60",
+            "--roll_call_seconds=30")
+KINDS = ("SIGKILL", "SIGTERM", "SIGSTOP", "storage")
+# Resumable, done, or what was done to them; -6: jax aborts where it is joining the processes.
+EXPECTED = {0, 75, 76, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT}
+
+
+def parameters(model_dir):
+    """{name: array} of the newest checkpoint, and its step."""
+    source, step, _ = open_source(model_dir)
+    wanted = {name: Request(np.dtype(leaf.dtype), None) for name, leaf in source.leaves.items()}
+    return source.read(wanted), step
+
+
+def start(model_dir, env):
+    local = f"--gin.CheckpointConfig.local_folder='{model_dir}-disks'"
+    return groups.start(model_dir, STEPS, *SETTINGS, local, "--gin.CheckpointConfig.local_period=2",
+                        count=PROCESSES, devices=1, env=env)
+
+
+def running(group):
+    return all(process.poll() is None for process in group.processes)
+
+
+def wait_for_progress(group, model_dir, steps, timeout=150):
+    """Until so many steps more are logged, or the run ends."""
+    target, deadline = runs.last_step(model_dir) + steps, time.monotonic() + timeout
+    while running(group) and runs.last_step(model_dir) < target:
+        assert time.monotonic() < deadline, group.tail()
+        time.sleep(0.05)
+
+
+def break_storage(model_dir, seconds):
+    """For a while the folder of checkpoints is a file: nothing can be written or listed."""
+    folder, away = model_dir / "checkpoints", model_dir / "away"
+    if not folder.is_dir():
+        return
+    folder.rename(away)
+    folder.write_text("")
+    time.sleep(seconds)
+    folder.unlink()
+    away.rename(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_chaos(tmp_path, quickstart_cache):
+    seed = random.SystemRandom().randrange(2**32)
+    chance, began = random.Random(seed), time.monotonic()
+    print(f"seed {seed}", flush=True)
+    straight, model_dir = tmp_path / "straight", tmp_path / "chaos"
+    group = groups.start(straight, STEPS, count=PROCESSES, devices=1, env=quickstart_cache)
+    assert set(group.wait(1200)) == {0}, group.tail()
+
+    done, codes = [], collections.Counter()
+    group = start(model_dir, quickstart_cache)
+    while len(done) < DISTURBANCES:
+        if chance.random() < 0.7:
+            wait_for_progress(group, model_dir, chance.randint(1, 8))
+        else:  # anywhere: importing, joining, compiling, restoring
+            time.sleep(chance.uniform(0.2, 15.0))
+        if running(group):
+            # Each kind in turn, so that all of them occur.
+            kind, victim = KINDS[len(done) % len(KINDS)], chance.randrange(PROCESSES)
+            done.append((kind, victim, runs.last_step(model_dir)))
+            if kind == "storage":
+                break_storage(model_dir, chance.uniform(0.5, 4.0))
+                continue  # the run goes on
+            group.processes[victim].send_signal(getattr(signal, kind))
+            if kind == "SIGSTOP":
+                others = [p for i, p in enumerate(group.processes) if i != victim]
+                for process in others:
+                    process.wait(timeout=240)
+                group.processes[victim].send_signal(chance.choice((signal.SIGCONT, signal.SIGKILL)))
+        ended = group.wait(300)
+        codes.update(ended)
+        assert set(ended) <= EXPECTED, (ended, group.tail())
+        assert runs.last_step(model_dir) < STEPS, f"the run was over after {len(done)} disturbances"
+        group = start(model_dir, quickstart_cache)
+    while set(ended := group.wait(1200)) != {0}:  # the last disturbance may still tell
+        assert set(ended) <= EXPECTED, (ended, group.tail())
+        group = start(model_dir, quickstart_cache)
+
+    print(json.dumps({"seed": seed, "seconds": round(time.monotonic() - began),
+                      "exit codes": dict(codes), "disturbances": done}), flush=True)
+    for name in ("loss", "examples_crc32", "grad_norm", "param_norm"):
+        assert runs.column(straight, name) == runs.column(model_dir, name), (name, seed)
+    expected, found = parameters(straight), parameters(model_dir)
+    assert found[1] == expected[1] == STEPS and found[0].keys() == expected[0].keys()
+    for name, array in expected[0].items():
+        np.testing.assert_array_equal(found[0][name], array, err_msg=f"{name}, seed {seed}")
+    shutil.rmtree(f"{model_dir}-disks")
