@@ -7,8 +7,11 @@ peer that does not come is named when the deadline passes. The only file that to
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -173,6 +176,28 @@ def _absent(folder: str) -> list[int]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+_handler: Any = None  # kept: C holds nothing but its address
+
+
+def on_abort(handler: Callable[[], None]) -> None:
+    """Calls `handler` when jax aborts the process (SIGABRT), as it does when process 0 is gone.
+
+    jax's own callback for this cannot be called from Python in jaxlib 0.10 (it hands over a type
+    that has none). If the handler returns, the process ends as it would have.
+    """
+    global _handler
+    libc = ctypes.CDLL(None)
+
+    def handle(signum: int) -> None:
+        try:
+            handler()
+        finally:
+            libc.signal(signum, 0)  # SIG_DFL
+
+    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    libc.signal(int(signal.SIGABRT), _handler)
 
 
 def host_name() -> str:

@@ -16,7 +16,7 @@ import jax
 
 from vishwam_t5x.core import coordination, roll_call
 from vishwam_t5x.core.coordination import DEADLINE, exchange, process_name
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import EXIT_ABORTED, UserError
 
 _LEAVING = 10.0  # seconds that process 0, in which the coordination service lives, stays for others
 _SHOWN = 8  # lines of a difference in a message
@@ -54,9 +54,16 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
     else:
         return
     roll_call.call(*found, timeout_seconds)
+    coordination.on_abort(_lost_while_joining)  # until a watchdog knows better
     jax.distributed.initialize(*found, initialization_timeout=int(max(timeout_seconds, 1)),
                                heartbeat_timeout_seconds=heartbeat_seconds)
     coordination.service()  # says now, and not in the middle of a run, that jax has changed
+
+
+def _lost_while_joining() -> None:
+    print("vishwam: another process was lost while the processes joined; run the same command to "
+          "resume", file=sys.stderr, flush=True)
+    os._exit(EXIT_ABORTED)
 
 
 def _checked(address: str | None, count: int | None, index: int | None) -> tuple[str, int, int]:

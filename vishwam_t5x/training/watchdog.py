@@ -7,17 +7,14 @@ writes the stacks of all threads, so that a hang can be understood afterwards.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from types import TracebackType
-from typing import Any
 
 import jax
 
@@ -73,7 +70,6 @@ class Watchdog:
         self._trouble = ""
         self._lost: str | None = None
         self._heard: dict[int, tuple[str, float]] = {}
-        self._c_handler: Any = None
 
     def __enter__(self) -> Watchdog:
         threads = [self._watch]
@@ -207,17 +203,9 @@ class Watchdog:
         return None
 
     def _catch_aborts(self) -> None:
-        """jax aborts (SIGABRT) when process 0 is gone: that is a reason to end with 76.
-
-        Its callback for this cannot be called from Python in jaxlib 0.10. The handler runs in one
-        of jax's threads, which is lost anyway: it waits there for the watchdog's verdict.
-        """
-        libc = ctypes.CDLL(None, use_errno=True)
-
-        def handle(signum: int) -> None:
+        """The abort of `on_abort` waits, in a thread that is lost anyway, for our verdict."""
+        def handle() -> None:
             if not self._ended.is_set() and (lost := self._verdict()) is not None:
                 self._abort(lost)
-            libc.signal(signum, 0)  # SIG_DFL: another trouble, it ends as it would have
 
-        self._c_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
-        libc.signal(int(signal.SIGABRT), self._c_handler)
+        coordination.on_abort(handle)
