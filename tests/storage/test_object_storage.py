@@ -49,6 +49,7 @@ def records(port: int, run: str) -> list[dict]:
             if line]
 
 
+@pytest.mark.slow
 def test_train_kill_resume_evaluate(bucket, tmp_path, quickstart_cache):
     env = emulator.variables(bucket, **quickstart_cache)
     whole = tmp_path / "whole"
@@ -94,3 +95,41 @@ def test_train_kill_resume_evaluate(bucket, tmp_path, quickstart_cache):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "evaluation/20/metrics.jsonl" in listing(bucket, "run")
     assert np.isfinite(json.loads(content(bucket, "run/evaluation/20/metrics.jsonl"))["loss"])
+
+
+@pytest.mark.slow
+def test_a_storage_that_goes_away_and_comes_back(bucket, tmp_path, quickstart_cache):
+    line = emulator.FaultyLine(bucket, seed=0, share=0.0, stall_seconds=0)
+    env = emulator.variables(line.port, VISHWAM_STORAGE_SECONDS="10", **quickstart_cache)
+    run, log = emulator.url("away"), tmp_path / "away"
+    # So many steps that they outlast the outage; saved by the steps.
+    arguments = (1500, "--gin.SAVE_PERIOD=250", f'--gin.MODEL_DIR="{run}"')
+    process = training_runs.start(log, *arguments, env=env)
+    text = pathlib.Path(f"{log}.log")
+
+    def wait_for(words: str) -> None:
+        deadline = time.monotonic() + 300
+        while words not in text.read_text():
+            assert process.poll() is None, text.read_text()[-6000:]
+            assert time.monotonic() < deadline, text.read_text()[-6000:]
+            time.sleep(0.05)
+
+    try:
+        wait_for("checkpoints/250 saved")
+        line.cut_off.set()
+        wait_for("CHECKPOINT NOT SAVED")
+        # The one before is whole, for whoever can reach it.
+        names = listing(bucket, "away")
+        assert {"checkpoints/250/manifest.json", "checkpoints/250/commit_success.txt"} <= set(names)
+        assert "training goes on" in text.read_text()
+        line.cut_off.clear()
+        assert process.wait(300) == 0, text.read_text()[-6000:]
+    finally:
+        if process.poll() is None:
+            training_runs.kill(process)
+        line.close()
+    names = listing(bucket, "away")
+    assert "checkpoints/1500/commit_success.txt" in names
+    whole = {name.split("/")[1] for name in names if name.endswith("/commit_success.txt")}
+    assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == whole
+    assert [record["step"] for record in records(bucket, "away")] == list(range(1, 1501))

@@ -9,7 +9,7 @@ from vishwam_t5x.training.writers import TerminalWriter
 
 
 @pytest.mark.parametrize(("place", "words"), [
-    ("", "MODEL_DIR is empty"), ("gs://bucket/run", "not a bucket"), (__file__, "cannot be made")])
+    ("", "MODEL_DIR is empty"), ("s3://bucket/run", "Google Cloud"), (__file__, "cannot be made")])
 def test_refused(place, words):
     with pytest.raises(UserError, match=words):
         RunDir.open(place)

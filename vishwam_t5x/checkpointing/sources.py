@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,7 @@ from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.layers import Recipe
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Leaf
 from vishwam_t5x.checkpointing.writing import quiet_orbax
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.distributed import any_process
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names, unflatten_names
@@ -69,6 +71,7 @@ class CheckpointSource:
         Raises:
             DamagedCheckpoint: its files do not hold what the manifest says, or cannot be read by
                 some process: then all of them raise it.
+            StorageError: the object store they are in did not answer.
         """
         if not requests:
             return {}
@@ -92,12 +95,23 @@ class CheckpointSource:
             except Exception as error:  # noqa: BLE001 - raised again, once the others know
                 failure = error
         if any_process(failure is not None, "checkpoint read"):
+            if failure and storage.is_remote(self.directory) and _unanswered(failure):
+                raise storage.StorageError(
+                    f"the storage does not answer: {self.directory} could not be read",
+                    got=failure, fix="run the same command again when it does") from failure
             # OSError and ValueError are what TensorStore raises for bad bytes.
             if failure is None or isinstance(failure, OSError | ValueError):
                 why = failure or "by another process"
                 raise DamagedCheckpoint(self.directory, f"it cannot be read ({why})") from failure
             raise failure
         return flatten_names(tree)
+
+
+def _unanswered(error: Exception) -> bool:
+    """Whether TensorStore gave up on the network; a damaged file is another matter."""
+    return isinstance(error, OSError) or re.search(
+        r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|"
+        r"UNAUTHENTICATED", str(error)) is not None
 
 
 _ROOTS = ("params/", "target/")
@@ -114,9 +128,12 @@ class NpzSource:
         """
         self._path = os.fspath(path)
         try:
-            headers = _npz_headers(self._path)
+            with storage.as_local(self._path) as file:
+                headers = _npz_headers(os.fspath(file))
         except FileNotFoundError:
             raise UserError("there is no such file", got=self._path) from None
+        except storage.StorageError:
+            raise
         except (ValueError, zipfile.BadZipFile, OSError, EOFError) as error:
             raise UserError("this file is not a flat .npz of arrays", got=f"{self._path}: {error}",
                             fix="write it with np.savez(path, **{'/'-joined name: array})"
@@ -132,7 +149,7 @@ class NpzSource:
     def read(self, requests: Mapping[str, Request]) -> dict[str, Any]:
         """See `Source.read`."""
         arrays = {}
-        with np.load(self._path, allow_pickle=False) as file:
+        with storage.as_local(self._path) as place, np.load(place, allow_pickle=False) as file:
             for name, request in requests.items():
                 array = file[self._keys[name]]
                 if _is_raw_bfloat16(array.dtype):

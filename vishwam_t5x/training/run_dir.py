@@ -1,4 +1,8 @@
-"""The files of one run: what is in MODEL_DIR and under which name."""
+"""The files of one run: what is in MODEL_DIR and under which name.
+
+Of a MODEL_DIR in gs:// the checkpoints are written straight into the bucket; all other files, most
+of which grow line by line, live in a scratch folder of this process that `mirror` copies there.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,21 @@ import dataclasses
 import fcntl
 import os
 import pathlib
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
 
 from absl import logging
+from etils import epath
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.training import lease
+from vishwam_t5x.training.mirror import Mirror
+
+# What a resumed run reads.
+_READ_BACK = ("config.gin", "data.json", "metrics.jsonl", "ledger.jsonl", "skipped_batches.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +33,14 @@ class RunDir:
     """Paths inside a model directory.
 
     Attributes:
-        path: MODEL_DIR.
+        path: MODEL_DIR, or the scratch folder that stands for it.
+        url: MODEL_DIR in gs://, or None.
+        mirror: copies `path` to `url`; None without.
     """
 
     path: pathlib.Path
+    url: str | None = None
+    mirror: Mirror | None = None
 
     @classmethod
     def open(cls, model_dir: str | os.PathLike) -> RunDir:
@@ -33,11 +51,8 @@ class RunDir:
         """
         if not str(model_dir):
             raise UserError("MODEL_DIR is empty", fix="--gin.MODEL_DIR='\"runs/my_run\"'")
-        if "://" in str(model_dir):
-            # Taken for a path, it would become a folder called 'gs:' in the current one.
-            raise UserError("MODEL_DIR must be a folder of a file system, not a bucket",
-                            got=str(model_dir),
-                            fix="mount the bucket (gcsfuse), and give the folder")
+        if storage.is_remote(model_dir):
+            return cls._open_remote(os.fspath(model_dir).rstrip("/"))
         path = pathlib.Path(model_dir).expanduser()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -49,15 +64,34 @@ class RunDir:
                             fix="choose another folder, or change its permissions")
         return cls(path)
 
+    @classmethod
+    def _open_remote(cls, url: str) -> RunDir:
+        if not url.startswith("gs://"):
+            raise UserError("MODEL_DIR must be a folder, or in a bucket of Google Cloud Storage",
+                            got=url, fix="a path, or gs://BUCKET/FOLDER")
+        scratch = pathlib.Path(tempfile.mkdtemp(prefix="vishwam-run-"))
+        _read_back(url, scratch)
+        found = cls(scratch, url, Mirror(scratch, url))
+        weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
+        return found
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Holds the directory for one process: two that train into it would undo each other's work.
 
         The lock dies with its process, however that ends. A file system without locks has none.
+        A bucket has none either: there see `lease`. While it is held, the mirror runs.
 
         Raises:
             UserError: another process holds it.
         """
+        if self.url is not None:
+            assert self.mirror is not None
+            with lease.held(self.url):
+                _read_back(self.url, self.path)  # the last holder may have gone on until now
+                with self.mirror:
+                    yield
+            return
         with (self.path / ".lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,9 +124,9 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
-    def checkpoints(self) -> pathlib.Path:
+    def checkpoints(self) -> pathlib.Path | epath.Path:
         """One folder a checkpoint, named by its step."""
-        return self.path / "checkpoints"
+        return (self.path if self.url is None else epath.Path(self.url)) / "checkpoints"
 
     @property
     def data(self) -> pathlib.Path:
@@ -110,7 +144,28 @@ class RunDir:
         return self.path / "profile"
 
     def write(self, path: pathlib.Path, text: str) -> None:
-        """Writes a whole file or, if killed, none of it."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        """Writes a whole file or, if killed, none of it; in a bucket before this returns."""
+        storage.write_text(path, text)
+        if self.mirror is not None:
+            self.mirror.flush()
+
+    def shown(self, path: pathlib.Path) -> str:
+        """Returns where a user finds a file of the run."""
+        return str(path) if self.url is None else storage.join(
+            self.url, path.relative_to(self.path).as_posix())
+
+    def keep(self) -> None:
+        """Brings all files to where MODEL_DIR is; a fault is logged, not raised."""
+        if self.mirror is not None:
+            self.mirror.try_flush()
+
+    def close(self) -> None:
+        """As `keep`: for what is written while a run is being closed."""
+        self.keep()
+
+
+def _read_back(url: str, scratch: pathlib.Path) -> None:
+    there = storage.names(url)
+    for name in _READ_BACK:
+        if name in there:
+            storage.download(storage.join(url, name), scratch / name)
