@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # What YAML 1.1 would take for something other than a string.
-_SPECIAL = re.compile(r"(?i)(true|false|yes|no|on|off|y|n|null|~|)|[-+.\d][-+.:_\deExXoO]*")
+_SPECIAL = re.compile(r"(?i)true|false|yes|no|on|off|y|n|null|[-+.\d].*")
 _PLAIN = re.compile(r"[A-Za-z0-9_./][\w./-]*(:[\w./-]+)*")
 
 
@@ -44,7 +44,8 @@ def _entry(head: str, item: Any, depth: int) -> list[str]:
         if not item:
             return [f"{head} {'{}' if isinstance(item, Mapping) else '[]'}"]
         return [head, *_block(item, depth + 1)]
-    if isinstance(item, str) and "\n" in item:
+    # Of several lines, the last one ended: a literal block reads back as it was.
+    if isinstance(item, str) and re.fullmatch(r"(?!\s)([^\n]+\n+)*[^\n]+\n", item):
         pad = "  " * (depth + 1)
         return [f"{head} |", *(pad + line if line else "" for line in item.rstrip().split("\n"))]
     return [f"{head} {_scalar(item)}"]

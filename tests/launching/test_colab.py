@@ -1,0 +1,68 @@
+"""launch/colab.ipynb: a valid notebook whose cells, run one after another, train on a CPU."""
+
+from __future__ import annotations
+
+import ast
+import json
+import textwrap
+
+import pytest
+
+from helpers import ROOT, run
+
+NOTEBOOK = ROOT / "launch" / "colab.ipynb"
+SMALL = ["--gin.TRAIN_STEPS=3", "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=4",
+         "--gin.train.eval_examples=8", "--gin.evaluate.max_examples=8"]
+# IPython shows a picture; here it is looked at. Everything else is as in the notebook.
+RUNNER = """
+    import json, os, pathlib, sys, types
+    shown = []
+    display = types.ModuleType("IPython.display")
+    display.Image = lambda filename: pathlib.Path(filename).read_bytes()
+    display.display = shown.append
+    sys.modules["IPython"] = types.ModuleType("IPython")
+    sys.modules["IPython.display"] = display
+    names = {"__name__": "__main__"}
+    for source in json.loads(pathlib.Path("cells.json").read_text()):
+        exec(compile(source, "cell", "exec"), names)
+    (picture,) = shown
+    assert picture.startswith(b"\\x89PNG") and len(picture) > 10_000
+    """
+
+
+def sources() -> list[str]:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_it_is_a_notebook_without_outputs():
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+
+
+def test_every_cell_is_python_and_installs_nothing_that_is_here():
+    for source in sources():
+        ast.parse(source)  # No shell lines: they run in Jupyter alone.
+    assert "find_spec" in sources()[0] and "pip" in sources()[0]
+
+
+def test_the_steps_are_those_of_the_quickstart():
+    script = (ROOT / "launch" / "quickstart.sh").read_text()
+    notebook = "\n".join(sources())
+    for word in ("gin/recipes/quickstart_cpu.gin", "train", "evaluate", "runs/quickstart"):
+        assert word in script and word in notebook
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_its_cells_train_and_show_the_page(tmp_path, quickstart_cache):
+    changed = [source.replace("EXTRA = []", f"EXTRA = {SMALL!r}") for source in sources()]
+    assert changed != sources()
+    (tmp_path / "cells.json").write_text(json.dumps(changed))
+    done = run(["-c", textwrap.dedent(RUNNER)], cwd=tmp_path, env=quickstart_cache, timeout=1400)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "device(s) of cpu" in done.stdout and "exact_match" in done.stdout
