@@ -59,7 +59,8 @@ class Program:
 
 
 def build(*gin: str, mesh: dict[str, int] | None = None, devices: int | None = None,
-          microbatches: int = 1, pack: bool = True, **model: Any) -> Program:
+          microbatches: int = 1, pack: bool = True, allow_uneven: str = "error",
+          **model: Any) -> Program:
     """Compiles the step of the quickstart with some settings changed."""
     given = gin_config.parse([*RECIPE, *gin], "train").arguments(train.train)
     network = given["model"]
@@ -68,7 +69,8 @@ def build(*gin: str, mesh: dict[str, int] | None = None, devices: int | None = N
     config = dataclasses.replace(given["train_dataset_cfg"], pack=pack)
     parts = setup.Parts(
         network, given["optimizer"], make_mesh(MeshConfig(**(mesh or {})), used),
-        LogicalAxisRules(), StepConfig(microbatches, given["loss"], given["stability"]),
+        LogicalAxisRules(allow_uneven=allow_uneven),
+        StepConfig(microbatches, given["loss"], given["stability"]),
         source.batch_spec(config, given["objective"]))
     factory = parts.factory()
     step = parts.compile(factory, parts.batch_shardings())

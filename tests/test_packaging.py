@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 
-from helpers import ROOT, run, vishwam
+from helpers import ROOT, environment, run, vishwam
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
@@ -135,6 +135,28 @@ def test_the_tasks_are_found_in_the_wheel(installed, tmp_path):
     done = _alone(["-P", "-c", "import vishwam_t5x_tasks as tasks; print(tasks.__file__)"],
                   installed, tmp_path)
     assert done.stdout.startswith(str(installed)), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_recipe_trains_from_the_wheel_in_an_empty_environment(wheel, tmp_path):
+    """Nothing of the checkout is in reach: another interpreter's packages, another folder."""
+    venv, elsewhere = tmp_path / "venv", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    outside = environment(env={"VISHWAM_CACHE_DIR": str(tmp_path / "cache")})
+    del outside["PYTHONPATH"]
+    assert run(["-m", "venv", str(venv)]).returncode == 0
+    done = subprocess.run([venv / "bin" / "pip", "install", "--quiet", "--constraint",
+                           ROOT / "constraints.txt", f"{wheel}[seqio]"],
+                          cwd=elsewhere, env=outside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [venv / "bin" / "vishwam", "train", "--gin_file=gin/recipes/quickstart_cpu.gin",
+         "--gin.TRAIN_STEPS=6", "--gin.WARMUP_STEPS=2"],
+        cwd=elsewhere, env=outside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(ROOT) not in done.stderr + done.stdout
+    assert (elsewhere / "runs" / "quickstart" / "checkpoints" / "6").is_dir()
 
 
 def test_help_imports_neither_jax_nor_the_verb():
