@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 import jax
@@ -21,6 +22,7 @@ import jax
 from vishwam_t5x.core import coordination
 from vishwam_t5x.core.coordination import process_name
 from vishwam_t5x.core.errors import EXIT_ABORTED, EXIT_OK, EXIT_PREEMPTED, PeersLost, UserError
+from vishwam_t5x.training import maintenance
 from vishwam_t5x.training.ledger import Ledger
 
 _GOOD_ENDS = {str(EXIT_OK), str(EXIT_PREEMPTED)}
@@ -36,11 +38,14 @@ class WatchdogConfig:
         step_seconds: in the loop, from one step to the next; None: no limit.
         phase_seconds: while compiling, evaluating or saving; None: no limit.
         peer_seconds: how long another process may be silent. Less than 100: then jax gives it up.
+        metadata_server: asked whether this machine is about to be taken away, e.g.
+            'http://metadata.google.internal'; None: only SIGTERM says so.
     """
 
     step_seconds: float | None = 1800.0
     phase_seconds: float | None = 4 * 3600.0
     peer_seconds: float = 60.0
+    metadata_server: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("step_seconds", "phase_seconds", "peer_seconds"):
@@ -72,10 +77,12 @@ class Watchdog:
         self._heard: dict[int, tuple[str, float]] = {}
 
     def __enter__(self) -> Watchdog:
-        threads = [self._watch]
+        threads: list[Callable[[], None]] = [self._watch]
         if self._several:
             threads.append(self._beat)
             self._catch_aborts()
+        if (server := self._config.metadata_server) is not None:
+            threads.append(lambda: maintenance.watch(server, self._ended))
         for target in threads:
             threading.Thread(target=target, daemon=True, name="vishwam-watchdog").start()
         return self
