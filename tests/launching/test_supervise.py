@@ -254,3 +254,20 @@ def test_the_environment_is_passed(tmp_path):
         [sys.executable, "-c", code], supervise.Policy(frozenset()), supervise.Progress(None),
         environment={**os.environ, "MARK": "here"}).run()
     assert result == 0 and seen.read_text() == "here"
+
+
+def test_a_bucket_that_cannot_be_read_is_said_and_does_not_end_the_run(capsys):
+    class Bucket:
+        """A path whose library raises errors of its own."""
+
+        def __truediv__(self, name):
+            return self
+
+        def iterdir(self):
+            raise RuntimeError("401 no login")
+
+        open = iterdir
+
+    progress = supervise.Progress(Bucket())
+    assert not progress.advanced() and progress.step is None
+    assert "401 no login" in capsys.readouterr().err

@@ -102,23 +102,33 @@ class Progress:
         return new_step or new_checkpoint
 
     def _checkpoints(self) -> list[int]:
+        if self.model_dir is None:
+            return []
         try:
             return [int(entry.name) for entry in (self.model_dir / "checkpoints").iterdir()
                     if entry.name.isdigit()]
-        except (OSError, TypeError):
-            return []
+        except Exception as error:  # noqa: BLE001 - a bucket's library has errors of its own
+            return _unseen(error) or []
 
     def _metrics_step(self) -> int | None:
+        if self.model_dir is None:
+            return None
         try:
             lines = _last_bytes(self.model_dir / "metrics.jsonl").splitlines()
-        except (OSError, TypeError):
-            return None
+        except Exception as error:  # noqa: BLE001 - as above
+            return _unseen(error)
         for line in reversed(lines):
             try:
                 return int(json.loads(line)["step"])
             except (ValueError, KeyError, TypeError):
                 continue  # Half a line, of a writer that was killed or of the cut.
         return None
+
+
+def _unseen(error: Exception) -> None:
+    """Says why MODEL_DIR cannot be looked into, unless it is only that nothing is there yet."""
+    if not isinstance(error, FileNotFoundError):
+        _say(f"no progress can be seen: {type(error).__name__}: {error}")
 
 
 def _last_bytes(path: Any) -> bytes:
@@ -134,6 +144,8 @@ def open_folder(name: str | None) -> Any:
         return None
     if "://" not in name:
         return pathlib.Path(name).expanduser()
+    # TensorFlow would be loaded for it, wherever it is installed.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     try:
         return importlib.import_module("etils.epath").Path(name)
     except ImportError:
@@ -309,7 +321,7 @@ class Supervisor:
             else:  # Objects in a bucket cannot be appended to.
                 before = self._ledger.read_text() if self._ledger.exists() else ""
                 self._ledger.write_text(before + line)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - the run matters more than its ledger
             _say(f"{self._ledger} not written: {error}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
