@@ -58,7 +58,8 @@ def compile_recipe(recipe: Recipe, target: targets.Target, cache: Cache | None =
     try:
         compiled, needed = lowered.compile(compiler_options=options), None
     except jax.errors.JaxRuntimeError as error:
-        compiled, needed = None, out_of_memory_bytes(str(error))
+        compiled = None
+        needed = out_of_memory_bytes(str(error), sum(state_bytes(parts, factory)))
         if needed is None:
             raise UserError(f"the compiler refuses the program for {target.name}",
                             got=str(error).splitlines()[0][:300],
@@ -72,15 +73,19 @@ def compile_recipe(recipe: Recipe, target: targets.Target, cache: Cache | None =
     return figures
 
 
-def out_of_memory_bytes(message: str) -> int | None:
-    """Returns what a compiler that ran out of memory says the program would need, in bytes."""
-    for pattern in (r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm",
-                    r"would (?:use|need) ([\d.]+)([KMGT]?)i?B",
-                    r"Total hbm usage >= ([\d.]+)([KMGT]?)",
-                    r"needs ([\d.]+)([KMGT]?)i?B"):
+def out_of_memory_bytes(message: str, arguments: int) -> int | None:
+    """Returns what a program needs whose compiler ran out of memory, in bytes; None: it did not.
+
+    Args:
+        message: of the compiler.
+        arguments: bytes of the program's arguments, which some messages leave out. Where the
+            message has no figure at all, these are what is returned.
+    """
+    for pattern, alone in ((r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", True),
+                           (r"for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", False)):
         if match := re.search(pattern, message):
-            return int(float(match[1]) * _UNITS[match[2]])
-    return 0 if "RESOURCE_EXHAUSTED" in message else None
+            return int(float(match[1]) * _UNITS[match[2]]) + (0 if alone else arguments)
+    return arguments if "RESOURCE_EXHAUSTED" in message else None
 
 
 def shard_bytes(tree: Any) -> int:

@@ -1,0 +1,116 @@
+"""Reading a compiled program: loops, messages, bytes moved."""
+
+from vishwam_t5x.planning import collectives, hlo, traffic
+
+MESH = {"replica": 1, "data": 2, "fsdp": 2, "tensor": 2}
+
+# One message of each spelling, in loops whose turns are noted down, read off, and unknown.
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%body.1 (p.1: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p.1 = (s32[], f32[8,4]{1,0}) parameter(0)
+  %x.1 = f32[8,4]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
+  %all-gather.1 = f32[16,4]{1,0} all-gather(%x.1), channel_id=1, replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}
+  ROOT %t.1 = (s32[], f32[8,4]{1,0}) tuple(%x.1, %x.1)
+}
+
+%cond.1 (p.2: (s32[], f32[8,4])) -> pred[] {
+  %p.2 = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%p.2), index=0
+  %n.2 = s32[] constant(5)
+  ROOT %lt.2 = pred[] compare(%i.2, %n.2), direction=LT
+}
+
+%body.3 (p.3: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p.3 = (s32[], f32[8,4]{1,0}) parameter(0)
+  %x.3 = f32[8,4]{1,0} get-tuple-element(%p.3), index=1
+  %all-reduce.3 = f32[8,4]{1,0} all-reduce(%x.3), channel_id=2, replica_groups=mesh['a'=4,'b'=2] {'b'}, to_apply=%add
+  ROOT %t.3 = (s32[], f32[8,4]{1,0}) tuple(%x.3, %x.3)
+}
+
+%cond.3 (p.4: (s32[], f32[8,4])) -> pred[] {
+  ROOT %p.4 = pred[] parameter(0)
+}
+
+%all-reduce-scatter.1 (p.5: bf16[8,4]) -> bf16[4,4] {
+  %p.5 = bf16[8,4]{1,0} parameter(0)
+  %all-reduce.5 = bf16[8,4]{1,0} all-reduce(%p.5), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  ROOT %ds.5 = bf16[4,4]{1,0} dynamic-slice(%all-reduce.5, %p.5), dynamic_slice_sizes={4,4}
+}
+
+%fused.6 (p.6: f32[24,8], p.7: s32[]) -> f32[1,8] {
+  %p.6 = f32[24,8]{1,0} parameter(0)
+  %p.7 = s32[] parameter(1)
+  ROOT %ds.6 = f32[1,8]{1,0} dynamic-slice(%p.6, %p.7), dynamic_slice_sizes={1,8}
+}
+
+ENTRY %main (a: f32[8,4], b: bf16[8,4], c: f32[24,8], d: s32[]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = bf16[8,4]{1,0} parameter(1)
+  %c = f32[24,8]{1,0} parameter(2)
+  %d = s32[] parameter(3)
+  %t = (s32[], f32[8,4]{1,0}) tuple(%a, %a)
+  %while.1 = (s32[], /*index=1*/f32[8,4]{1,0}) while(%t), condition=%cond.1, body=%body.1
+  %while.2 = (s32[], f32[8,4]{1,0}) while(%t), condition=%cond.3, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  %while.3 = (s32[], f32[8,4]{1,0}) while(%t), condition=%cond.3, body=%body.3
+  %fusion.1 = bf16[4,4]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  %collective-permute-start.1 = (f32[8,4]{1,0}, f32[8,4]{1,0}) collective-permute-start(%a), channel_id=5, source_target_pairs={{0,2},{2,0},{1,3},{3,1}}
+  %slice = f32[1,8]{1,0} fusion(%c, %d), kind=kLoop, calls=%fused.6
+  %near = f32[8,4]{1,0:S(1)} copy(%a)
+  ROOT %out = f32[8,4]{1,0} add(%a, %near)
+}
+"""  # noqa: E501
+
+
+def test_messages_by_kind_axis_and_turns():
+    found = {(one.kind, one.axes): one for one in collectives.find(hlo.parse(PROGRAM), MESH)}
+    assert set(found) == {("all-gather", "fsdp"), ("all-reduce", "tensor"),
+                          ("reduce-scatter", "data"), ("collective-permute", "fsdp")}
+    gather = found["all-gather", "fsdp"]
+    assert (gather.group, gather.count, gather.operand_bytes) == (2, 5 + 3, 8 * 8 * 4 * 4)
+    assert gather.sent_bytes == gather.operand_bytes and gather.loops_known
+    assert not found["all-reduce", "tensor"].loops_known
+    assert found["all-reduce", "tensor"].count == 1
+    scatter = found["reduce-scatter", "data"]
+    assert scatter.operand_bytes == 8 * 4 * 2 and scatter.sent_bytes == scatter.operand_bytes / 2
+    assert found["collective-permute", "fsdp"].operand_bytes == 8 * 4 * 4
+
+
+def test_ring_bytes():
+    assert collectives.sent_bytes("all-gather", 10, 8) == 70
+    assert collectives.sent_bytes("all-reduce", 80, 8) == 140
+    assert collectives.sent_bytes("reduce-scatter", 80, 8) == 70
+    assert collectives.sent_bytes("collective-permute", 80, 2) == 80
+    assert collectives.sent_bytes("all-gather", 10, 1) == 0
+
+
+def test_a_message_carried_on_by_several_fusions_counts_once():
+    line = ('  %%all-gather.%d = f32[16,4]{1,0} all-gather(%%a), channel_id=7, '
+            'replica_groups=[4,2]<=[8], frontend_attributes={chain_id="3"}\n')
+    text = ("HloModule m\n\nENTRY %main (a: f32[8,4]) -> f32[8,4] {\n"
+            "  %a = f32[8,4]{1,0} parameter(0)\n" + line % 1 + line % 2 + "}\n")
+    (found,) = collectives.find(hlo.parse(text), MESH)
+    assert (found.count, found.axes) == (1, "tensor")
+
+
+def test_groups_that_follow_no_axis_are_unknown():
+    text = ("HloModule m\n\nENTRY %main (a: f32[8,4]) -> f32[8,4] {\n"
+            "  %a = f32[8,4]{1,0} parameter(0)\n"
+            "  %all-reduce.1 = f32[8,4]{1,0} all-reduce(%a), replica_groups=nonsense\n}\n")
+    (found,) = collectives.find(hlo.parse(text), MESH)
+    assert (found.axes, found.group) == ("unknown", 8)
+
+
+def test_a_transposed_mesh_of_devices():
+    groups = collectives._mesh_groups("'x'=2,'y'=2", "[2,2]T(1,0)", "'x'")
+    assert groups.tolist() == [[0, 1], [2, 3]]  # ids [[0, 2], [1, 3]] along the first axis
+
+
+def test_memory_traffic_counts_slices_and_leaves_near_memory_out():
+    module = hlo.parse(PROGRAM)
+    entry = module.computations[module.entry]
+    assert traffic._moved(module, entry, entry["slice"]) == 4 + 2 * 32  # index, slice in and out
+    assert traffic._moved(module, entry, entry["near"]) == 128  # read only
+    assert traffic._moved(module, entry, entry["out"]) == 256  # one operand is near
+    assert traffic._moved(module, entry, entry["while.1"]) == 0
