@@ -23,11 +23,14 @@ read nor stored: log in with the tool of the platform first. More: launch/README
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from vishwam_t5x.core import buckets
 from vishwam_t5x.core.errors import EXIT_OK
-from vishwam_t5x.launching import bucket, docker, kubernetes, local, request, skypilot, slurm, tpu
+from vishwam_t5x.launching import docker, kubernetes, local, request, skypilot, slurm, tpu
 from vishwam_t5x.launching.script import Script
 
 BUILDERS: Mapping[str, Callable[[request.Request], Script]] = {
@@ -45,17 +48,35 @@ def main(argv: Sequence[str]) -> int:
     print(script, end="")
     if asked.dry_run:
         return EXIT_OK
-    _check_bucket(asked)
+    check_bucket(asked)
     script.become()
 
 
-def _check_bucket(asked: request.Request) -> None:
+def check_bucket(asked: request.Request, client: Any = None) -> None:
+    """Looks whether the bucket of MODEL_DIR will do, where there is one.
+
+    Args:
+        asked: the request; a --zone says where the accelerator is.
+        client: as of `core.buckets.check_bucket`; None: Google's, if its library is installed.
+
+    Raises:
+        UserError: the bucket does not exist, may not be written, or is in another region.
+    """
     folder = asked.model_dir or ""
     if not folder.startswith("gs://"):
         return
-    client = bucket.default_client(asked.options.get("project"))
-    if client is None:
+    if client is None and not _installed("google.cloud.storage"):
         print(f"{folder} was not looked at: pip install 'vishwam_t5x[gcs]'", file=sys.stderr)
         return
-    zone = asked.options.get("zone")
-    print(bucket.check(folder, bucket.region_of(zone) if zone else None, client), file=sys.stderr)
+    report = buckets.check_bucket(folder, asked.options.get("zone"), client)
+    report.raise_first()
+    print(f"gs://{report.bucket}: in {report.location}, may be written", file=sys.stderr)
+    for what, fix in report.advice:
+        print(f"  {what}: {fix}", file=sys.stderr)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False  # A package above it is absent, or it is blocked.

@@ -18,6 +18,7 @@ import regenerate
 from launch_cases import CASES, COPIED
 
 from vishwam_t5x import launch
+from vishwam_t5x.core import buckets
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.launching import accelerators, request
 
@@ -262,6 +263,45 @@ def test_the_batch_script_passes_the_signal_on_and_requeues(tmp_path):
     process.terminate()
     assert process.wait(timeout=30) == 75 and (tmp_path / "saved").exists()
     assert calls(tmp_path) == [["scontrol", "requeue", "17"]]
+
+
+class Buckets:
+    """A client of Google Cloud Storage that knows one bucket."""
+
+    def __init__(self, location: str, granted: tuple[str, ...] = buckets.NEEDED) -> None:
+        self.location, self.granted = location, granted
+
+    def get_bucket(self, name, timeout):
+        if name != "my-bucket":
+            raise type("NotFound", (Exception,), {"code": 404})
+        return self
+
+    def test_iam_permissions(self, permissions, timeout):
+        return list(self.granted)
+
+
+@pytest.mark.parametrize("case, client, problem", [
+    ("tpu_pod", Buckets("US-CENTRAL2"), ""),
+    ("tpu_pod", Buckets("EU"), "the bucket lies in EU"),
+    ("tpu_pod", Buckets("US", granted=()), "may not be used"),
+    ("gke", Buckets("EU"), ""),  # Where the cluster is, nothing here says.
+    ("gpu", None, ""),
+])
+def test_the_bucket_is_looked_at_first(case, client, problem, capsys):
+    asked = request.parse(CASES[case])
+    if problem:
+        with pytest.raises(UserError, match=problem):
+            launch.check_bucket(asked, client)
+    else:
+        launch.check_bucket(asked, client)
+        assert ("may be written" in capsys.readouterr().err) == (client is not None)
+
+
+def test_a_bucket_that_is_not_there_is_said():
+    asked = request.parse([*CASES["tpu_pod"], "--gin.MODEL_DIR='gs://other/run'"])
+    with pytest.raises(UserError, match="no such bucket") as caught:
+        launch.check_bucket(asked, Buckets("US"))
+    assert "--location=us-central2" in caught.value.fix
 
 
 def test_a_whole_run_on_this_machine_is_supervised(tmp_path):
