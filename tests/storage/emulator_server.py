@@ -2,7 +2,8 @@
 
 To what gcp-storage-emulator does it adds generations, which TensorStore and locks live by: the
 header that names an object's, and the conditions on it of reads, writes and deletions. One request
-is served at a time, so that a condition holds until what it guards is done.
+is served at a time, so that a condition holds until what it guards is done. And of a request that
+was cut off it keeps nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def _generation(storage: Any, bucket: str, name: str) -> str:
 
 def _with_generations(handler: Callable[..., None]) -> Callable[..., None]:
     def handle(request: Any, response: Any, storage: Any, *args: Any, **kwargs: Any) -> None:
+        _ = request.data  # before the turn: a body may be long in coming
         with _turn:
             bucket = (request.params or {}).get("bucket_name")
             wanted = request.query.get("ifGenerationMatch", [None])[0]
@@ -58,8 +60,19 @@ def _with_generations(handler: Callable[..., None]) -> Callable[..., None]:
     return handle
 
 
+def _whole_body(read: Callable[[Any], bytes | None]) -> Callable[[Any], bytes | None]:
+    def checked(handler: Any) -> bytes | None:
+        body = read(handler)
+        if len(body or b"") < int(handler.headers.get("Content-Length") or 0):
+            raise ConnectionError("half a body: Google's storage would keep nothing of it")
+        return body
+
+    return checked
+
+
 def main() -> None:
     """Serves until standard input is closed, which the end of the parent does too."""
+    emulator._read_raw_data = _whole_body(emulator._read_raw_data)
     for _, handlers in emulator.HANDLERS:
         for method, handler in handlers.items():
             handlers[method] = _with_generations(handler)

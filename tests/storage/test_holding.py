@@ -53,6 +53,20 @@ def test_a_holder_that_died_here_is_not_waited_for(place):
         pass
 
 
+def test_what_cannot_be_read_is_nobodys(place):
+    path, lost = f"{place}/{lease.FILE_NAME}", threading.Event()
+    with lease.held(place, renewed=0.05, expires=0.2, lost=lost.set):
+        storage.write_text(path, "")
+        deadline = time.monotonic() + 30
+        while storage.read_text(path) == "":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not lost.is_set()
+    storage.write_text(path, "half")
+    with lease.held(place, renewed=0.05, expires=0.2):
+        pass
+
+
 def test_taken_over(place):
     lost = threading.Event()
     with lease.held(place, renewed=0.05, expires=0.2, lost=lost.set):

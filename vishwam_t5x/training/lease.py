@@ -88,13 +88,14 @@ def _began(process: int) -> str:
 
 
 def _read(path: str) -> dict[str, Any] | None:
+    """What the object says: None if there is none, {} if it is not what a holder writes."""
     try:
         found = json.loads(storage.read_text(path))
     except FileNotFoundError:
         return None
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and "token" in found else {}
 
 
 def _wait_until_free(path: str, url: str, expires: float) -> None:
@@ -109,7 +110,7 @@ def _wait_until_free(path: str, url: str, expires: float) -> None:
         now = _read(path)
         if now is None:
             return
-        if now != first:
+        if now and now != first:
             _refuse(now, {}, url)
 
 
@@ -120,8 +121,7 @@ def _died_here(holder: dict[str, Any]) -> bool:
 
 
 def _refuse(holder: dict[str, Any] | None, mine: dict[str, Any], url: str) -> None:
-    if holder is None or holder.get("token") != mine.get("token"):
-        holder = holder or {}
+    if holder and holder.get("token") != mine.get("token"):
         raise UserError("another process is training into this MODEL_DIR",
                         got=f"{url}, held by process {holder.get('process')} on "
                             f"{holder.get('host')}",
@@ -135,7 +135,8 @@ def _renew(path: str, mine: dict[str, Any], renewed: float, ended: threading.Eve
         count += 1
         try:
             found = _read(path)
-            if found is not None and found.get("token") != mine["token"]:
+            # What cannot be read is nobody's: it is written anew.
+            if found and found.get("token") != mine["token"]:
                 log.critical("%s was taken over by process %s on %s", path, found.get("process"),
                              found.get("host"))
                 lost()
