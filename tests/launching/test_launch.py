@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shlex
 import stat
 import subprocess
@@ -311,3 +312,31 @@ def test_a_whole_run_on_this_machine_is_supervised(tmp_path):
                    f"--gin.MODEL_DIR={shlex.quote(str(tmp_path / 'run'))!r}", cwd=tmp_path)
     assert done.returncode == 2
     assert "TRAIN_STEPS" in done.stderr and "exit 2 is a mistake" in done.stderr
+
+
+def readme_commands() -> list[list[str]]:
+    text = (ROOT / "launch" / "README.md").read_text()
+    return [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+            for line in block.splitlines()]
+
+
+def test_the_commands_of_its_readme_work():
+    commands = readme_commands()
+    assert len(commands) >= 3
+    for words in commands:
+        if words[:2] == ["vishwam", "launch"]:
+            assert "--dry-run" in words and launch.main(words[2:]) == 0
+        else:
+            done = run(words[1:])
+            assert words[0] == "python" and done.returncode == 0, done.stderr
+
+
+def test_its_readme_and_help_know_every_place_and_file():
+    text = (ROOT / "launch" / "README.md").read_text()
+    for place in request.PLACES:
+        assert f"`{place}`" in text and f"--on={place} " in (launch.__doc__ or "")
+    for file in (*COPIED, "colab.ipynb", "supervise.py", "quickstart.sh"):
+        assert file in text and (ROOT / "launch" / file).is_file()
+    for options in request.PLACES.values():
+        for name in (*options[0], *options[1]):
+            assert f"--{name}" in (launch.__doc__ or ""), name
