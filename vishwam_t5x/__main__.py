@@ -81,7 +81,7 @@ def _leave(code: int) -> None:
     if several or compiling:
         if (error := sys.exc_info()[1]) is not None:
             traceback.print_exception(error)
-        if several:
+        if distributed is not None and several:
             distributed.leave(code)
         sys.stdout.flush()
         sys.stderr.flush()

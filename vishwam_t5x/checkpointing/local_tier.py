@@ -196,7 +196,8 @@ def _index(pairs: Any) -> Index:
     return tuple((int(first), int(last)) for first, last in pairs)
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Index:
+    assert index is not None
     return _index(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
 
 

@@ -79,7 +79,9 @@ def detect_cluster(timeout: float) -> tuple[str, int, int] | None:
     except (ImportError, AttributeError, TypeError):
         return None
     address, count, index = found[:3]
-    return None if None in (address, count, index) else (str(address), int(count), int(index))
+    if address is None or count is None or index is None:
+        return None
+    return str(address), int(count), int(index)
 
 
 def put(key: str, value: str) -> None:

@@ -43,6 +43,7 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         PeersLost: not all came; says who is absent.
     """
     explicit = (coordinator_address, num_processes, process_id)
+    found: tuple[str, int, int] | None
     if any(value is not None for value in explicit):
         found = _checked(*explicit)
     elif _cluster_is_near():
