@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
@@ -10,9 +11,10 @@ import stat
 import subprocess
 import sys
 
+import psutil
 import pytest
 
-from helpers import ROOT, run, vishwam
+from helpers import ROOT, environment, run, vishwam
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import regenerate
@@ -176,7 +178,6 @@ def launched(*words: str, cwd: pathlib.Path, env: dict[str, str]):
 
 
 def calls(folder: pathlib.Path) -> list[list[str]]:
-    import json
     return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
 
 
@@ -340,3 +341,28 @@ def test_its_readme_and_help_know_every_place_and_file():
     for options in request.PLACES.values():
         for name in (*options[0], *options[1]):
             assert f"--{name}" in (launch.__doc__ or ""), name
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_under_the_supervisor(tmp_path, quickstart_cache):
+    """The real trainer, killed once from outside: the supervisor brings it to its last step."""
+    folder = tmp_path / "run"
+    words = ["--on=local", "--supervise", "--", "train",
+             "--gin_file=gin/recipes/quickstart_cpu.gin", f"--gin.MODEL_DIR={str(folder)!r}",
+             "--gin.TRAIN_STEPS=30", "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=4",
+             "--gin.SAVE_PERIOD=5", "--gin.LOG_PERIOD=1", "--gin.train.eval_examples=8"]
+    process = subprocess.Popen([sys.executable, "-m", "vishwam_t5x", "launch", *words],
+                               env=environment(env=quickstart_cache), cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("step 10/") and not any("restart in" in text for text in said):
+            children = psutil.Process(process.pid).children()
+            (trainer,) = [child for child in children if "train" in child.cmdline()]
+            trainer.kill()
+    assert process.wait(timeout=60) == 0, "".join(said)[-4000:]
+    records = [json.loads(line) for line in (folder / "supervisor.jsonl").read_text().splitlines()]
+    assert [record["ended_by"] for record in records] == ["SIGKILL", "0"]
+    assert records[0]["step"] < 30 and records[1]["step"] == 30
