@@ -108,6 +108,8 @@ def test_features_are_sorted_and_what_is_dropped_is_said(cached):
         "image_inputs": records.FeatureInfo((4, 4, 1), "float32"),
         "text_targets": records.FeatureInfo((None,), "int32"),
         "meta_name": records.FeatureInfo((), "bytes")}
+    code = task.metadata.pop("code")
+    assert [pathlib.Path(path).name for path in code] == ["toy_tasks.py"]
     assert task.metadata == {"written_by": "toy_tasks", "task": "toy_squares"}
     assert any("surplus" in line for line in cached[1]["log"])
     example = task.read(3)

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import MODALITIES, BatchSpec, DataPosition
 from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
-from vishwam_t5x.data import copies, fit, records
+from vishwam_t5x.data import copies, fit, records, task_code
 from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing import Objective, PackedBatches
@@ -211,6 +211,9 @@ def open_mixture(config: DatasetConfig, specs: Mapping[str, PatchSpec], repeat: 
     tasks = [records.TaskCache.open(
         cache_directory.task_directory(config.directory, task, config.split), specs)
         for task in rates]
+    task_code.warn_of_changes(config.mixture_or_task_name, [task.metadata for task in tasks])
+    _logger.info("rates of %s: %s", config.mixture_or_task_name,
+                 ", ".join(f"{task} {rate:g}" for task, rate in rates.items()))
     budget = config.keep_in_memory_mib * 2**20
     for task in sorted(tasks, key=lambda task: task.decoded_bytes):
         budget -= task.decoded_bytes

@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import directory as cache_directory
-from vishwam_t5x.data import records, records_writer
+from vishwam_t5x.data import records, records_writer, task_code
 from vishwam_t5x.data.source import CACHE_DIR_VARIABLE
 from vishwam_t5x.data.tf import examples
 
@@ -61,6 +61,7 @@ def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
     os.environ[CACHE_DIR_VARIABLE] = str(cache_dir)
     loaded = examples.import_task_modules(modules)
     rates = examples.task_rates(name, cache_dir)
+    code = {task_code.METADATA_KEY: task_code.digests(loaded)}
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for task_name in rates:
         task = seqio.TaskRegistry.get(task_name)
@@ -72,7 +73,7 @@ def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
         task = seqio.TaskRegistry.get(task_name)
         result[task_name] = {}
         for split in splits or task.splits:
-            metadata = examples.task_metadata(loaded, task_name)
+            metadata = {**examples.task_metadata(loaded, task_name), **code}
             result[task_name][split] = _cache_split(task, split, cache_dir, metadata, overwrite)
     if name in seqio.MixtureRegistry.names():
         records_writer.write_mixture(cache_dir, name, rates)
