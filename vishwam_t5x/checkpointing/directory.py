@@ -4,6 +4,10 @@
     MODEL_DIR/checkpoints/2000.orbax-checkpoint-tmp/   a save under way, or killed
     MODEL_DIR/checkpoints/2000.damaged/          found damaged on restore
     MODEL_DIR/checkpoints/2000.abandoned/        newer than a checkpoint that was gone back to
+
+An object store knows no renaming of folders. There a save writes into the folder's own name, and
+what makes a checkpoint of it are two objects written last: manifest.json, then Orbax's
+commit_success.txt. Deleting begins with the latter; one set aside has a manifest.json.REASON.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from etils import epath
 
 from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Manifest
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.distributed import any_process, from_primary, is_primary
 from vishwam_t5x.core.errors import UserError
 
@@ -29,23 +34,20 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 DAMAGED, ABANDONED = "damaged", "abandoned"
 
 
-def is_remote(path: epath.Path) -> bool:
-    """Whether `path` is in an object store, where a rename copies every byte."""
-    return "://" in os.fspath(path)
-
-
 def absolute(path: str | os.PathLike) -> epath.Path:
     """Returns the whole path: Orbax takes no relative ones, and the working folder may change."""
-    place = epath.Path(os.path.expanduser(os.fspath(path)))
-    return place if is_remote(place) else epath.Path(os.path.abspath(place))
+    if not storage.is_remote(path):
+        return epath.Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
+    if not os.fspath(path).startswith("gs://"):
+        raise UserError("checkpoints lie in a folder or in gs://", got=path)
+    storage.prepare()  # Orbax opens it too
+    return epath.Path(path)
 
 
 def steps_in(folder: epath.Path) -> list[int]:
     """Returns the steps of the checkpoints in `folder`, rising; damaged ones are among them."""
-    if not folder.exists():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir()
-                  if re.fullmatch(r"\d+", entry.name))
+    return sorted(int(name) for name in storage.names(folder) if re.fullmatch(r"\d+", name)
+                  and (not storage.is_remote(folder) or manifests.exists(folder / name)))
 
 
 def agreed_steps_in(folder: epath.Path) -> list[int]:
@@ -59,13 +61,16 @@ def sweep(folder: epath.Path) -> list[str]:
 
     Must not run while another process saves into `folder`.
     """
-    if not folder.exists():
-        return []
     swept = []
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if _TEMPORARY in entry.name:
-            entry.rmtree(missing_ok=True)
-            swept.append(entry.name)
+    for name in storage.names(folder):
+        if storage.is_remote(folder):
+            if _TEMPORARY in name or re.fullmatch(r"\d+", name) and not (
+                    manifests.exists(folder / name) or _set_aside_as(folder / name)):
+                storage.remove_tree(folder / name)
+                swept.append(name)
+        elif _TEMPORARY in name:
+            (folder / name).rmtree(missing_ok=True)
+            swept.append(name)
     if swept:
         log.warning("removed what an interrupted save had left in %s: %s", folder,
                     ", ".join(swept))
@@ -96,9 +101,9 @@ def probe(folder: epath.Path, size: int) -> None:
 
 def remove(directory: epath.Path) -> None:
     """Deletes a checkpoint so that a kill in the middle leaves no half of one."""
-    if is_remote(directory):
-        (directory / manifests.FILE_NAME).unlink(missing_ok=True)
-        directory.rmtree(missing_ok=True)
+    if storage.is_remote(directory):
+        storage.remove(directory / manifests.COMMITTED)
+        storage.remove_tree(directory)
         return
     if directory.exists():
         doomed = directory.parent / f"{directory.name}.deleted{_TEMPORARY}"
@@ -109,6 +114,11 @@ def remove(directory: epath.Path) -> None:
 
 def set_aside(directory: epath.Path, reason: str) -> str:
     """Renames a checkpoint so that it is none any more; returns its new name."""
+    if storage.is_remote(directory):  # a rename would copy every byte
+        marker = f"{manifests.FILE_NAME}.{reason}"
+        storage.write_text(directory / marker, "")
+        storage.remove(directory / manifests.COMMITTED)
+        return f"{directory.name} with {marker}"
     number, name = 1, f"{directory.name}.{reason}"
     while (directory.parent / name).exists():
         number += 1
@@ -119,9 +129,18 @@ def set_aside(directory: epath.Path, reason: str) -> str:
 
 def remove_set_aside(folder: epath.Path) -> None:
     """Deletes what `set_aside` renamed."""
-    for entry in folder.iterdir():
-        if re.fullmatch(rf"\d+\.({DAMAGED}|{ABANDONED})(-\d+)?", entry.name):
-            remove(entry)
+    for name in storage.names(folder):
+        if re.fullmatch(rf"\d+\.({DAMAGED}|{ABANDONED})(-\d+)?", name) or (
+                storage.is_remote(folder) and re.fullmatch(r"\d+", name)
+                and _set_aside_as(folder / name)):
+            remove(folder / name)
+
+
+def _set_aside_as(directory: epath.Path) -> bool:
+    """Whether `set_aside` was called for a folder of an object store."""
+    return (not manifests.exists(directory)
+            and any(name.startswith(f"{manifests.FILE_NAME}.")
+                    for name in storage.names(directory)))
 
 
 def verify_together(place: epath.Path, checksums: bool) -> Manifest:
@@ -181,18 +200,18 @@ def find(path: str | os.PathLike) -> epath.Path:
         UserError: nothing is there; the checkpoints that are near by are named.
     """
     place = absolute(path)
-    if place.name == "latest" and not place.exists():
+    if place.name == "latest" and not storage.exists(place):
         place = place.parent
-    if place.is_dir():
+    if storage.exists(place) and not storage.is_file(place):
         if manifests.exists(place):
             return place
-        if (place / FOLDER).is_dir():
+        if storage.names(place / FOLDER):
             return place / FOLDER
         if steps_in(place) or place.name == FOLDER:
             return place
         raise UserError("this folder holds no checkpoint", got=str(path),
                         fix="give MODEL_DIR, MODEL_DIR/checkpoints/STEP or a flat .npz")
-    if place.exists():
+    if storage.is_file(place):
         return place
     known = steps_in(place.parent)
     raise UserError(

@@ -26,7 +26,7 @@ from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.checkpointing.sources import CheckpointSource, assemble, request_of
 from vishwam_t5x.checkpointing.writing import Writer, can_snapshot, snapshot
-from vishwam_t5x.core import coordination
+from vishwam_t5x.core import coordination, storage
 from vishwam_t5x.core.coordination import process_name
 from vishwam_t5x.core.distributed import any_process, barrier, is_primary
 from vishwam_t5x.core.errors import PeersLost, UserError
@@ -49,18 +49,21 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, config: CheckpointConfig, *,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic,
+                 before_commit: Callable[[], None] | None = None) -> None:
         """Opens the folder, removing what a killed save left there.
 
         Args:
             folder: MODEL_DIR/checkpoints; made when the first checkpoint is saved.
             config: when to save, what to keep, how to verify.
             clock: seconds, for saving by time.
+            before_commit: called in process 0, in the background, just before a checkpoint
+                becomes one; must not raise.
         """
         self.folder = directories.absolute(folder)
         self._policy, self._keep = config.policy(), config.retention()
         self._verify, self._clock = config.verify, clock
-        self._writer = Writer(config.compress)
+        self._writer = Writer(config.compress, before_commit)
         self._local: LocalTier | None = None
         if config.local_folder is not None:
             self._local = LocalTier(config.local_folder, run_id(self.folder.parent),
@@ -199,7 +202,8 @@ class Checkpoints:
             directories.probe(self.folder, sum(leaf.nbytes for leaf in flat.values())
                               // jax.process_count())
         if is_primary():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not storage.is_remote(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             directories.remove(target)  # one of another time line, or damaged
             if self.failed_saves:  # its slowest files may have come after it was swept
                 directories.sweep(self.folder)
@@ -231,14 +235,16 @@ class Checkpoints:
             coordination.put("lost", f"{process_name(jax.process_index())} could not write the "
                              f"checkpoint of step {step}: {error}"[:500])
         self._writer.reset()
-        older: list[int] = []
+        older: str | int = "not known"
+        listed = False
         with contextlib.suppress(OSError):  # the disk may be the reason why we are here
-            older = [known for known in directories.steps_in(self.folder) if known != step]
+            steps = [known for known in directories.steps_in(self.folder) if known != step]
+            older, listed = steps[-1] if steps else "none", True
         log.error(
             "CHECKPOINT NOT SAVED at step %d: %s: %s\n  training goes on; the last checkpoint on "
             "disk is %s; the next save will try again", step, type(error).__name__, error,
-            older[-1] if older else "none", exc_info=error)
-        if is_primary():
+            older, exc_info=error)
+        if is_primary() and listed:  # the next save sweeps too
             try:
                 directories.sweep(self.folder)
             except OSError as left:
@@ -374,8 +380,8 @@ class Checkpoints:
                 self.folder / str(step),
                 directories.DAMAGED if step in damaged else directories.ABANDONED)
             self._metrics.pop(step, None)
-            log.warning("checkpoint %d is newer than the one restored: renamed to %s, which will "
-                        "be deleted after the next save", step, name)
+            log.warning("checkpoint %d is newer than the one restored: it is %s now, which will be "
+                        "deleted after the next save", step, name)
         barrier("newer checkpoints set aside")
 
 
