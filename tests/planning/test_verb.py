@@ -95,7 +95,7 @@ def test_a_tpu_that_is_not_there(tmp_path):
 
 @needs_tpu_compiler
 def test_what_does_not_fit_gets_three_remedies(tmp_path):
-    flags = ("--target=tpu-v3-8", "--gin.PRECISION='bfloat16'", "--gin.BATCH_SIZE=32768")
+    flags = ("--target=tpu-v3-8", "--gin.PRECISION='bfloat16'", "--gin.BATCH_SIZE=524288", "--quick")
     planned = figures(*flags, home=tmp_path)
     assert not planned["fits"] and planned["bytes"]["total"] > planned["limit_bytes"]
     assert len(planned["remedies"]) == 3
