@@ -106,7 +106,8 @@ class Ledger:
         self._reported = dict(self.seconds)
         if jax.process_count() == 1:
             return {}
-        all_times = [json.loads(text) for text in exchange("step times", json.dumps(mine))]
+        with self.spend("step"):  # waiting for the others, as in a step
+            all_times = [json.loads(text) for text in exchange("step times", json.dumps(mine))]
         own = [times["data_wait"] + times["host"] for times in all_times]
         slowest = max(range(len(own)), key=own.__getitem__)
         behind = own[slowest] - sorted(own)[len(own) // 2 - (len(own) % 2 == 0)]

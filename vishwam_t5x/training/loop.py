@@ -229,7 +229,8 @@ class Loop:
             metrics = jax.device_get(taken.metrics)
         if taken.step % self._config.stats_period == 0 or taken.step == self._config.total_steps:
             # Exchanged between processes where all are at the same step: all stop, or none.
-            self._batches.check_damage()
+            with self._ledger.spend("step"):
+                self._batches.check_damage()
             record = {**self._describe(metrics, taken.step), **self._throughput.report(),
                       **self._ledger.slowest(),
                       "next_example": taken.end.next_example,

@@ -34,13 +34,13 @@ def summary(run_dir: RunDir) -> str:
         lines.append(f"step {max(record['step'] for record in records)}: {losses}")
     if sessions:
         times = ledger.goodput(sessions)
-        lines.append(f"{len(sessions)} processes started, {_clock(times['total'])} in all, "
+        lines.append(f"{len(sessions)} starts, {_clock(times['total'])} in all, "
                      f"goodput {100 * times['goodput']:.0f} %")
         lines += [f"  {name:<10} {_clock(seconds):>10}  {100 * seconds / times['total']:5.1f} %"
                   for name, seconds in _parts(times) if times["total"]]
         lines += [f"  steps {s.first_step} to {s.last_step}, {s.processes} processes, {s.devices} "
-                  f"devices: {s.why}" + (f" ({s.lost_steps} steps taken again)" if s.lost_steps
-                                         else "") for s in sessions[-10:]]
+                  f"devices: {s.why[:90]}" + (f" ({s.lost_steps} steps taken again)"
+                                              if s.lost_steps else "") for s in sessions[-10:]]
     return "\n".join(lines)
 
 
