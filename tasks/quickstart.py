@@ -30,10 +30,10 @@ MAX_TEXT_TOKENS = 64
 IMAGE_PATCH = (2, 2)
 AUDIO_PATCH = (8, 8)
 RATES = {
-    "quickstart_text_denoise": 0.18,
+    "quickstart_text_denoise": 0.20,
     "quickstart_image_to_text": 0.35,
     "quickstart_text_to_image": 0.25,
-    "quickstart_audio_to_text": 0.12,
+    "quickstart_audio_to_text": 0.10,
     "quickstart_image_text_denoise": 0.10,
 }
 _PATCHES = (("image", IMAGE_PATCH), ("audio", AUDIO_PATCH))
