@@ -88,13 +88,15 @@ def draw(run_dir: RunDir, page: pathlib.Path) -> None:
 
 
 def _draw_sessions(axes: Any, sessions: Sequence[ledger.Session]) -> None:
+    origin = sessions[0].start - sessions[0].seconds.get("init", 0.0) if sessions else 0.0
     for row, session in enumerate(sessions):
-        begin = session.start - sessions[0].start
+        # Its first line was written when the first state was there.
+        begin = session.start - session.seconds.get("init", 0.0) - origin
         for name in ledger.PHASES:
             seconds = session.seconds.get(name, 0.0)
             axes.barh([row], [seconds], left=begin, color=_COLOURS[name])
             begin += seconds
-        axes.text(begin, row, f" {session.first_step}-{session.last_step}: {session.why}"[:60],
+        axes.text(begin, row, f" {session.first_step}-{session.last_step}: {session.why}"[:44],
                   va="center", fontsize="x-small")
     axes.set(yticks=[], xlabel="seconds since the first start",
              title=f"{len(sessions)} starts: steps and how each ended")
