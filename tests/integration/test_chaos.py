@@ -15,7 +15,7 @@ import training_runs as runs
 from vishwam_t5x.checkpointing.restore import open_source
 from vishwam_t5x.checkpointing.sources import Request
 
-PROCESSES, DISTURBANCES, STEPS = 4, 30, 400
+PROCESSES, DISTURBANCES, STEPS = 4, 30, 240
 SETTINGS = ("--gin.SAVE_PERIOD=5", "--gin.WatchdogConfig.peer_seconds=6",
             "--gin.WatchdogConfig.phase_seconds=150", "--gin.WatchdogConfig.step_seconds=60",
             "--roll_call_seconds=30")
