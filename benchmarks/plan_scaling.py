@@ -27,7 +27,7 @@ def plan(model: str, chips: int, kind: str) -> dict[str, Any]:
     """Returns the figures of one compiled program."""
     mesh = MESHES[kind].format(chips=chips).partition(" = ")[2]
     arguments = [
-        f"--gin_file={ROOT}/gin/models/{model}.gin", f"--gin_file={HERE}/plan_recipe.gin",
+        f"--gin_file={HERE}/plan_recipe.gin", f"--gin_file={ROOT}/gin/models/{model}.gin",
         f"--gin_file={ROOT}/gin/hardware/tpu_v4_8.gin",
         f"--gin.mesh.MeshConfig.fsdp={mesh}", f"--gin.BATCH_SIZE={2 * chips}",
         f"--target=tpu-v4-{2 * chips}", "--quick", "--json"]

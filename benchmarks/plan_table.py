@@ -30,7 +30,7 @@ FILE, TABLE = RESULTS / "plans.jsonl", RESULTS / "plans.md"
 def flags(model: str, target: str) -> list[str]:
     """Returns what `vishwam plan` is asked."""
     batch = targets.resolve(target).num_devices * ROWS.get(target, 4)
-    found = [f"--gin_file={ROOT}/gin/models/{model}.gin", f"--gin_file={HERE}/plan_recipe.gin",
+    found = [f"--gin_file={HERE}/plan_recipe.gin", f"--gin_file={ROOT}/gin/models/{model}.gin",
              f"--gin.BATCH_SIZE={batch}", f"--target={target}", "--quick", "--json"]
     if target == "gtx1650":  # four gigabytes: an optimizer that keeps next to no state
         found.insert(2, f"--gin_file={ROOT}/gin/optimizers/adafactor.gin")
