@@ -13,6 +13,8 @@ from common import RESULTS
 def main() -> None:
     for path in sorted(RESULTS.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if "figure" not in lines[0]:
+            continue  # plans, which have a table of their own
         print(f"**{path.stem}** ({lines[0]['date']}, {lines[0]['machine']}, "
               f"Python {lines[0]['python']}, jax {lines[0]['jax']})\n")
         print("| figure | median | unit | smallest to largest | of | bar | T5X |")
