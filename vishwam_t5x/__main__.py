@@ -21,6 +21,7 @@ step) and resumable from the last checkpoint, 1 anything else.
 from __future__ import annotations
 
 import ast
+import atexit
 import importlib
 import os
 import pathlib
@@ -69,20 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave(code: int) -> None:
-    """Ends the process without waiting for a thread that compiles, perhaps for minutes, nor for
-    the other processes of a run.
+    """Ends the process without waiting for a thread that compiles, perhaps for minutes, for the
+    other processes of a run, or for TensorFlow.
 
-    Does nothing if there are neither: then Python ends as it should.
+    Does nothing if there are none of these: then Python ends as it should.
     """
     distributed = sys.modules.get("vishwam_t5x.core.distributed")
     several = distributed is not None and distributed.is_joined()
     compiling = code != EXIT_OK and any(
         thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
-    if several or compiling:
+    # With other libraries' threads beside it, one in ten ends of TensorFlow never ended.
+    tensorflow = "tensorflow" in sys.modules
+    if several or compiling or tensorflow:
         if (error := sys.exc_info()[1]) is not None:
             traceback.print_exception(error)
         if distributed is not None and several:
             distributed.leave(code)
+        elif tensorflow:
+            atexit._run_exitfuncs()  # temporary folders, logs
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
