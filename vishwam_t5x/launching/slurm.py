@@ -30,8 +30,8 @@ while kill -0 "$run" 2>/dev/null; do
   code=0
   wait "$run" || code=$?
 done
-# 75: saved, and to be gone on with.
-if [ "$code" -eq 75 ]; then
+# 75: saved; 76: another process was lost. Both are to be gone on with.
+if [ "$code" -eq 75 ] || [ "$code" -eq 76 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
@@ -77,7 +77,7 @@ def build(request: Request) -> Script:
                     f"{request.number('gpus-per-node', 8)} GPUs. MODEL_DIR must be on a disk that "
                     "all nodes see.")
     script.section("The supervisor restarts all processes together while the allocation lasts; "
-                   "after exit 75 Slurm queues the job again, which goes on where it stopped.")
+                   "after exit 75 or 76 Slurm queues the job again, which goes on where it stopped.")
     script.write(path, batch_file(request))
     script.command(["sbatch", path])
     script.section(f"Logs: {request.name}-JOBID.log and MODEL_DIR/supervisor.jsonl. "
