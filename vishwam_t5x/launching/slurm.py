@@ -77,7 +77,8 @@ def build(request: Request) -> Script:
                     f"{request.number('gpus-per-node', 8)} GPUs. MODEL_DIR must be on a disk that "
                     "all nodes see.")
     script.section("The supervisor restarts all processes together while the allocation lasts; "
-                   "after exit 75 or 76 Slurm queues the job again, which goes on where it stopped.")
+                   "after exit 75 or 76 Slurm queues the job again, which goes on where it "
+                   "stopped.")
     script.write(path, batch_file(request))
     script.command(["sbatch", path])
     script.section(f"Logs: {request.name}-JOBID.log and MODEL_DIR/supervisor.jsonl. "
