@@ -125,7 +125,7 @@ place = sys.argv[1]
 with checkpoints(place) as run:
     run.save(1, make_state(1, width=128))
     assert run.wait()
-    with open(os.path.join(place, "ballast"), "wb") as file:
+    with open(os.path.join(place, "ballast"), "wb", buffering=0) as file:
         try:
             while True:
                 file.write(b"x" * 65536)
