@@ -20,10 +20,14 @@ _HEAD = """#!/usr/bin/env bash
 #SBATCH --signal=B:TERM@180
 # {why}
 """
+_TRAP = """
+# Slurm sends TERM three minutes before the time is up, to this shell alone. It is passed on, or
+# kept until there is a run to pass it to; the run saves, and `wait`, which the signal ends early,
+# is called again.
+run="" stop=""
+trap 'if [ -n "$run" ]; then kill -TERM "$run"; else stop=1; fi' TERM
+"""
 _WAIT = """
-# Slurm sends TERM three minutes before the time is up, to this shell alone. It is passed on, the
-# run saves, and `wait`, which the signal ends early, is called again.
-trap 'kill -TERM "$run"' TERM
 code=0
 wait "$run" || code=$?
 while kill -0 "$run" 2>/dev/null; do
@@ -66,7 +70,8 @@ def batch_file(request: Request) -> str:
     if request.verb == "train":
         run = [request.python, "-m", "vishwam_t5x.launching.supervise",
                *request.supervisor_flags(hosts), "--", *run]
-    return text + command_text(run, request.environment) + " &\nrun=$!\n" + _WAIT.lstrip("\n")
+    return "".join((text, _TRAP.lstrip("\n"), command_text(run, request.environment), " &\n",
+                    'run=$!\n[ -z "$stop" ] || kill -TERM "$run"\n', _WAIT.lstrip("\n")))
 
 
 def build(request: Request) -> Script:
