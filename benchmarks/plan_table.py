@@ -70,7 +70,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
         times = ([duration(best["best"]), duration(best["worst"]), best["bound"],
                   f"{100 * best['mfu']:.0f} %"] if best["best"] and row["fits"] else [""] * 4)
         lines.append("| " + " | ".join([
-            row["model"], row["target"], "yes" if row["fits"] else "no",
+            row["model"], row["target"],
+            "tight" if row["tight"] else "yes" if row["fits"] else "no",
             f"{size(row['bytes']['total'])} of {size(row['limit_bytes'])}", axes or "one device",
             row["remat"], str(row["microbatches"]), str(row["batch_size"]), *times]) + " |")
     return "\n".join(lines) + "\n"

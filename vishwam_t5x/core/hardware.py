@@ -88,8 +88,8 @@ _TPUS = (
     _tpu("TPU v4", 32, 30.75, 1228, 275, 300, 3, int8=275),
     _tpu("TPU v5e", 16, 15.75, 819, 197, 200, 2, int8=394),
     _tpu("TPU v5p", 96, 95.74, 2765, 459, 600, 3, int8=918),
-    _tpu("TPU v6e", 32, 31.25, 1638, 918, 448, 2, int8=1836),
-    _tpu("TPU 7x", 96, 94.75, 3690, 1153.5, 600, 3, fp8=2307),
+    _tpu("TPU v6e", 32, 31.25, 1638, 918, 400, 2, int8=1836),
+    _tpu("TPU 7x", 96, 94.75, 3690, 1153.5, 300, 3, fp8=2307),
 )
 
 # GPUs: NVIDIA's data sheets and architecture white papers; dense tensor-core rates with float32

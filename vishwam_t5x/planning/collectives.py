@@ -28,7 +28,8 @@ class Collective:
         count: how many.
         operand_bytes: what one device puts in, all of them together.
         sent_bytes: what one device sends for it, by the ring algorithm.
-        torus_share: share of the torus' dimensions that a group spans; 1 where there is no torus.
+        torus: places at which a group has devices, along each dimension of a TPU's torus; () where
+            there is none.
         loops_known: False where a loop around some of them does not say how often it turns: then
             they are counted for one turn.
     """
@@ -39,7 +40,7 @@ class Collective:
     count: int
     operand_bytes: int
     sent_bytes: float
-    torus_share: float = 1.0
+    torus: tuple[int, ...] = ()
     loops_known: bool = True
 
 
@@ -69,8 +70,8 @@ def find(module: hlo.Module, mesh_shape: dict[str, int], devices: Sequence[Any] 
     Args:
         module: the program.
         mesh_shape: devices along each mesh axis; partition ids count them in C order.
-        devices: those of the mesh in that order; where they have coordinates, the share of the
-            torus that a group spans is told by them.
+        devices: those of the mesh in that order; where they have coordinates, they tell which
+            dimensions of the torus a group spans.
     """
     total = math.prod(mesh_shape.values())
     sums: dict[tuple, list] = {}
@@ -85,18 +86,18 @@ def find(module: hlo.Module, mesh_shape: dict[str, int], devices: Sequence[Any] 
                     continue
                 seen.add(f"{chain}/{channel}")
             groups = _groups(instruction, total)
-            axes, size, share = _axes(groups, mesh_shape, devices)
+            axes, size, torus = _axes(groups, mesh_shape, devices)
             if size <= 1:
                 continue
             operand = sum(computation[name].bytes for name in instruction.operands
                           if name in computation)
-            key = (kind, axes, size, share, run.known)
+            key = (kind, axes, size, torus, run.known)
             entry = sums.setdefault(key, [0, 0, 0.0])
             entry[0] += run.times
             entry[1] += run.times * operand
             entry[2] += run.times * sent_bytes(kind, operand, size)
-    found = [Collective(kind, axes, size, count, operand, sent, share, known)
-             for (kind, axes, size, share, known), (count, operand, sent) in sums.items()]
+    found = [Collective(kind, axes, size, count, operand, sent, torus, known)
+             for (kind, axes, size, torus, known), (count, operand, sent) in sums.items()]
     return sorted(found, key=lambda one: -one.sent_bytes)
 
 
@@ -169,24 +170,25 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 def _axes(groups: np.ndarray | None, mesh_shape: dict[str, int], devices: Sequence[Any]
-          ) -> tuple[str, int, float]:
-    """The mesh axes along which a group's devices differ, its size, and its share of the torus."""
+          ) -> tuple[str, int, tuple[int, ...]]:
+    """The mesh axes along which a group's devices differ, its size, and its places on the torus."""
     total = math.prod(mesh_shape.values())
     if groups is None or groups.size == 0 or groups.max() >= total:
-        return UNKNOWN, total, 1.0
+        return UNKNOWN, total, _places(np.arange(total)[None], devices)
     size = groups.shape[1]
     if size == 1:
-        return "", 1, 1.0
+        return "", 1, ()
     coordinates = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())), -1)
     varies = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
     axes = [name for name, moves in zip(mesh_shape, varies, strict=True) if moves]
-    places = [getattr(device, "coords", None) for device in devices]
-    share = 1.0
-    if places and None not in places:
-        torus = np.array(places)
-        spread = torus.max(0) > torus.min(0)
-        where = torus[groups]
-        moved = (where != where[:, :1]).any(axis=1).mean(axis=0) > 0
-        if spread.any() and (moved & spread).any():
-            share = float((moved & spread).sum() / spread.sum())
-    return "+".join(axes), size, share
+    return "+".join(axes), size, _places(groups, devices)
+
+
+def _places(groups: np.ndarray, devices: Sequence[Any]) -> tuple[int, ...]:
+    """At how many places a group has devices, along each dimension of the torus."""
+    coordinates = [getattr(device, "coords", None) for device in devices]
+    if not coordinates or None in coordinates:
+        return ()
+    where = np.sort(np.array(coordinates)[groups], axis=1)
+    steps = (np.diff(where, axis=1) != 0).sum(axis=1) + 1
+    return tuple(int(most) for most in steps.max(axis=0))

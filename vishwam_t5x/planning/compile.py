@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import math
+import os
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,7 +22,7 @@ from vishwam_t5x.planning.figures import Bytes, Cache, Figures
 from vishwam_t5x.planning.program import Recipe
 from vishwam_t5x.training.setup import Parts
 
-LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
+LEAST_EFFORT: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
 """Compiler options that halve a TPU's compile time; bytes stay within a few percent."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -35,7 +38,7 @@ def compile_recipe(recipe: Recipe, target: targets.Target, cache: Cache | None =
         recipe: what is trained, choices applied.
         target: what for.
         cache: where figures are remembered; None: nowhere.
-        quick: compile with `LEAST_EFFORT`.
+        quick: compile with `LEAST_EFFORT` besides the options that training uses.
 
     Raises:
         UserError: recipe and target do not go together, or the compiler refuses the program.
@@ -44,19 +47,20 @@ def compile_recipe(recipe: Recipe, target: targets.Target, cache: Cache | None =
     parts = recipe.parts(targets.devices(target))
     factory = parts.factory()
     shardings = parts.batch_shardings()
-    lowered = parts.lower(factory, shardings)
+    lowered, options = parts.lower(factory, shardings)
+    if quick and target.platform != "cpu":
+        options = {**options, **LEAST_EFFORT}
     program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     traced = time.monotonic() - start
     devices = parts.mesh.devices
-    key = Cache.key(program, target.name, devices.shape, [device.id for device in devices.flat],
-                    quick, *_versions())
+    key = Cache.key(program, targets.description(target), devices.shape,
+                    [device.id for device in devices.flat], *_settings(options), *_versions())
     if cache is not None and (found := cache.get(key)) is not None:
-        return found
+        return dataclasses.replace(found, target=target.name, flops=recipe.flops()).judged(target)
     logging.info("traced in %.0f s, compiling for %s", traced, target.name)
     start = time.monotonic()
-    options = LEAST_EFFORT if quick and target.platform != "cpu" else None
     try:
-        compiled, needed = lowered.compile(compiler_options=options), None
+        compiled, needed = lowered.compile(compiler_options=options or None), None
     except jax.errors.JaxRuntimeError as error:
         compiled = None
         needed = out_of_memory_bytes(str(error), sum(state_bytes(parts, factory)))
@@ -110,7 +114,7 @@ def _figures(parts: Parts, factory: Any, target: targets.Target, compiled: Any,
     parameters, optimizer, batch = state_bytes(parts, factory)
     arguments = parameters + optimizer + batch
     found: tuple[collectives.Collective, ...] = ()
-    moved = None
+    moved, known = None, True
     if compiled is not None:
         memory = compiled.memory_analysis()
         temporary = memory.temp_size_in_bytes
@@ -119,18 +123,27 @@ def _figures(parts: Parts, factory: Any, target: targets.Target, compiled: Any,
         module = hlo.parse(compiled.as_text())
         found = tuple(collectives.find(module, dict(parts.mesh.shape),
                                        list(parts.mesh.devices.flat)))
-        moved = traffic.memory_bytes(module)
-        fits = target.platform == "tpu" or total <= target.limit_bytes
+        moved, known = traffic.memory_bytes(module), module.loops_known
     else:
         total = max(needed or 0, arguments)
-        temporary, fits = max(0, total - arguments), False
+        temporary = max(0, total - arguments)
     kept = min(activations.kept_bytes(parts, factory), temporary)
     config = parts.model.config
     return Figures(
-        target.name, program, fits, target.limit_bytes,
+        target.name, program, compiled is not None, False, 0,
         Bytes(parameters, optimizer, batch, kept, temporary - kept, temporary, total),
-        flops, moved, found, dict(parts.mesh.shape), config.remat_policy,
-        parts.step.num_microbatches, config.policy.name, parts.spec.batch_size, *seconds)
+        flops, moved, known, found, dict(parts.mesh.shape), config.remat_policy,
+        parts.step.num_microbatches, config.policy.name, parts.spec.batch_size, *seconds
+    ).judged(target)
+
+
+def _settings(options: Mapping[str, Any]) -> list[str]:
+    """All that the compiler is told besides the program."""
+    ours = ("jax_optimization_level", "jax_exec_time_optimization_effort",
+            "jax_memory_fitting_effort")
+    return [str(sorted(options.items())), os.environ.get("XLA_FLAGS", ""),
+            os.environ.get("LIBTPU_INIT_ARGS", ""),
+            *(f"{name}={getattr(jax.config, name, '')}" for name in ours)]
 
 
 def _versions() -> list[str]:

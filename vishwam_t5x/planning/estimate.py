@@ -22,6 +22,10 @@ from vishwam_t5x.planning.program import Choice, Recipe
 from vishwam_t5x.planning.roofline import RECOMPUTED
 from vishwam_t5x.planning.targets import Target
 
+TRAFFIC = 10
+"""How often what an unrematerialised forward pass keeps is read or written in a step, all uses of
+all arrays counted as if they were of these: 10 to 14 in compiled programs of the base model."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -59,13 +63,18 @@ class Predictor:
                         for name, leaf in flatten_names(state.params).items()}
         self._batch = sum(math.prod(feature.shape) * feature.dtype.itemsize
                           for feature in one.spec.arrays().values())
+        self._elements = sum(map(math.prod, self._shapes.values()))
         self.correction = 1.0
+        self.traffic_correction = 1.0
 
     def learn(self, choice: Choice, figures: Figures) -> None:
         """Corrects later predictions by what a compiled choice needed."""
-        predicted = self._temporary(self._complete(choice))
+        complete = self._complete(choice)
+        predicted = self._temporary(complete)
         if figures.bytes.temporary and predicted:
-            self.correction = min(4.0, max(0.25, figures.bytes.temporary / predicted))
+            self.correction = _bounded(figures.bytes.temporary / predicted)
+        if figures.traffic_bytes:
+            self.traffic_correction = _bounded(figures.traffic_bytes / self._traffic(complete))
 
     def allowed(self, choice: Choice) -> bool:
         """Whether batch and parameters divide over the choice's mesh."""
@@ -95,7 +104,7 @@ class Predictor:
         total = ((self.parameters + optimizer_share * self.optimizer) / split
                  + activation_share * self._batch / rows
                  + activation_share * self.correction * self._temporary(complete))
-        return Prediction(int(total), self._seconds(mesh, *complete[1:]))
+        return Prediction(int(total), self._seconds(mesh, complete))
 
     def _complete(self, choice: Choice) -> tuple[tuple[int, int, int, int], str, int]:
         mesh = choice.mesh or self.default_mesh()
@@ -126,13 +135,23 @@ class Predictor:
                                                              remat_policy=remat))
         return activations.kept_bytes(dataclasses.replace(parts, model=model), self._factory)
 
-    def _seconds(self, mesh: dict[str, int], remat: str, microbatches: int) -> float | None:
+    def _traffic(self, complete: tuple[tuple[int, int, int, int], str, int]) -> float:
+        """Bytes that one device reads and writes in a step."""
+        (replica, data, fsdp, tensor), remat, microbatches = complete
+        again = 1 + RECOMPUTED[remat.partition(":")[0]]
+        rows = TRAFFIC * again * self._kept("none") / (replica * data * fsdp * tensor)
+        gathered = 3 * again * microbatches * self.parameters / tensor
+        return rows + gathered + 3 * (self.parameters + self.optimizer) / (fsdp * tensor)
+
+    def _seconds(self, mesh: dict[str, int],
+                 complete: tuple[tuple[int, int, int, int], str, int]) -> float | None:
+        _, remat, microbatches = complete
         hardware = self.target.hardware
         if hardware is None:
             return None
         config, spec = self.recipe.model.config, self.recipe.spec
         item = config.policy.compute_dtype.itemsize
-        sent = self.parameters / 4 * item / mesh["tensor"]
+        sent = self._elements * item / mesh["tensor"]
         passes = 3 + (remat.partition(":")[0] == "full")
         messages = sent * (1 - 1 / mesh["fsdp"]) * passes * microbatches
         copies = mesh["replica"] * mesh["data"]
@@ -143,4 +162,10 @@ class Predictor:
         messages += 4 * rows * slots * config.emb_dim * item * (1 - 1 / mesh["tensor"])
         compute = self.recipe.flops() * (1 + RECOMPUTED[remat.partition(":")[0]]) / (
             self.target.num_devices * hardware.matmul_peak(config.policy.name))
-        return compute + messages / hardware.link_bandwidth
+        memory = self.traffic_correction * self._traffic(complete) / hardware.hbm_bandwidth
+        return compute + memory + messages / hardware.link_bandwidth
+
+
+def _bounded(ratio: float) -> float:
+    """So that one odd program does not decide everything."""
+    return min(4.0, max(0.25, ratio))

@@ -11,9 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from vishwam_t5x.planning.collectives import Collective
+from vishwam_t5x.planning.targets import Target
 
-VERSION = 1
-"""Raised when the meaning of a field changes, so that remembered figures are not misread."""
+VERSION = 2
+"""Raised when a field changes its meaning or is read off otherwise: what was remembered is then
+forgotten.
+"""
+
+TIGHT = 0.9
+"""Share of the limit above which a program that fits may yet fail: planned bytes have been off by a
+tenth, and what else lives on a device is a guess.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +55,13 @@ class Figures:
     Attributes:
         target: its name.
         program: SHA-256 of the traced program.
+        compiled: whether the compiler found room for it.
         fits: whether a device holds it.
         limit_bytes: what a device's programs may use.
         bytes: per device; where the compiler gave up, `total` is what it said it would need.
         flops: of the whole step on full rows, all devices, nothing counted twice.
         traffic_bytes: read and written in one device's memory in a step; None if not compiled.
+        loops_known: False where a loop does not say how often it turns; it then counts one turn.
         collectives: messages of one device in a step.
         mesh: devices by mesh axis.
         remat: remat policy.
@@ -63,11 +73,13 @@ class Figures:
 
     target: str
     program: str
+    compiled: bool
     fits: bool
     limit_bytes: int
     bytes: Bytes
     flops: float
     traffic_bytes: int | None
+    loops_known: bool
     collectives: tuple[Collective, ...]
     mesh: dict[str, int]
     remat: str
@@ -77,6 +89,18 @@ class Figures:
     trace_seconds: float
     compile_seconds: float
 
+    @property
+    def tight(self) -> bool:
+        """Whether it fits by so little that it may not."""
+        return self.fits and self.bytes.total > TIGHT * self.limit_bytes
+
+    def judged(self, target: Target) -> Figures:
+        """Returns the same with the verdict that the target's memory, as now known, allows."""
+        limit = target.limit_bytes
+        # A TPU's compiler knows the limit better than a sum of bytes does.
+        fits = self.compiled and (target.platform == "tpu" or self.bytes.total <= limit)
+        return dataclasses.replace(self, fits=fits, limit_bytes=limit)
+
     def to_json(self) -> dict[str, Any]:
         """Returns what `from_json` reads."""
         return dataclasses.asdict(self)
@@ -85,7 +109,8 @@ class Figures:
     def from_json(cls, values: Mapping[str, Any]) -> Figures:
         """The inverse of `to_json`."""
         return cls(**{**values, "bytes": Bytes(**values["bytes"]), "collectives": tuple(
-            Collective(**one) for one in values["collectives"])})
+            Collective(**{**one, "torus": tuple(one["torus"])})
+            for one in values["collectives"])})
 
 
 class Cache:

@@ -113,10 +113,18 @@ class Module:
     entry: str
 
     def runs(self) -> list[Run]:
-        """Returns every computation that runs, once for each call of it."""
+        """Returns every computation that runs, once for each call of it.
+
+        Of the branches of a conditional, only the one that writes the most.
+        """
         found: list[Run] = []
         self._visit(self.entry, 1, True, found)
         return found
+
+    @property
+    def loops_known(self) -> bool:
+        """Whether every loop says how often it turns."""
+        return all(run.known for run in self.runs())
 
     def _visit(self, name: str, times: int, known: bool, found: list[Run]) -> None:
         found.append(Run(name, times, known))
@@ -127,9 +135,21 @@ class Module:
                     if role == "body":
                         self._visit(called, times * (1 if turns is None else turns),
                                     known and turns is not None, found)
-            elif instruction.opcode in ("call", "conditional", "async-start"):
+            elif instruction.opcode in ("call", "async-start"):
                 for _, called in instruction.called():
                     self._visit(called, times, known, found)
+            elif instruction.opcode == "conditional":
+                branches = [called for _, called in instruction.called()]
+                if branches:
+                    self._visit(max(branches, key=self._written), times, known, found)
+
+    def _written(self, name: str) -> int:
+        """Bytes of all that runs from a computation on: of two branches, which does more."""
+        runs: list[Run] = []
+        self._visit(name, 1, True, runs)
+        return sum(run.times * instruction.bytes for run in runs
+                   for instruction in self.computations.get(run.name, {}).values()
+                   if instruction.opcode not in ("parameter", "tuple", "get-tuple-element"))
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """Yields what a fusion consists of, fusions within it opened."""

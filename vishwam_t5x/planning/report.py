@@ -18,19 +18,23 @@ MOST_COLLECTIVES = 8
 
 def size(count: float) -> str:
     """Returns bytes in three digits: '12.3 GiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1000 or unit == "GiB":
-            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 999.5:
+            return f"{_three_digits(count)} {unit}"
         count /= 1024
-    raise AssertionError
+    return f"{_three_digits(count)} GiB"
 
 
 def duration(seconds: float) -> str:
     """Returns seconds in three digits: '41.2 ms'."""
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
-        if seconds * factor >= 1 or unit == "us":
-            return f"{seconds * factor:.3g} {unit}"
-    raise AssertionError
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 0.9995:
+            return f"{_three_digits(seconds * factor)} {unit}"
+    return f"{_three_digits(seconds * 1e6)} us"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def describe(figures: Figures) -> str:
@@ -67,14 +71,15 @@ def search_page(found: Sequence[Found], target: Target, recipe_lines: Sequence[s
         target: what for.
         recipe_lines: gin lines of the best one.
     """
-    lines = [_headline(target), "",
+    ranked = "by the time if nothing overlaps" if target.hardware else "by what was predicted"
+    lines = [_headline(target), f"  those that fit first, {ranked}", "",
              f"  {'':3}{'at best':>9}  {'no overlap':>10}  {'MFU':>6}  {'a device':>9}  "
              f"{'predicted':>9}  choice"]
     for number, one in enumerate(found, 1):
         best = estimate(one.figures, target)
         times = [duration(value) if value is not None else "-" for value in (best.best, best.worst)]
         share = f"{100 * best.mfu:.1f}%" if best.mfu is not None else "-"
-        fits = "" if one.figures.fits else "  does not fit"
+        fits = "  tight" if one.figures.tight else "" if one.figures.fits else "  does not fit"
         lines.append(f"  {number:<3}{times[0]:>9}  {times[1]:>10}  {share:>6}  "
                      f"{size(one.figures.bytes.total):>9}  {size(one.predicted.total):>9}  "
                      f"{describe(one.figures)}{fits}")
@@ -101,8 +106,9 @@ def notes(figures: Figures, target: Target) -> list[str]:
         found.append("no roofline for CPUs: their memory's speed is not on a data sheet")
     if target.platform == "tpu" and figures.precision == "float16":
         found.append("TPUs multiply bfloat16: PRECISION = 'bfloat16' needs no loss scale")
-    if any(not one.loops_known for one in figures.collectives):
-        found.append("a loop does not say how often it turns: messages marked * count one turn")
+    if not figures.loops_known:
+        found.append("a loop does not say how often it turns: memory's time, and messages marked *, "
+                     "count one turn")
     if any(one.axes == "unknown" for one in figures.collectives):
         found.append("some messages follow no mesh axis: they count as among all devices")
     return found
@@ -110,7 +116,8 @@ def notes(figures: Figures, target: Target) -> list[str]:
 
 def to_json(figures: Figures, target: Target, remedies: Sequence[Remedy] = ()) -> dict[str, Any]:
     """Returns everything `page` says, and more digits."""
-    return {**figures.to_json(), "devices": target.num_devices, "hosts": target.hosts,
+    return {**figures.to_json(), "tight": figures.tight, "devices": target.num_devices,
+            "hosts": target.hosts,
             "estimate": dataclasses.asdict(estimate(figures, target)),
             "remedies": [dataclasses.asdict(one) for one in remedies],
             "notes": notes(figures, target)}
@@ -133,7 +140,9 @@ def _headline(target: Target) -> str:
 def _verdict(figures: Figures) -> str:
     total, limit = figures.bytes.total, figures.limit_bytes
     if figures.fits:
-        return f"FITS: {size(total)} of {size(limit)} a device ({100 * total / limit:.0f} %)"
+        held = f"{size(total)} of {size(limit)} a device ({100 * total / limit:.0f} %)"
+        return f"TIGHT: {held}; it may run out of memory all the same" if figures.tight else \
+            f"FITS: {held}"
     short = f", {size(total - limit)} too much" if total > limit else ""
     return f"DOES NOT FIT: {size(total)} of {size(limit)} a device{short}"
 

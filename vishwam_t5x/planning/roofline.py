@@ -62,13 +62,28 @@ def estimate(figures: Figures, target: Target) -> Estimate:
 def message_seconds(one: Collective, target: Target) -> float:
     """Returns the seconds of all messages of a kind, one after the other.
 
-    On a torus a group gets the links of the dimensions that it spans; its ring turns along each of
+    On a torus a group has the links of the dimensions that it spans; its ring turns along each of
     them in turn, so the hops grow with the sides of the torus and not with the devices.
     """
     assert target.hardware is not None
-    bandwidth = target.hardware.link_bandwidth * one.torus_share
-    dims = max(1, round(target.hardware.torus_dims * one.torus_share))
+    bandwidth = target.hardware.link_bandwidth * link_share(one, target)
+    dims = max(1, sum(places > 1 for places in one.torus))
     hops = dims * (one.group ** (1 / dims) - 1)
     turns = 2 if one.kind == "all-reduce" else 1
     latency = one.count * turns * max(1.0, hops) * HOP_SECONDS[target.platform]
     return one.sent_bytes / bandwidth + latency
+
+
+def link_share(one: Collective, target: Target) -> float:
+    """Returns the share of a device's link bandwidth that a group can use.
+
+    Each dimension of the torus has an equal part, in two directions. A group has both of them only
+    where it goes all the way round: along a line, what the far end needs comes in by one link. All
+    of it where there is no torus, and between the two devices of one chip.
+    """
+    assert target.hardware is not None
+    spanned = [(places == side and wraps) for places, side, wraps
+               in zip(one.torus, target.torus, target.wraps, strict=False) if places > 1]
+    if not spanned:
+        return 1.0
+    return sum(1.0 if closed else 0.5 for closed in spanned) / target.hardware.torus_dims

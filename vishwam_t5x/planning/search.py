@@ -68,9 +68,10 @@ def search(predictor: Predictor, compile_choice: Compile, most: int) -> list[Fou
 
 
 def _rank(one: Found, predictor: Predictor) -> tuple:
-    best = estimate(one.figures, predictor.target)
-    seconds = best.worst if best.worst is not None else 0.0
-    return not one.figures.fits, seconds, one.figures.bytes.total
+    seconds = estimate(one.figures, predictor.target).worst
+    # What is not known to be faster, as on a CPU, is what was promised to be.
+    order = _promise((one.choice, one.predicted)) if seconds is None else (seconds,)
+    return not one.figures.fits, seconds is None, order, one.figures.bytes.total
 
 
 def _promise(pair: tuple[Choice, Prediction]) -> tuple:

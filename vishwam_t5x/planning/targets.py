@@ -30,6 +30,9 @@ _CUBE = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)
          256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16)}
 
 
+_POD_SIDE = {"v2": 16, "v3": 32, "v5e": 16, "v6e": 16}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Generation:
     """One generation of TPUs: what counts in its slices' names, and devices of a chip."""
@@ -82,6 +85,24 @@ class Target:
         precision asks of a device.
         """
         return None if self.hardware is None else self.hardware.compute_capability
+
+    @property
+    def torus(self) -> tuple[int, ...]:
+        """Chips along each dimension of a TPU slice; () of anything else."""
+        shape = self.topology.partition(":")[2]
+        return tuple(int(part) for part in shape.split("x")) if shape else ()
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Which dimensions of the torus are closed to rings.
+
+        Slices made of whole cubes of 4 x 4 x 4 are; of flat slices, sides as long as the pod's.
+        """
+        sides = self.torus
+        if len(sides) == 3:
+            return (all(side % 4 == 0 for side in sides),) * 3
+        pod = _POD_SIDE.get(self.topology.partition(":")[0])
+        return tuple(side == pod for side in sides)
 
     @property
     def limit_bytes(self) -> int:
@@ -189,14 +210,20 @@ def devices(target: Target) -> list[Any]:
 
 
 def _options(target: Target) -> dict[str, Any]:
-    generation, _, shape = target.topology.partition(":")
-    dims = [int(part) for part in shape.split("x")]
+    dims = target.torus
     if len(dims) == 2:
         return {"chips_per_host_bounds": _host_bounds(dims), "num_slices": 1} if 1 in dims else {}
-    # Slices made of whole cubes of 4 x 4 x 4 are wired as a torus, smaller ones as a mesh.
-    wrap = all(size % 4 == 0 for size in dims)
-    options = {"chips_per_host_bounds": _host_bounds(dims), "num_slices": 1, "wrap": [wrap] * 3}
-    return options | ({"chip_config_name": "megacore"} if generation == "v4" else {})
+    options = {"chips_per_host_bounds": _host_bounds(dims), "num_slices": 1,
+               "wrap": list(target.wraps)}
+    return options | ({"chip_config_name": "megacore"} if target.topology.startswith("v4:")
+                      else {})
+
+
+def description(target: Target) -> str:
+    """Returns all that the compiler is told of the target."""
+    if target.platform == "gpu":
+        return target.topology + gpu_description.target_config(target.name)
+    return f"{target.topology} {_options(target)}" if target.platform == "tpu" else target.name
 
 
 def check_installed(target: Target) -> None:
@@ -222,4 +249,5 @@ def environment(target: Target) -> dict[str, str]:
         flags.append("--xla_gpu_autotune_level=0")  # which would time kernels on the absent GPU
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags),
             "TPU_SKIP_MDS_QUERY": "1",  # else libtpu waits for a cloud's metadata server
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another plan, or a run on this machine's TPU
             "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}

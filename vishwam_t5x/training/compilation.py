@@ -63,11 +63,21 @@ def lower_step(step: Callable[..., Any], factory: StateFactory, batch: Mapping[s
         return traced.lower(lowering_platforms=("cuda",) if is_cuda else None)
 
 
-def compile_step(step: Callable[..., Any], factory: StateFactory, batch: Mapping[str, Any]) -> Any:
-    """Compiles what `lower_step` returns, with what `parallelism.xla_flags` has for its devices."""
+def lower_with_options(step: Callable[..., Any], factory: StateFactory, batch: Mapping[str, Any]
+                       ) -> tuple[jax.stages.Lowered, dict[str, bool | str]]:
+    """Returns what `lower_step` does, and the options of `parallelism.xla_flags` to compile with.
+
+    Training and planning both start here, so that they compile the same program the same way.
+    """
     # First: some are read while the step is traced and lowered.
     options = xla_flags.compiler_options(list(factory.mesh.devices.flat))
-    compiled = lower_step(step, factory, batch).compile(compiler_options=options or None)
+    return lower_step(step, factory, batch), options
+
+
+def compile_step(step: Callable[..., Any], factory: StateFactory, batch: Mapping[str, Any]) -> Any:
+    """Compiles what `lower_with_options` returns."""
+    lowered, options = lower_with_options(step, factory, batch)
+    compiled = lowered.compile(compiler_options=options or None)
     return_freed_memory()
     return compiled
 

@@ -64,8 +64,8 @@ class Parts:
         return compilation.compile_step(*self._step(factory, shardings))
 
     def lower(self, factory: StateFactory, shardings: Mapping[str, Any]) -> Any:
-        """What `compile` compiles, traced for the devices of the mesh."""
-        return compilation.lower_step(*self._step(factory, shardings))
+        """What `compile` compiles, traced for the devices of the mesh, and the options it takes."""
+        return compilation.lower_with_options(*self._step(factory, shardings))
 
     def _step(self, factory: StateFactory, shardings: Mapping[str, Any]) -> tuple[Any, ...]:
         function = step.make_train_step(
