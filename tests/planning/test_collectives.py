@@ -1,6 +1,11 @@
 """Reading a compiled program: loops, messages, bytes moved."""
 
-from vishwam_t5x.planning import collectives, hlo, traffic
+import types
+
+import numpy as np
+import pytest
+
+from vishwam_t5x.planning import collectives, hlo, roofline, targets, traffic
 
 MESH = {"replica": 1, "data": 2, "fsdp": 2, "tensor": 2}
 
@@ -114,3 +119,67 @@ def test_memory_traffic_counts_slices_and_leaves_near_memory_out():
     assert traffic._moved(module, entry, entry["near"]) == 128  # read only
     assert traffic._moved(module, entry, entry["out"]) == 256  # one operand is near
     assert traffic._moved(module, entry, entry["while.1"]) == 0
+
+
+def test_of_two_branches_the_heavier_counts_and_unknown_loops_are_told():
+    text = """\
+HloModule m
+
+%skip (p: f32[8,4]) -> f32[8,4] {
+  ROOT %p = f32[8,4]{1,0} parameter(0)
+}
+
+%update (q: f32[8,4]) -> f32[8,4] {
+  %q = f32[8,4]{1,0} parameter(0)
+  ROOT %n = f32[8,4]{1,0} negate(%q)
+}
+
+ENTRY %main (i: s32[], a: f32[8,4]) -> f32[8,4] {
+  %i = s32[] parameter(0)
+  %a = f32[8,4]{1,0} parameter(1)
+  ROOT %c = f32[8,4]{1,0} conditional(%i, %a, %a), branch_computations={%skip, %update}
+}
+"""
+    module = hlo.parse(text)
+    assert [run.name for run in module.runs()] == ["main", "update"]
+    assert traffic.memory_bytes(module) == 256 and module.loops_known
+    assert not hlo.parse(PROGRAM).loops_known
+
+
+def chips(target):
+    """Devices with coordinates, as those of a topology, the last dimension fastest."""
+    sides = target.torus + (1,) * (3 - len(target.torus))
+    per_chip = target.num_devices // np.prod(sides)
+    return [types.SimpleNamespace(coords=place) for place in np.ndindex(*sides)
+            for _ in range(per_chip)]
+
+
+@pytest.mark.parametrize("name, mesh, axis, torus, share", [
+    # No link leads anywhere along the third dimension, and nothing is closed to a ring.
+    ("tpu-v4-8", (1, 1, 4, 1), "fsdp", (2, 2, 1), 1 / 3),
+    ("tpu-v4-32", (1, 1, 16, 1), "fsdp", (2, 2, 4), 1 / 2),
+    ("tpu-v4-128", (1, 1, 64, 1), "fsdp", (4, 4, 4), 1.0),
+    # Sixteen of 64 chips go round two of three dimensions; half of one dimension is a line.
+    ("tpu-v4-128", (1, 4, 16, 1), "fsdp", (1, 4, 4), 2 / 3),
+    ("tpu-v4-512", (1, 64, 4, 1), "fsdp", (1, 1, 4), 1 / 6),
+    ("tpu-v3-8", (1, 1, 8, 1), "fsdp", (2, 2, 1), 1 / 2),
+    ("tpu-v3-8", (1, 4, 2, 1), "fsdp", (1, 1, 1), 1.0),  # the two devices of a chip
+    ("tpu-v5e-16", (1, 1, 16, 1), "fsdp", (4, 4, 1), 1 / 2),
+    ("tpu-v5e-256", (1, 16, 16, 1), "data", (16, 1, 1), 1 / 2),
+    ("tpu-v5e-256", (1, 1, 256, 1), "fsdp", (16, 16, 1), 1.0)])
+def test_what_a_group_has_of_the_links(name, mesh, axis, torus, share):
+    target = targets.resolve(name)
+    place = ("replica", "data", "fsdp", "tensor").index(axis)
+    groups = np.moveaxis(np.arange(target.num_devices).reshape(mesh), place, -1)
+    groups = groups.reshape(-1, mesh[place])
+    listed = ",".join("{" + ",".join(map(str, group)) + "}" for group in groups)
+    text = ("HloModule m\n\nENTRY %main (a: f32[8,4]) -> f32[8,4] {\n"
+            "  %a = f32[1024,1024]{1,0} parameter(0)\n"
+            "  %all-gather.1 = f32[1024,1024]{1,0} all-gather(%a), "
+            f"replica_groups={{{listed}}}\n}}\n")
+    sizes = dict(zip(("replica", "data", "fsdp", "tensor"), mesh, strict=True))
+    (found,) = collectives.find(hlo.parse(text), sizes, chips(target))
+    assert (found.axes, found.torus) == (axis, torus)
+    assert roofline.link_share(found, target) == pytest.approx(share)
+    alone = found.sent_bytes / (target.hardware.link_bandwidth * share)
+    assert alone < roofline.message_seconds(found, target) < alone + 1e-4
