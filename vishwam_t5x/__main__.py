@@ -48,7 +48,7 @@ VERBS = ("train", "evaluate", "infer", "forward", "cache", "plan", "inspect", "c
 # The verbs that read no gin files: their help has no word about them.
 _WITHOUT_GIN = ("doctor", "launch")
 # The verbs that give XLA something to compile.
-_COMPILING = ("train", "evaluate", "infer", "forward")
+_COMPILING = ("train", "evaluate", "infer", "forward", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

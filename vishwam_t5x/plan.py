@@ -63,8 +63,9 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"no mesh of {target.num_devices} devices suits this recipe",
                             got=f"BATCH_SIZE = {recipe.spec.batch_size}",
                             fix=f"a batch that is a multiple of {target.num_devices} rows")
-        text = json.dumps(report.search_json(found, target)) if "json" in flags else \
-            report.search_page(found, target, found[0].choice.gin_lines())
+        advice = [] if found[0].figures.fits else remedies(predictor)
+        text = json.dumps(report.search_json(found, target, advice)) if "json" in flags else \
+            report.search_page(found, target, found[0].choice.gin_lines(), advice)
     else:
         predictor.default_mesh()  # a mesh that does not fit is told before the compiler starts
         figures = compiler(Choice())

@@ -76,13 +76,15 @@ class Predictor:
         if figures.traffic_bytes:
             self.traffic_correction = _bounded(figures.traffic_bytes / self._traffic(complete))
 
-    def allowed(self, choice: Choice) -> bool:
-        """Whether batch and parameters divide over the choice's mesh."""
+    def allowed(self, choice: Choice, batch_size: int | None = None) -> bool:
+        """Whether a batch (the recipe's by default), heads and parameters divide over the mesh."""
         mesh, _, microbatches = self._complete(choice)
+        if self.recipe.model.config.num_heads % mesh[3]:
+            return False  # a head cut in two would be put together again for every product
         abstract = AbstractMesh(mesh, MESH_AXES)
         try:
-            sharding.check_batch_size(self.recipe.spec.batch_size, abstract, self.recipe.rules,
-                                      microbatches)
+            sharding.check_batch_size(batch_size or self.recipe.spec.batch_size, abstract,
+                                      self.recipe.rules, microbatches)
             sharding.parameter_mesh_axes(self._axes, self._shapes, abstract, self.recipe.rules)
         except UserError:
             return False
@@ -95,7 +97,8 @@ class Predictor:
         Args:
             choice: what is chosen; the rest as in the recipe.
             optimizer_share: of the optimizer's state that another optimizer would need.
-            activation_share: of the temporary bytes that a smaller batch or dtype would need.
+            activation_share: of what is kept for the backward pass, and of the batch, that a
+                smaller batch or dtype would need.
         """
         complete = self._complete(choice)
         mesh = dict(zip(MESH_AXES, complete[0], strict=True))
@@ -103,7 +106,7 @@ class Predictor:
         rows = mesh["replica"] * mesh["data"] * mesh["fsdp"]
         total = ((self.parameters + optimizer_share * self.optimizer) / split
                  + activation_share * self._batch / rows
-                 + activation_share * self.correction * self._temporary(complete))
+                 + self.correction * self._temporary(complete, activation_share))
         return Prediction(int(total), self._seconds(mesh, complete))
 
     def _complete(self, choice: Choice) -> tuple[tuple[int, int, int, int], str, int]:
@@ -121,12 +124,13 @@ class Predictor:
         config = self.recipe.mesh or mesh_lib.default_mesh_config([self.target] * count)
         return config.shape(count)
 
-    def _temporary(self, complete: tuple[tuple[int, int, int, int], str, int]) -> float:
+    def _temporary(self, complete: tuple[tuple[int, int, int, int], str, int],
+                   activation_share: float = 1.0) -> float:
         mesh, remat, microbatches = complete
         replica, data, fsdp, tensor = mesh
         kept = self._kept(remat) / (replica * data * fsdp * tensor * microbatches)
         gradients = self.parameters / (fsdp * tensor) * (2 if microbatches > 1 else 1)
-        return kept + gradients
+        return activation_share * kept + gradients
 
     @functools.cache  # noqa: B019  (a predictor lives as long as the command)
     def _kept(self, remat: str) -> int:

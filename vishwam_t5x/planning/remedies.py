@@ -32,11 +32,13 @@ class Remedy:
 
 
 def remedies(predictor: Predictor) -> list[Remedy]:
-    """Returns three changes: those that should fit first, the cheapest first; then the smallest.
+    """Returns up to three changes: those that should fit, the cheapest first; then the smallest.
 
-    Bytes are predicted from shapes, corrected by the program that did not fit.
+    Bytes are predicted from shapes, corrected by the program that did not fit. What would not need
+    fewer bytes is no remedy.
     """
-    found = list(_all(predictor))
+    now = predictor.predict(Choice()).total
+    found = [one for one in _all(predictor) if one.total < now]
     fitting = sorted((one for one in found if one.fits), key=lambda one: (one.price, one.total))
     others = sorted((one for one in found if not one.fits), key=lambda one: one.total)
     ranked = [*fitting, *others]
@@ -70,17 +72,22 @@ def _all(predictor: Predictor) -> Iterator[Remedy]:
     if replica * data > 1:
         yield from of(Choice(mesh=(1, 1, replica * data * fsdp, tensor)),
                       "parameters are gathered among more devices", 3)
+    for times in (2, 4):
+        if fsdp % times == 0:
+            yield from of(Choice(mesh=(replica, data, fsdp // times, tensor * times)),
+                          f"{times} devices share each row: messages in every layer",
+                          8 + times / 32)
     if predictor.optimizer > predictor.parameters / 2:
         total = predictor.predict(Choice(), optimizer_share=0.02).total
         yield Remedy(("include 'gin/optimizers/adafactor.gin'",), total, total <= limit,
-                     "another optimizer", 6)
+                     "another optimizer, with the learning rates of its own file", 6)
     if recipe.model.config.policy.name == "float32" and predictor.target.platform != "cpu":
         name = "float16" if _is_old(predictor) else "bfloat16"
-        total = predictor.predict(Choice(), activation_share=0.55).total
+        total = predictor.predict(Choice(), activation_share=0.65).total
         yield Remedy((f"PRECISION = {name!r}",), total, total <= limit,
                      "matmuls of lower precision; usually faster", 0)
     rows = recipe.spec.batch_size // 2
-    if rows and recipe.spec.batch_size % 2 == 0:
+    if rows and recipe.spec.batch_size % 2 == 0 and predictor.allowed(Choice(), rows):
         total = predictor.predict(Choice(), activation_share=0.5).total
         yield Remedy((f"BATCH_SIZE = {rows}",), total, total <= limit,
                      "another batch: other learning rates may suit it", 7)

@@ -54,22 +54,29 @@ def page(figures: Figures, target: Target, remedies: Sequence[Remedy] = ()) -> s
         lines += _messages(figures, target)
         lines += _time(estimate(figures, target))
     lines += [f"  note: {note}" for note in notes(figures, target)]
-    if remedies:
-        lines += ["", "  what would help, the cheapest first (bytes are predicted):"]
-        for number, one in enumerate(remedies, 1):
-            fits = "should fit" if one.fits else "not enough by itself"
-            lines.append(f"    {number}. {size(one.total)} a device, {fits}: {one.cost}")
-            lines += [f"         {line}" for line in one.lines]
-    return "\n".join(lines)
+    return "\n".join(lines + _advice(remedies))
 
 
-def search_page(found: Sequence[Found], target: Target, recipe_lines: Sequence[str]) -> str:
+def _advice(remedies: Sequence[Remedy]) -> list[str]:
+    if not remedies:
+        return []
+    lines = ["", "  what would help, the cheapest first (bytes are predicted):"]
+    for number, one in enumerate(remedies, 1):
+        fits = "should fit" if one.fits else "not enough by itself"
+        lines.append(f"    {number}. {size(one.total)} a device, {fits}: {one.cost}")
+        lines += [f"         {line}" for line in one.lines]
+    return lines
+
+
+def search_page(found: Sequence[Found], target: Target, recipe_lines: Sequence[str],
+                remedies: Sequence[Remedy] = ()) -> str:
     """Returns the ranking of a search.
 
     Args:
         found: of `search.search`.
         target: what for.
         recipe_lines: gin lines of the best one.
+        remedies: what else would help, where nothing fits.
     """
     ranked = "by the time if nothing overlaps" if target.hardware else "by what was predicted"
     lines = [_headline(target), f"  those that fit first, {ranked}", "",
@@ -86,8 +93,8 @@ def search_page(found: Sequence[Found], target: Target, recipe_lines: Sequence[s
     if found and found[0].figures.fits:
         lines += ["", "  paste at the end of your recipe:", ""] + [f"    {x}" for x in recipe_lines]
     else:
-        lines += ["", "  nothing that was compiled fits: take a smaller model or batch, more "
-                  "devices, or gin/optimizers/adafactor.gin"]
+        lines += ["", "  nothing that was compiled fits: a smaller model, or more devices"]
+        lines += _advice(remedies)
     return "\n".join(lines)
 
 
@@ -107,7 +114,7 @@ def notes(figures: Figures, target: Target) -> list[str]:
     if target.platform == "tpu" and figures.precision == "float16":
         found.append("TPUs multiply bfloat16: PRECISION = 'bfloat16' needs no loss scale")
     if not figures.loops_known:
-        found.append("a loop does not say how often it turns: memory's time, and messages marked *, "
+        found.append("a loop does not say how often it turns: memory's time and messages marked * "
                      "count one turn")
     if any(one.axes == "unknown" for one in figures.collectives):
         found.append("some messages follow no mesh axis: they count as among all devices")
@@ -123,9 +130,11 @@ def to_json(figures: Figures, target: Target, remedies: Sequence[Remedy] = ()) -
             "notes": notes(figures, target)}
 
 
-def search_json(found: Sequence[Found], target: Target) -> dict[str, Any]:
-    """Returns the ranking of a search."""
-    return {"target": target.name, "ranking": [
+def search_json(found: Sequence[Found], target: Target, remedies: Sequence[Remedy] = ()
+                ) -> dict[str, Any]:
+    """Returns the ranking of a search, and remedies where nothing fits."""
+    return {"target": target.name, "remedies": [dataclasses.asdict(one) for one in remedies],
+            "ranking": [
         {**to_json(one.figures, target), "predicted_bytes": one.predicted.total,
          "gin": one.choice.gin_lines()} for one in found]}
 
