@@ -1,4 +1,4 @@
-"""How long a step takes at best: by arithmetic, by memory, by messages."""
+"""How long a step takes by data sheets: by arithmetic, by memory, by messages."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ HOP_SECONDS = {"tpu": 1e-6, "gpu": 5e-6, "cpu": 0.0}
 class Estimate:
     """Seconds of one step if one thing alone were the limit; None where no figure is known.
 
+    No bounds in the strict sense: what stays in a cache between two uses counts as read twice, and
+    hops are a guess.
+
     Attributes:
         compute: matmuls at the data sheet's peak, those done twice included.
         memory: bytes moved at the data sheet's bandwidth.
         messages: bytes sent over the links, and hops.
-        best: all three overlap; no step is faster.
+        best: all that is known of the three overlaps.
         worst: nothing overlaps.
         bound: what limits `best`: 'compute', 'memory' or 'messages'.
         mfu: share of the peak at `best`; None where there is no peak.
@@ -42,14 +45,21 @@ class Estimate:
 
 
 def estimate(figures: Figures, target: Target) -> Estimate:
-    """Returns the estimate; all None for a CPU, of which no data sheet is known."""
+    """Returns the estimate; all None for a CPU, of which no data sheet is known.
+
+    Of a program for which the compiler found no room only the arithmetic is known.
+    """
     hardware = target.hardware
-    if hardware is None or figures.traffic_bytes is None:
+    if hardware is None:
         return Estimate(None, None, None, None, None, None, None)
     peak = hardware.matmul_peak(figures.precision)
     again = RECOMPUTED[figures.remat.partition(":")[0]]
+    compute = figures.flops * (1 + again) / (target.num_devices * peak)
+    if figures.traffic_bytes is None:
+        return Estimate(compute, None, None, compute, None, "compute",
+                        mfu(figures.flops, compute, target.num_devices, peak))
     parts = {
-        "compute": figures.flops * (1 + again) / (target.num_devices * peak),
+        "compute": compute,
         "memory": figures.traffic_bytes / hardware.hbm_bandwidth,
         "messages": sum(message_seconds(one, target) for one in figures.collectives)}
     best = max(parts.values())

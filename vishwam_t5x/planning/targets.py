@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,21 +36,24 @@ _POD_SIDE = {"v2": 16, "v3": 32, "v5e": 16, "v6e": 16}
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-    """One generation of TPUs: what counts in its slices' names, and devices of a chip."""
+    """One generation of TPUs: what counts in its slices' names, devices of a chip, and chips that
+    a slice of one host can have."""
 
     hardware: str
     shapes: Mapping[int, tuple[int, ...]]
     name_counts_cores: bool
     devices_per_chip: int
+    whole_host: int = 4
 
 
 _TPUS = {
-    "v2": _Generation("TPU v2", {n: _FLAT[n] for n in (4, 16, 64, 256)}, True, 2),
-    "v3": _Generation("TPU v3", {n: _FLAT[n] for n in (4, 16, 64, 256, 512, 1024)}, True, 2),
+    "v2": _Generation("TPU v2", {n: _FLAT[n] for n in (4, 16, 64, 128, 256)}, True, 2),
+    "v3": _Generation("TPU v3", {n: _FLAT[n] for n in (4, 16, 32, 64, 128, 256, 512, 1024)},
+                      True, 2),
     "v4": _Generation("TPU v4", _CUBE, True, 1),  # a chip's two cores work as one: "megacore"
-    "v5e": _Generation("TPU v5e", {n: s for n, s in _FLAT.items() if n <= 256}, False, 1),
+    "v5e": _Generation("TPU v5e", {n: s for n, s in _FLAT.items() if n <= 256}, False, 1, 8),
     "v5p": _Generation("TPU v5p", _CUBE, True, 1),
-    "v6e": _Generation("TPU v6e", {n: s for n, s in _FLAT.items() if n <= 256}, False, 1),
+    "v6e": _Generation("TPU v6e", {n: s for n, s in _FLAT.items() if n <= 256}, False, 1, 8),
     "tpu7x": _Generation("TPU 7x", _CUBE, True, 2),
 }
 
@@ -120,17 +124,22 @@ def resolve(name: str) -> Target:
     Raises:
         UserError: there is none such; the message names the nearest.
     """
-    word = name.strip().lower().replace("_", "-")
+    word = name.strip().lower().replace("_", "-").replace("v5litepod", "v5e")  # the cloud's name
     if match := re.fullmatch(r"cpu(?::(\d+))?", word):
         count = int(match[1] or 1)
         if count:
             return Target(f"cpu:{count}", "cpu", count, None, "")
     if match := re.fullmatch(r"(?:tpu-)?(v\d+[ep]?|tpu7x)(?:-(\d+)|:(\d+(?:x\d+)*))", word):
         return _tpu(name, match[1], match[2], match[3])
-    kind, count = word.replace("-", ""), 1
-    if kind not in gpu_description.GPUS and (match := re.fullmatch(r"(.+)x(\d+)", kind)):
+    kind, count = word, 1
+    if (match := re.fullmatch(r"(.+)x(\d+)", kind)) and _gpu(kind) is None:
         kind, count = match[1], int(match[2])
-    if kind in gpu_description.GPUS:
+    sizes = [gpu for gpu in gpu_description.GPUS if gpu.startswith(f"{kind}-")]
+    if sizes:
+        raise UserError(f"there are several kinds of {kind}, of different memory", got=name,
+                        fix=f"--target={' or --target='.join(sizes)}")
+    if (known := _gpu(kind)) is not None:
+        kind = known
         if 1 <= count <= MAX_GPUS:
             hardware = HARDWARE[gpu_description.GPUS[kind].hardware]
             return Target(kind + (f"x{count}" if count > 1 else ""), "gpu", count, hardware,
@@ -143,6 +152,11 @@ def resolve(name: str) -> Target:
                                          did_you_mean(word, EXAMPLES) else "")
         + f"e.g. {', '.join(EXAMPLES)}; TPUs {', '.join(_TPUS)}; GPUs {gpus}, with x2 to "
         f"x{MAX_GPUS} for several")
+
+
+def _gpu(word: str) -> str | None:
+    """The GPU that is meant; dashes make no difference."""
+    return {gpu.replace("-", ""): gpu for gpu in gpu_description.GPUS}.get(word.replace("-", ""))
 
 
 def _tpu(name: str, generation: str, size: str | None, shape: str | None) -> Target:
@@ -171,7 +185,7 @@ def _tpu(name: str, generation: str, size: str | None, shape: str | None) -> Tar
                             + "x".join(map(str, known.shapes[16])))
         canonical = f"{prefix}{generation}:{shape}"
     chips = math.prod(dims)
-    per_host = math.prod(_host_bounds(dims))
+    per_host = chips if chips <= known.whole_host else math.prod(_host_bounds(dims))
     return Target(canonical, "tpu", chips * known.devices_per_chip, HARDWARE[known.hardware],
                   f"{generation}:{'x'.join(map(str, dims))}", max(1, chips // per_host))
 
@@ -239,9 +253,21 @@ def check_installed(target: Target) -> None:
                         got="it is not installed", fix=INSTALL)
 
 
+def _xla_flags() -> str:
+    """XLA_FLAGS, or what is in the file that it may also name."""
+    text = os.environ.get("XLA_FLAGS", "").strip()
+    if not text or text.startswith("-"):
+        return text
+    try:
+        return pathlib.Path(text).read_text()
+    except OSError as error:
+        raise UserError("XLA_FLAGS names a file that cannot be read", got=str(error),
+                        fix="correct XLA_FLAGS, or unset it") from error
+
+
 def environment(target: Target) -> dict[str, str]:
     """Returns the environment of a process that compiles for the target; no accelerator is used."""
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split()
+    flags = [flag for flag in _xla_flags().split()
              if "xla_force_host_platform_device_count" not in flag]
     if target.platform == "cpu":
         flags.append(f"--xla_force_host_platform_device_count={target.num_devices}")

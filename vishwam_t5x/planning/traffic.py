@@ -2,7 +2,8 @@
 
 Each instruction that runs by itself reads its operands and writes its results once, whatever loops
 surround it counted; of a fusion only what enters and leaves it counts, and of an array that it
-slices or updates only the slice. XLA's own figure counts the body of a loop once.
+slices or updates only the slice. What a cache or a neighbouring instruction still holds is counted
+as read from memory all the same. XLA's own figure counts the body of a loop once.
 """
 
 from __future__ import annotations
