@@ -11,7 +11,8 @@ usage: vishwam plan --gin_file=FILE [--gin.NAME=VALUE ...] --target=TARGET
 --watch           show what is being compiled, and for how long
 --no_cache        compile even what has been compiled before
 
-The gin file is the one you train with; no data, cache or MODEL_DIR is needed. The program is the
+The gin files are those you train with, the preset of gin/hardware/ that `vishwam launch` adds among
+them; no data, cache or MODEL_DIR is needed. The program is the
 one `vishwam train` would compile there. No parameter is allocated, no accelerator touched. TPUs and
 GPUs need the extra `plan` (Linux on x86). Times are what data sheets allow, not measurements.
 """
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")
     from vishwam_t5x import plan_worker
+    from vishwam_t5x.launching.request import packaged
     from vishwam_t5x.planning import report, targets
     from vishwam_t5x.planning.estimate import Predictor
     from vishwam_t5x.planning.program import Choice
@@ -48,12 +50,16 @@ def main(argv: Sequence[str]) -> int:
     from vishwam_t5x.planning.search import search
 
     config, recipe = plan_worker.read(argv, FLAGS)
-    flags = config.flags
+    flags = {name: text for name, text in config.flags.items()
+             if name in ("target", "search") or _is_on(name, text)}
     if not flags.get("target"):
         raise UserError("vishwam plan needs a target", fix="e.g. --target=tpu-v4-32; others: "
                         + ", ".join(targets.EXAMPLES))
     target = targets.resolve(flags["target"])
     targets.check_installed(target)
+    if packaged(target.preset) and not any("hardware/" in file for file in config.files):
+        print(f"vishwam: note: a run there by vishwam launch takes --gin_file={target.preset} too, "
+              "which this plan lacks", file=sys.stderr)
     compiler = _Compiler(argv, target, flags)
     predictor = Predictor(recipe, target)
     if "search" in flags:
@@ -125,6 +131,14 @@ class _Compiler:
             if watching and sys.stderr.isatty():
                 sys.stderr.write("\r\x1b[K")
         return Figures.from_json(result)
+
+
+def _is_on(name: str, text: str) -> bool:
+    if text.lower() in ("", "true", "1"):
+        return True
+    if text.lower() in ("false", "0"):
+        return False
+    raise UserError(f"--{name} takes no value", got=text, fix=f"--{name}")
 
 
 def _count(text: str) -> int:

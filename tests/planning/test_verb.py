@@ -119,10 +119,20 @@ def test_figures_are_remembered(tmp_path):
     assert again["compile_seconds"] == first["compile_seconds"]
 
 
+def test_a_search_ends_with_lines_to_paste(tmp_path):
+    done = plan("--target=cpu:8", "--search=2", "--watch", "--no_cache", "--json=false",
+                home=tmp_path)
+    assert "by what was predicted" in done.stdout and "mesh.MeshConfig." in done.stdout
+    assert "compiling 2 of at most 2 for cpu:8" in done.stderr
+    assert "takes --gin_file=gin/hardware/cpu_8.gin too" in done.stderr
+    assert not (tmp_path / ".cache/vishwam_t5x/plans").exists()
+
+
 def test_mistakes_are_one_screen(tmp_path):
     for flags, said in ((["--target=tpu-v4-33"], "tpu-v4-32"), ([], "--target=tpu-v4-32"),
                         (["--target=cpu:1", "--search=x"], "--search=4"),
-                        (["--target=cpu:3"], "BATCH_SIZE")):
+                        (["--target=cpu:3"], "BATCH_SIZE"),
+                        (["--target=cpu:1", "--quick=maybe"], "--quick takes no value")):
         done = plan(*flags, home=tmp_path, check=False)
         assert done.returncode == 2 and said in done.stderr, done.stderr
         assert "Traceback" not in done.stderr

@@ -52,7 +52,7 @@ def page(figures: Figures, target: Target, remedies: Sequence[Remedy] = ()) -> s
     lines += ["", f"  FLOPs of a step        {figures.flops:.3g}, all devices, on full rows"]
     if figures.traffic_bytes is not None:
         lines += _messages(figures, target)
-        lines += _time(estimate(figures, target))
+    lines += _time(estimate(figures, target))
     lines += [f"  note: {note}" for note in notes(figures, target)]
     return "\n".join(lines + _advice(remedies))
 
@@ -182,10 +182,12 @@ def _messages(figures: Figures, target: Target) -> list[str]:
 
 
 def _time(best: Estimate) -> list[str]:
-    if best.best is None or best.worst is None:
+    if best.best is None or best.compute is None:
         return [""]
-    assert best.compute is not None and best.memory is not None and best.messages is not None
     share = f", MFU {100 * best.mfu:.1f} %" if best.mfu is not None else ""
+    if best.memory is None or best.messages is None or best.worst is None:
+        return ["", f"  step time by roofline  compute {duration(best.compute)}{share} if that "
+                "were all; the rest is not known"]
     return ["", f"  step time by roofline  compute {duration(best.compute)}, memory "
             f"{duration(best.memory)}, messages {duration(best.messages)}",
             f"    at best              {duration(best.best)}, bound by {best.bound}{share}",

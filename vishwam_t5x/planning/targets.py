@@ -91,6 +91,14 @@ class Target:
         return None if self.hardware is None else self.hardware.compute_capability
 
     @property
+    def preset(self) -> str:
+        """The gin file that a run there would take, whether there is one or not."""
+        name = re.sub(r"[-:]", "_", self.name)
+        if self.platform == "gpu":
+            name = "gpu_pair" if self.num_devices == 2 else f"gpu_{self.num_devices}"
+        return f"gin/hardware/{name}.gin"
+
+    @property
     def torus(self) -> tuple[int, ...]:
         """Chips along each dimension of a TPU slice; () of anything else."""
         shape = self.topology.partition(":")[2]
