@@ -180,7 +180,8 @@ def train(model: Trainable, model_dir: str, objective: Objective,
                 run_dir.profile, first_step + profile_start, profile_steps))))
         ledger.enter("compile")
         step_fn = step_ready.result() or parts.compile(factory, batch_shardings)
-        distributed.barrier("first step")  # a collective waits for a slow compiler far less long
+        # A collective waits for a slow compiler far less long.
+        distributed.barrier("first step", watchdog.phase_seconds or distributed.DEADLINE)
         loop = Loop(
             LoopConfig(total_steps, stats_period, stability), step_fn, batches, saver,
             each_step, writers, CulpritBatches(run_dir.path, run_dir.url), parts.throughput(),

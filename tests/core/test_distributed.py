@@ -23,11 +23,8 @@ import jax
 
 def run_together(code: str, count: int = 2, env=None) -> list[str]:
     """What each process printed; they must all end well."""
-    port = process_groups.free_port()
-    running = [subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code) + "\ndistributed.leave(0)",
-         str(index), str(count), str(port)], env=helpers.environment(1, env), cwd=helpers.ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for index in range(count)]
+    running = process_groups.start_code(
+        PRELUDE + textwrap.dedent(code) + "\ndistributed.leave(0)", count=count, env=env)
     outputs = [process.communicate(timeout=120) for process in running]
     assert all(process.returncode == 0 for process in running), outputs
     return [output for output, _ in outputs]

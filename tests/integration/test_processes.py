@@ -35,6 +35,13 @@ def test_two_stop_together_and_four_devices_go_on_bit_equal(straight, tmp_path, 
     assert group.wait() == [75, 75], group.tail()
     saved = [int(path.name) for path in (model_dir / "checkpoints").iterdir()]
     assert saved == [runs.last_step(model_dir)] and saved[0] < STEPS
+    # Going on, the notice comes before there are steps: nothing to save, and nobody waits for who
+    # has gone.
+    group = groups.start(model_dir, STEPS, SAVE_NEVER, count=2, env=quickstart_cache)
+    group.wait_until_said(1, "mesh:")
+    group.processes[1].send_signal(signal.SIGTERM)
+    assert group.wait(90) == [75, 75], group.tail()
+    assert runs.last_step(model_dir) == saved[0]
     runs.train(model_dir, STEPS, SAVE_NEVER, env=quickstart_cache, devices=4)
     assert_same_batches(straight, model_dir)
     expected, found = runs.column(straight, "loss"), runs.column(model_dir, "loss")

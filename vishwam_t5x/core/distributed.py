@@ -43,6 +43,8 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         PeersLost: not all came; says who is absent.
     """
     explicit = (coordinator_address, num_processes, process_id)
+    # `training.signals` listens for SIGTERM; jax's own service would swallow what comes before.
+    jax.config.update("jax_enable_preemption_service", False)
     found: tuple[str, int, int] | None
     if any(value is not None for value in explicit):
         found = _checked(*explicit)
@@ -51,6 +53,7 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         if found is None:
             jax.distributed.initialize(initialization_timeout=int(timeout_seconds),
                                        heartbeat_timeout_seconds=heartbeat_seconds)
+            coordination.take_sigterm()
             return
     else:
         return
@@ -58,6 +61,7 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
     coordination.on_abort(_lost_while_joining)  # until a watchdog knows better
     jax.distributed.initialize(*found, initialization_timeout=int(max(timeout_seconds, 1)),
                                heartbeat_timeout_seconds=heartbeat_seconds)
+    coordination.take_sigterm()
     coordination.service()  # says now, and not in the middle of a run, that jax has changed
 
 

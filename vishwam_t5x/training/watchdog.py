@@ -28,6 +28,12 @@ from vishwam_t5x.training.ledger import Ledger
 _GOOD_ENDS = {str(EXIT_OK), str(EXIT_PREEMPTED)}
 _GRACE = 15.0  # seconds for all to end by themselves when one has refused to go on
 _LOOK = 0.25  # seconds between looks at the clock
+_LAST_WORDS = 10.0  # seconds for stacks and ledger to be written
+
+
+def _end_after(seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(EXIT_ABORTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +146,20 @@ class Watchdog:
         """Says why, dumps all stacks, and ends the process."""
         if not self._once.acquire(blocking=False):
             time.sleep(60.0)  # another thread is at it
-        print(f"vishwam: aborted by the watchdog: {why}\n  run the same command to resume; what "
-              "each thread was doing:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
-        self._ledger.close(f"watchdog: {why}")
-        sys.stderr.flush()
-        os._exit(EXIT_ABORTED)
+        # Nothing may keep the process from ending: not a closed stderr, not the file system that
+        # hangs and in which the ledger is.
+        threading.Thread(target=_end_after, args=(_LAST_WORDS,), daemon=True).start()
+        try:
+            print(f"vishwam: aborted by the watchdog: {why}\n  run the same command to resume; "
+                  "what each thread was doing:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+            sys.stderr.flush()
+        except (OSError, ValueError, RuntimeError):
+            pass  # nobody reads it
+        try:
+            self._ledger.close(f"watchdog: {why}")
+        finally:
+            os._exit(EXIT_ABORTED)
 
     # --- the other processes ---
 
