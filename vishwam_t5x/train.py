@@ -111,7 +111,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         stats_period: steps between metric records.
         num_microbatches: parts a batch is cut into to save memory.
         max_rows_per_device: rows that a device may hold at a time: on fewer devices the batch is
-            cut into more microbatches; None: num_microbatches alone says.
+            cut into more microbatches; None: num_microbatches says.
         watchdog: how long a step may take and another process be silent.
         stability: what a bad step is and when to roll back.
         random_seed: of parameters and dropout.
@@ -180,7 +180,6 @@ def train(model: Trainable, model_dir: str, objective: Objective,
                 run_dir.profile, first_step + profile_start, profile_steps))))
         ledger.enter("compile")
         step_fn = step_ready.result() or parts.compile(factory, batch_shardings)
-        # A collective waits for a slow compiler far less long.
         distributed.barrier("first step", watchdog.phase_seconds or distributed.DEADLINE)
         loop = Loop(
             LoopConfig(total_steps, stats_period, stability), step_fn, batches, saver,

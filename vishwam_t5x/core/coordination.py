@@ -180,15 +180,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def take_sigterm() -> None:
-    """Lets SIGTERM end this process again, which jax only has noted once processes have joined.
-
-    What jax notes it acts upon at the end of a step, and before there are any it is lost;
-    `training.signals` does without.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 _handler: Any = None  # kept: C holds nothing but its address
 
 

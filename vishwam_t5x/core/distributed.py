@@ -53,7 +53,6 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         if found is None:
             jax.distributed.initialize(initialization_timeout=int(timeout_seconds),
                                        heartbeat_timeout_seconds=heartbeat_seconds)
-            coordination.take_sigterm()
             return
     else:
         return
@@ -61,7 +60,6 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
     coordination.on_abort(_lost_while_joining)  # until a watchdog knows better
     jax.distributed.initialize(*found, initialization_timeout=int(max(timeout_seconds, 1)),
                                heartbeat_timeout_seconds=heartbeat_seconds)
-    coordination.take_sigterm()
     coordination.service()  # says now, and not in the middle of a run, that jax has changed
 
 
