@@ -19,6 +19,7 @@ from helpers import ROOT, environment, run, vishwam
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import regenerate
 from launch_cases import CASES, COPIED
+from started import started
 
 from vishwam_t5x import launch
 from vishwam_t5x.core import buckets
@@ -259,12 +260,32 @@ def test_the_batch_script_passes_the_signal_on_and_requeues(tmp_path):
     (tmp_path / ".venv" / "bin" / "activate").write_text("")
     batch = tmp_path / "job.sh"
     batch.write_text((ROOT / "launch" / "slurm.sbatch").read_text())
-    process = subprocess.Popen(["bash", str(batch)], cwd=tmp_path, env=env)
-    while not (tmp_path / "ready").exists():
-        assert process.poll() is None
-    process.terminate()
-    assert process.wait(timeout=30) == 75 and (tmp_path / "saved").exists()
+    with started(["bash", str(batch)], cwd=tmp_path, env=env) as process:
+        process.until_there(tmp_path / "ready")
+        process.process.terminate()
+        assert process.wait() == 75 and (tmp_path / "saved").exists()
     assert calls(tmp_path) == [["scontrol", "requeue", "17"]]
+
+
+@pytest.mark.parametrize("ends, code, times", [
+    ((76,), 70, 3), ((75, 76, 76, 76), 70, 4), ((76, 1), 1, 2), ((76, 0), 0, 2)])
+def test_a_job_without_hope_is_not_queued_again(tmp_path, ends, code, times):
+    """The batch script with the real supervisor; what srun ends with is the test's."""
+    env = {**os.environ, **tools(tmp_path, "scontrol"), "SLURM_JOB_ID": "17"}
+    log = tmp_path / "calls"
+    (tmp_path / "bin" / "srun").write_text(
+        f"#!/usr/bin/env bash\nends=({' '.join(map(str, ends))})\necho '[\"srun\"]' >> {log}\n"
+        f"n=$(wc -l < {log}); exit ${{ends[$((n < ${{#ends[@]}} ? n - 1 : -1))]}}\n")
+    (tmp_path / "bin" / "python3").write_text(
+        f"#!/usr/bin/env bash\nshift 2\nexec {sys.executable} {ROOT}/launch/supervise.py "
+        "--backoff=0.01 --max-backoff=0.02 \"$@\"\n")
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("")
+    with started(["bash", str(ROOT / "launch" / "slurm.sbatch")], cwd=tmp_path, env=env) as job:
+        assert job.wait() == code, job.said
+    assert calls(tmp_path) == [["srun"]] * times  # And no scontrol.
+    assert ("given up" in job.said) == (code == 70)
 
 
 class Buckets:
@@ -349,20 +370,15 @@ def test_a_killed_training_goes_on_under_the_supervisor(tmp_path, quickstart_cac
     folder = tmp_path / "run"
     words = ["--on=local", "--supervise", "--", "train",
              "--gin_file=gin/recipes/quickstart_cpu.gin", f"--gin.MODEL_DIR={str(folder)!r}",
-             "--gin.TRAIN_STEPS=30", "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=4",
+             "--gin.TRAIN_STEPS=60", "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=4",
              "--gin.SAVE_PERIOD=5", "--gin.LOG_PERIOD=1", "--gin.train.eval_examples=8"]
-    process = subprocess.Popen([sys.executable, "-m", "vishwam_t5x", "launch", *words],
-                               env=environment(env=quickstart_cache), cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("step 10/") and not any("restart in" in text for text in said):
-            children = psutil.Process(process.pid).children()
-            (trainer,) = [child for child in children if "train" in child.cmdline()]
-            trainer.kill()
-    assert process.wait(timeout=60) == 0, "".join(said)[-4000:]
+    with started([sys.executable, "-m", "vishwam_t5x", "launch", *words], cwd=tmp_path,
+                 env=environment(env=quickstart_cache), stdout=subprocess.DEVNULL) as process:
+        process.until_said("\nstep 10/", seconds=300)
+        (trainer,) = psutil.Process(process.process.pid).children()
+        assert "train" in trainer.cmdline()
+        trainer.kill()
+        assert process.wait(seconds=300) == 0, process.said[-4000:]
     records = [json.loads(line) for line in (folder / "supervisor.jsonl").read_text().splitlines()]
     assert [record["ended_by"] for record in records] == ["SIGKILL", "0"]
-    assert records[0]["step"] < 30 and records[1]["step"] == 30
+    assert records[0]["step"] < 60 and records[1]["step"] == 60

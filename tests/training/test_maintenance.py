@@ -18,6 +18,9 @@ def server():
         def do_GET(self):
             assert self.headers["Metadata-Flavor"] == "Google"
             body = answers[self.path.rpartition("/")[2]].encode()
+            if body == b"garbage":
+                self.wfile.write(b"no HTTP\r\n\r\n")
+                return
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -44,6 +47,8 @@ def test_notices(server):
     answers["preempted"] = "TRUE"
     assert maintenance.notice(url) == "preempted: TRUE"
     assert maintenance.notice("http://localhost:1") is None
+    answers["preempted"] = "garbage"
+    assert "TERMINATE" in maintenance.notice(url), "an answer that is none ends no thread"
 
 
 def test_a_notice_is_a_sigterm(server):

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from vishwam_t5x.core.errors import UserError, did_you_mean, one_of
-from vishwam_t5x.launching import supervise
+from vishwam_t5x.launching import presets, supervise
+from vishwam_t5x.launching.presets import packaged
 
 # Places, and what each needs and takes besides the common options.
 _CLOUD = ("project", "zone", "accelerator")
@@ -38,8 +39,8 @@ VERBS = ("train", "evaluate", "infer", "forward", "cache", "doctor")
 RESTART_ON_HOSTS = f"{supervise.RESTART_ON},SIGABRT"
 _SECRET = re.compile(r"(?i)(token|secret|passw|credential|private|api_?key|access_?key)")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-PACKAGE = pathlib.Path(__file__).resolve().parent.parent
-SEVERAL_MACHINES = ("tpu-pod", "gke", "xpk")
+# As in training/maintenance.py, which would load what trains.
+METADATA_SERVER = "http://metadata.google.internal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,25 +100,44 @@ class Request:
                 f"--give-up-after={self.number('give-up-after', 3)}"]
 
     def with_preset(self, preset: str) -> Request:
-        """Adds a preset of gin/hardware/ after the user's gin files, unless one is among them."""
+        """Adds a preset of gin/hardware/ after the user's gin files, unless one is among them.
+
+        What the user's own files say about the same is said again: the preset does not undo it.
+        """
         chosen = [word for word in self.gin_files() if "hardware/" in word]
         if chosen or self.verb == "doctor" or not packaged(f"gin/hardware/{preset}"):
             return self
-        return dataclasses.replace(
-            self, arguments=(*self.arguments, f"--gin_file=gin/hardware/{preset}"))
+        # In front: flags of the user's for the same thing come later, and win.
+        return dataclasses.replace(self, arguments=(
+            *self.said().flags(), *self.arguments, f"--gin_file=gin/hardware/{preset}"))
+
+    def with_notice(self) -> Request:
+        """Lets training ask Google's metadata server whether its machine will be taken away.
+
+        Only where the gin files have a watchdog: else nothing would read it, which is refused.
+        """
+        said = self.said()
+        if self.verb != "train" or not said.watched or said.asks:
+            return self
+        return dataclasses.replace(self, arguments=(
+            f'--gin.watchdog.WatchdogConfig.metadata_server="{METADATA_SERVER}"',
+            *self.arguments))
+
+    def said(self) -> presets.Said:
+        """What the gin files say that matters to a launch."""
+        folders = [folder for value in self._values("gin_search_paths")
+                   for folder in value.split(",") if folder]
+        return presets.read(self.gin_files(), folders)
 
     def gin_files(self) -> list[str]:
-        """The values of --gin_file."""
-        words = self.arguments
-        return [word.partition("=")[2] for word in words if word.startswith("--gin_file=")] + [
-            after for word, after in zip(words, words[1:], strict=False) if word == "--gin_file"]
+        """The values of --gin_file, in their order."""
+        return self._values("gin_file")
 
-
-def packaged(gin_file: str) -> bool:
-    """Whether a gin file comes with the package, and so is wherever that is installed."""
-    inside = gin_file.removeprefix("gin/")
-    return inside != gin_file and any(
-        (folder / inside).is_file() for folder in (PACKAGE / "gin_files", PACKAGE.parent / "gin"))
+    def _values(self, flag: str) -> list[str]:
+        words = (*self.arguments, "")
+        return [after if word == f"--{flag}" else word.partition("=")[2]
+                for word, after in zip(words, words[1:], strict=False)
+                if word.partition("=")[0] == f"--{flag}"]
 
 
 def parse(argv: Sequence[str]) -> Request:

@@ -24,7 +24,7 @@ def task(request: Request) -> tuple[dict[str, Any], str]:
     resources: dict[str, Any]
     if accelerators.is_tpu(name):
         tpu = accelerators.parse_tpu(name)
-        request, hosts = request.with_preset(tpu.preset), tpu.hosts * nodes
+        request, hosts = request.with_preset(tpu.preset).with_notice(), tpu.hosts * nodes
         described, extra = tpu.describe(), "tpu"
         resources = {"accelerators": f"tpu-{tpu.cloud_name}",
                      "accelerator_args": {"runtime_version": tpu.family.runtime}}

@@ -34,7 +34,8 @@ while kill -0 "$run" 2>/dev/null; do
   code=0
   wait "$run" || code=$?
 done
-# 75: saved; 76: another process was lost. Both are to be gone on with.
+# 75: saved; 76: another process was lost. Both are to be gone on with; 70 is not: the supervisor
+# saw no progress and gave up.
 if [ "$code" -eq 75 ] || [ "$code" -eq 76 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -83,7 +84,7 @@ def build(request: Request) -> Script:
                     "all nodes see.")
     script.section("The supervisor restarts all processes together while the allocation lasts; "
                    "after exit 75 or 76 Slurm queues the job again, which goes on where it "
-                   "stopped.")
+                   "stopped; not after 70, with which a supervisor gives up.")
     script.write(path, batch_file(request))
     script.command(["sbatch", path])
     script.section(f"Logs: {request.name}-JOBID.log and MODEL_DIR/supervisor.jsonl. "

@@ -7,7 +7,8 @@ Restarts when the command ends with a code or a signal of --restart-on: 75 is "s
 resumable", 76 "a host hangs or is dead". Exit 2, the user's own mistake, is never restarted. The
 wait before a restart doubles from --backoff to --max-backoff seconds, less a random part, and
 begins anew once there was progress: a step or a checkpoint in DIR that was not there before. The
-same end --give-up-after times in a row without progress is final.
+same end --give-up-after times in a row without progress is final: exit 70, which is for no one to
+start again. 75 does not count, for it is no failure.
 
 SIGTERM, SIGHUP and the first Ctrl-C are handed to the command as SIGTERM; its save is waited for,
 and its exit code is returned. The second Ctrl-C interrupts it, the third kills it.
@@ -42,10 +43,11 @@ from typing import Any, BinaryIO
 
 RESTART_ON = "75,76,SIGKILL,SIGTERM"
 USER_ERROR = 2
+PREEMPTED = "75"
+GAVE_UP = 70  # EX_SOFTWARE; not the command's own code, which Slurm may be told to queue again.
 # A shell between us and the trainer reports a death by signal as 128 + its number.
 _SHELL_SIGNAL = 128
-_TAIL_LINES = 30
-_TAIL_BYTES = 1 << 16
+_TAIL_LINES, _TAIL_BYTES = 30, 1 << 16
 # Different ends in turn are no progress either.
 _ANY_END_FACTOR = 3
 
@@ -105,8 +107,11 @@ class Progress:
         if self.model_dir is None:
             return []
         try:
+            # In a bucket nothing is renamed: what is being written already has its place there, and
+            # this object comes last.
+            whole = "commit_success.txt" if "://" in str(self.model_dir) else "."
             return [int(entry.name) for entry in (self.model_dir / "checkpoints").iterdir()
-                    if entry.name.isdigit()]
+                    if entry.name.isdigit() and (entry / whole).exists()]
         except Exception as error:  # noqa: BLE001 - a bucket's library has errors of its own
             return _unseen(error) or []
 
@@ -149,8 +154,7 @@ def open_folder(name: str | None) -> Any:
     try:
         return importlib.import_module("etils.epath").Path(name)
     except ImportError:
-        print(f"supervise: {name} cannot be read without etils: no progress will be seen",
-              file=sys.stderr)
+        _say(f"{name} cannot be read without etils: no progress will be seen")
         return None
 
 
@@ -237,7 +241,7 @@ class Supervisor:
         self._interrupts = 0
 
     def run(self) -> int:
-        """Returns the exit code of the last time the command ran; only the main thread may call."""
+        """Returns the command's last exit code, or `GAVE_UP`; only the main thread may call."""
         handled = {number: signal.signal(number, self._handle)
                    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
         try:
@@ -248,24 +252,28 @@ class Supervisor:
 
     def _run(self) -> int:
         self._progress.advanced()  # What earlier runs did is not progress of this one.
-        attempt = same = failures = 0
+        attempt = same = failures = idle = 0
         last = ""
         while True:
             attempt += 1
             start = _now()
             code, tail = self._once()
             end, moved = name_of_end(code), self._progress.advanced()
-            same = 1 if moved or end != last else same + 1
-            failures = 1 if moved else failures + 1
-            last = end
-            again, why = self._decide(end, same, failures)
+            idle = 1 if moved else idle + 1
+            if moved:
+                same = failures = 0
+            if end != PREEMPTED:  # Spot machines may be taken away before each first step.
+                same, failures, last = same + 1 if end == last else 1, failures + 1, end
+            again, why = self._decide(end)
+            hopeless = again and self._hopeless(end, same, failures)
+            again, why = again and not hopeless, hopeless or why
             self._write({"attempt": attempt, "start": start, "end": _now(),
                          "code": exit_code(code), "ended_by": end, "step": self._progress.step,
                          "progress": moved, "restart": again, "why": why})
             if not again:
                 self._explain(code, why, tail)
-                return exit_code(code)
-            seconds = self._policy.wait_seconds(failures, random.uniform)
+                return GAVE_UP if hopeless else exit_code(code)
+            seconds = self._policy.wait_seconds(idle, random.uniform)
             _say(f"{why}; restart in {seconds:.0f} s (step reached: {self._progress.step})")
             if self._stop.wait(seconds):
                 _say("asked to stop while waiting; nothing is running")
@@ -285,20 +293,22 @@ class Supervisor:
         self._child = None
         return code, lines
 
-    def _decide(self, end: str, same: int, failures: int) -> tuple[bool, str]:
+    def _decide(self, end: str) -> tuple[bool, str]:
         if self._stop.is_set():
             return False, f"asked to stop; the command ended with {end}"
-        if end == "0":
-            return False, "done"
-        if end == str(USER_ERROR):
-            return False, "exit 2 is a mistake in the command, which a restart repeats"
+        if end in ("0", str(USER_ERROR)):
+            return False, "done" if end == "0" else (
+                "exit 2 is a mistake in the command, which a restart repeats")
         if end not in self._policy.restart_on:
             return False, f"{end} is not among the ends to restart after"
-        if same >= self._policy.give_up_after:
-            return False, f"{end} {same} times in a row without progress"
-        if failures >= _ANY_END_FACTOR * self._policy.give_up_after:
-            return False, f"{failures} ends in a row without progress, the last {end}"
         return True, f"ended with {end}"
+
+    def _hopeless(self, end: str, same: int, failures: int) -> str:
+        if same >= self._policy.give_up_after:
+            return f"given up: {end} {same} times in a row without progress"
+        if failures >= _ANY_END_FACTOR * self._policy.give_up_after:
+            return f"given up: {failures} ends in a row without progress, the last {end}"
+        return ""
 
     def _explain(self, code: int, why: str, tail: Sequence[str]) -> None:
         _say(f"{why} (step reached: {self._progress.step})")
@@ -312,15 +322,14 @@ class Supervisor:
         if self._ledger is None or (record["ended_by"] == str(USER_ERROR)
                                     and not self._ledger.parent.exists()):
             return  # A mistyped command must not make its folder.
-        line = json.dumps(record) + "\n"
+        line, ledger = json.dumps(record) + "\n", self._ledger
         try:
-            self._ledger.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(self._ledger, pathlib.Path):
-                with self._ledger.open("a", encoding="utf-8") as file:
+            ledger.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(ledger, pathlib.Path):
+                with ledger.open("a", encoding="utf-8") as file:
                     file.write(line)
             else:  # Objects in a bucket cannot be appended to.
-                before = self._ledger.read_text() if self._ledger.exists() else ""
-                self._ledger.write_text(before + line)
+                ledger.write_text((ledger.read_text() if ledger.exists() else "") + line)
         except Exception as error:  # noqa: BLE001 - the run matters more than its ledger
             _say(f"{self._ledger} not written: {error}")
 
@@ -329,9 +338,8 @@ class Supervisor:
         if number == signal.SIGINT:
             self._interrupts += 1
         # The trainer saves on SIGTERM and loses steps on SIGINT: that only for the impatient.
-        sent = {2: signal.SIGINT, 3: signal.SIGKILL}.get(min(self._interrupts, 3), signal.SIGTERM)
-        if number != signal.SIGINT:
-            sent = signal.SIGTERM
+        harder = {2: signal.SIGINT, 3: signal.SIGKILL}.get(min(self._interrupts, 3))
+        sent = harder if harder and number == signal.SIGINT else signal.SIGTERM
         child = self._child
         if child is not None and child.returncode is None:
             child.send_signal(sent)

@@ -31,7 +31,7 @@ def build(request: Request) -> Script:
         check_shared_model_dir(request, "the hosts of a pod share no disk")
     elif "spot" in request.options and request.verb == "train":
         check_shared_model_dir(request, "the disk of a spot TPU VM goes with it")
-    request = request.with_preset(tpu.preset)
+    request = request.with_preset(tpu.preset).with_notice()
     script = Script(f"vishwam launch --on={request.place}: {tpu.describe()}.")
     if pod:
         _queued_resource(script, request, tpu)

@@ -1,11 +1,13 @@
 """A cloud's notice that this machine will be taken away, turned into the SIGTERM that we know.
 
 Most schedulers send SIGTERM themselves. Google's metadata server also says it to a machine that
-nobody schedules; it is asked only if `WatchdogConfig.metadata_server` names it.
+nobody schedules; it is asked only if `WatchdogConfig.metadata_server` names it, as `vishwam launch`
+lets a run on Cloud TPU VMs do.
 """
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import threading
@@ -31,8 +33,8 @@ def notice(server: str, timeout: float = 2.0) -> str | None:
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 text = answer.read(200).decode(errors="replace").strip()
-        except OSError:
-            continue
+        except (OSError, http.client.HTTPException):
+            continue  # Half an answer is none; the next question may get one.
         if text in alarms:
             return f"{path}: {text}"
     return None
