@@ -14,8 +14,8 @@ usage: vishwam VERB --gin_file=FILE [--gin.NAME=VALUE ...]
   launch     start a run on GPUs, Slurm, TPUs, Kubernetes, SkyPilot, Docker
 
 vishwam VERB --help tells more. Exit codes: 0 done, 2 your mistake (problem, got, fix), 75 stopped
-on request and resumable by the same command, 76 aborted by the watchdog (a lost process, a hung
-step) and resumable from the last checkpoint, 1 anything else.
+on request and resumable by the same command, 76 ended by what passes (a lost process, a hung step,
+a storage that does not answer) and resumable from the last checkpoint, 1 anything else.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from vishwam_t5x.core.errors import (
     EXIT_OK,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
-    PeersLost,
     Preempted,
+    Resumable,
     UserError,
     did_you_mean,
 )
@@ -96,6 +96,11 @@ def _leave(code: int) -> None:
 def _run(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
+    except Resumable as error:  # before UserError: a storage that does not answer is both
+        text = UserError(error.problem, error.got, error.fix) if isinstance(
+            error, UserError) else f"{error}; run the same command to resume"
+        print(f"vishwam: {text}", file=sys.stderr)
+        return EXIT_ABORTED
     except UserError as error:
         # Built anew: gin hides the parts of an error raised while it calls something.
         print(f"vishwam: {UserError(error.problem, error.got, error.fix)}", file=sys.stderr)
@@ -103,9 +108,6 @@ def _run(arguments: list[str]) -> int:
     except Preempted as stop:
         print(f"vishwam: {stop}", file=sys.stderr)
         return EXIT_PREEMPTED
-    except PeersLost as lost:
-        print(f"vishwam: {lost}; run the same command to resume", file=sys.stderr)
-        return EXIT_ABORTED
     except KeyboardInterrupt:
         print("vishwam: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as a shell reports it.

@@ -28,7 +28,7 @@ from typing import Any
 from vishwam_t5x import screen
 from vishwam_t5x.command_line import CommandLine
 from vishwam_t5x.core import storage
-from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, Resumable, UserError
 from vishwam_t5x.data import copies
 from vishwam_t5x.data.source import DatasetConfig, default_cache_dir
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         result = _run(line, argv)
     except UserError as error:
-        if not as_json:
+        if not as_json or isinstance(error, Resumable):
             raise
         got = None if error.got is None else str(error.got)
         print(json.dumps({"problem": error.problem, "got": got, "fix": error.fix}))

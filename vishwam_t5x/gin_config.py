@@ -179,7 +179,7 @@ def _parts_kept_apart() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(error.problem, error.got, error.fix) from None
+        raise gin_messages.anew(error) from None
 
 
 @contextlib.contextmanager

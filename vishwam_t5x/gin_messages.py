@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.core.storage import StorageAway
 
 # Comes with the extra `seqio`; whoever misses one of these misses the extra.
 _EXTRA_SEQIO = ("seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "sklearn")
@@ -18,6 +19,12 @@ _EXTRA_SEQIO = ("seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets",
 def place(source: str, line: int) -> str:
     """Returns "file:line", or the flag of the command line that `source` is."""
     return source if source.startswith("--") else f"{source}:{line}"
+
+
+def anew(error: UserError) -> UserError:
+    """Returns the same error without what gin has added to it."""
+    kind = StorageAway if isinstance(error, StorageAway) else UserError
+    return kind(error.problem, error.got, error.fix)
 
 
 def unreadable(error: SyntaxError | tokenize.TokenError, source: str, text: str) -> UserError:

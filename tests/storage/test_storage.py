@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 
@@ -9,8 +10,9 @@ import pytest
 from storage import emulator
 
 import helpers
-from vishwam_t5x.core import patience, storage
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x import __main__
+from vishwam_t5x.core import distributed, patience, storage
+from vishwam_t5x.core.errors import EXIT_ABORTED, EXIT_USER_ERROR, Resumable, UserError
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -100,24 +102,74 @@ def failing(*errors):
     return call
 
 
+def of(module: str, name: str, *bases: type, **attributes: object) -> type[Exception]:
+    """An error class as a library has it, which need not be installed."""
+    return type(name, bases or (Exception,), {"__module__": module, **attributes})
+
+
+TRANSPORT = of("google.auth.exceptions", "TransportError")
+REFRESH = of("google.auth.exceptions", "RefreshError")
+BOTOCORE = of("botocore.exceptions", "BotoCoreError")
+
+
+def caused_by(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize("error", [
     Broken(503), Broken(429), Broken(500), TimeoutError(), ConnectionResetError("reset"),
-    OSError("half an answer")])
+    OSError("half an answer"), TRANSPORT("no token server"), REFRESH(TRANSPORT("no token server")),
+    caused_by(Broken(401), caused_by(REFRESH("x"), TRANSPORT("no token server"))),
+    of("google.auth.exceptions", "RefreshError", retryable=True)("internal failure"),
+    of("gcsfs.retry", "ChecksumError")("half"), of("aiohttp.x", "ClientError")("cut"),
+    of("botocore.exceptions", "X", of("botocore.exceptions", "HTTPClientError"))("cut")])
 def test_passing_faults_are_tried_again(error, no_pauses):
     assert patience.patiently("read", "gs://b/x", failing(error, error, error)) == "done"
 
 
 @pytest.mark.parametrize("error", [Broken(401), Broken(403), PermissionError("no"),
-                                   OSError("Forbidden: gs://b/x")])
+                                   OSError("Forbidden: gs://b/x"), REFRESH("invalid_grant")])
 def test_refusals_are_not(error):
-    with pytest.raises(storage.StorageError, match="(?s)refused: gs://b/x .*fix: log in"):
+    with pytest.raises(storage.StorageError, match="(?s)refused: gs://b/x .*fix: log in") as said:
         patience.patiently("read", "gs://b/x", failing(error))
+    assert not isinstance(said.value, Resumable)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("x"), Broken(400), ValueError("x")])
+@pytest.mark.parametrize("error", [FileNotFoundError("x"), TypeError("a mistake of ours")])
 def test_other_errors_are_raised_at_once(error):
     with pytest.raises(type(error)):
         patience.patiently("read", "gs://b/x", failing(error))
+
+
+@pytest.mark.parametrize("error", [
+    Broken(400), ValueError("Bad Request"), of("botocore.exceptions", "NoRegionError", BOTOCORE)(),
+    of("requests.exceptions", "InvalidURL", of("requests.exceptions", "RequestException"),
+       ValueError)("x")])
+def test_what_will_never_go_is_an_error_of_the_storage(error):
+    with pytest.raises(storage.StorageError, match="takes no such request: gs://b/x") as said:
+        patience.patiently("read", "gs://b/x", failing(error))
+    assert not isinstance(said.value, Resumable) and said.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "x", "/a"),
+    PermissionError(errno.EACCES, "Permission denied", "/a")])
+def test_the_own_disk_is_not_the_storage(error):
+    with pytest.raises(storage.StorageError, match="(?s)the disk of this machine.*free space"):
+        patience.patiently("read", "gs://b/x", failing(error))
+
+
+def test_exit_codes(monkeypatch, capsys):
+    """A storage that is away is come back to; a refusal is the user's to mend."""
+    for error, code in ((storage.StorageAway("it does not answer", "503", "again"), EXIT_ABORTED),
+                        (storage.StorageError("refused", "403", "log in"), EXIT_USER_ERROR),
+                        (Resumable("not now"), EXIT_ABORTED)):
+        monkeypatch.setattr(__main__, "_dispatch", lambda _, call=failing(error): call())
+        assert __main__._run(["train"]) == code
+        assert "Traceback" not in (said := capsys.readouterr().err) and str(error) in said
+        with pytest.raises(Resumable if code == EXIT_ABORTED else UserError):
+            distributed.refuse_together("x", failing(error))
 
 
 def test_patience_ends(monkeypatch):
@@ -130,7 +182,7 @@ def test_patience_ends(monkeypatch):
     monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(patience.time, "sleep", sleep)
     monkeypatch.setenv(patience.PATIENCE_VARIABLE, "100")
-    with pytest.raises(storage.StorageError, match="(?s)does not answer: gs://b/x .*answer 503"):
+    with pytest.raises(storage.StorageAway, match="(?s)does not answer: gs://b/x .*answer 503"):
         patience.patiently("written", "gs://b/x", failing(*[Broken(503)] * 1000))
     assert 50 < now[0] <= 100 and max(slept) <= 30 and slept[-1] > 4 * slept[0]
 

@@ -71,7 +71,8 @@ class CheckpointSource:
         Raises:
             DamagedCheckpoint: its files do not hold what the manifest says, or cannot be read by
                 some process: then all of them raise it.
-            StorageError: the object store they are in did not answer.
+            StorageAway: the object store they are in did not answer.
+            StorageError: it refused.
         """
         if not requests:
             return {}
@@ -96,9 +97,13 @@ class CheckpointSource:
                 failure = error
         if any_process(failure is not None, "checkpoint read"):
             if failure and storage.is_remote(self.directory) and _unanswered(failure):
-                raise storage.StorageError(
+                raise storage.StorageAway(
                     f"the storage does not answer: {self.directory} could not be read",
                     got=failure, fix="run the same command again when it does") from failure
+            if failure and re.search(r"PERMISSION_DENIED|UNAUTHENTICATED", str(failure)):
+                raise storage.StorageError(
+                    f"access was refused: {self.directory} could not be read", got=failure,
+                    fix="log in as someone who may read there") from failure
             # OSError and ValueError are what TensorStore raises for bad bytes.
             if failure is None or isinstance(failure, OSError | ValueError):
                 why = failure or "by another process"
@@ -110,8 +115,7 @@ class CheckpointSource:
 def _unanswered(error: Exception) -> bool:
     """Whether TensorStore gave up on the network; a damaged file is another matter."""
     return isinstance(error, OSError) or re.search(
-        r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|"
-        r"UNAUTHENTICATED", str(error)) is not None
+        r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED", str(error)) is not None
 
 
 _ROOTS = ("params/", "target/")

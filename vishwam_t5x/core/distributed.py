@@ -16,9 +16,10 @@ import jax
 
 from vishwam_t5x.core import coordination, roll_call
 from vishwam_t5x.core.coordination import DEADLINE, exchange, process_name
-from vishwam_t5x.core.errors import EXIT_ABORTED, UserError
+from vishwam_t5x.core.errors import EXIT_ABORTED, Resumable, UserError
 
 _LEAVING = 10.0  # seconds that process 0, in which the coordination service lives, stays for others
+_PASSES = "passes: "  # begins what a process says that ends by something which passes
 _SHOWN = 8  # lines of a difference in a message
 
 
@@ -129,21 +130,26 @@ def refuse_together(name: str, check: Callable[[], object], timeout: float = DEA
 
     Args:
         name: what is checked.
-        check: raises `UserError`, or not; what it returns is not looked at.
+        check: raises `UserError` or `Resumable`, or not; what it returns is not looked at.
         timeout: seconds to wait for the others.
 
     Raises:
         UserError: what the check says here or, where it has nothing to say, on another process.
+        Resumable: the same, of what passes.
     """
-    mistake: UserError | None = None
+    failure: UserError | Resumable | None = None
     try:
         check()
-    except UserError as error:
-        mistake = error
-    found = exchange(name, "" if mistake is None else str(mistake), timeout)
-    if mistake is not None:
-        raise mistake
+    except (UserError, Resumable) as error:
+        failure = error
+    kind = _PASSES if isinstance(failure, Resumable) else ""
+    found = exchange(name, "" if failure is None else f"{kind}{failure}", timeout)
+    if failure is not None:
+        raise failure
     for process, text in enumerate(found):
+        if text.startswith(_PASSES):
+            raise Resumable(f"{process_name(process)} cannot start now: "
+                            f"{text.removeprefix(_PASSES)}")
         if text:
             raise UserError(f"{process_name(process)} refuses to start", got=text,
                             fix="see its own message")

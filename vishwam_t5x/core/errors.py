@@ -9,7 +9,7 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again and it goes on.
-EXIT_ABORTED = 76  # Ended by the watchdog: resumable by the same command, from a checkpoint.
+EXIT_ABORTED = 76  # Ended by what passes, a lost process or a storage that is away: resumable.
 
 BACKGROUND = "vishwam-background"
 """Names threads whose work (compiling, say) is worth nothing to a process that has failed."""
@@ -57,8 +57,12 @@ class Preempted(Exception):
         return type(self), (self.step, self.reason)
 
 
-class PeersLost(Exception):
-    """Other processes of the run did not come, or are gone; exit code 76, resumable.
+class Resumable(Exception):
+    """What ended the process passes: the same command goes on from a checkpoint; exit code 76."""
+
+
+class PeersLost(Resumable):
+    """Other processes of the run did not come, or are gone.
 
     Attributes:
         where: what was waited for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -9,21 +10,29 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import Resumable, UserError
 
 T = TypeVar("T")
 
 PATIENCE_VARIABLE = "VISHWAM_STORAGE_SECONDS"
 _PATIENCE = 300.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-# Libraries whose errors mean that a request did not get through.
-_CARRIERS = frozenset({"aiohttp", "requests", "urllib3", "botocore", "aiobotocore"})
+# Errors, by library, that mean that a request did not get through.
+_LOST = {
+    "aiohttp": {"ClientError"}, "requests": {"RequestException"}, "urllib3": {"HTTPError"},
+    "botocore": {"HTTPClientError", "ConnectionError", "IncompleteReadError"},
+    "gcsfs": {"ChecksumError"}, "google": {"TransportError", "TimeoutError"}}
+_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+# Said by the disk of this machine, never by a store.
+_OWN_DISK = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG})
+_BUGS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedError, ImportError,
+         MemoryError)
 
 log = logging.getLogger(__name__)
 
 
 class StorageError(OSError, UserError):
-    """An object store did not answer, or refused; says which path and what to do.
+    """A storage did not do what was asked; says which path and what to do.
 
     It is an OSError, so that a run goes on without what could not be written, and a UserError, so
     that at a start it is told on one screen.
@@ -34,6 +43,10 @@ class StorageError(OSError, UserError):
 
     __str__ = UserError.__str__
     __reduce__ = UserError.__reduce__  # type: ignore[assignment]
+
+
+class StorageAway(StorageError, Resumable):
+    """An object store did not answer in time: no mistake; the same command goes on."""
 
 
 def patience() -> float:
@@ -48,24 +61,51 @@ def patience() -> float:
     return seconds
 
 
+def _lost(error: BaseException) -> bool:
+    """Whether a library says that a request did not get through."""
+    return bool(getattr(error, "retryable", False)) or any(
+        kind.__name__ in _LOST.get(kind.__module__.split(".")[0], ())
+        for kind in type(error).__mro__) and not isinstance(error, ValueError)  # as for a bad URL
+
+
+def _for_want_of_a_token(error: BaseException | None) -> bool:
+    """Whether a refusal comes of a token server that did not answer: then it passes."""
+    while error is not None:
+        if _lost(error) or any(isinstance(part, Exception) and _lost(part) for part in error.args):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _code(error: Exception) -> int | None:
+    for name in ("status", "code"):
+        value = getattr(error, name, None)
+        if str(int(value) if isinstance(value, int) else value).isdigit():
+            return int(value)  # type: ignore[arg-type]
+    return None
+
+
 def _refused(error: Exception) -> bool:
-    return (isinstance(error, PermissionError) or getattr(error, "code", None) in (401, 403)
-            or str(error).startswith("Forbidden")
-            or type(error).__name__ in ("DefaultCredentialsError", "NoCredentialsError",
-                                        "RefreshError"))
+    return not _for_want_of_a_token(error) and (
+        isinstance(error, PermissionError) or _code(error) in (401, 403)
+        or str(error).startswith("Forbidden")
+        or type(error).__name__ in ("DefaultCredentialsError", "NoCredentialsError",
+                                    "RefreshError"))
+
+
+def _by_own_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and (error.errno in _OWN_DISK or isinstance(
+        error, PermissionError) and error.filename is not None)
 
 
 def _passing(error: Exception) -> bool:
-    """Whether trying again may help."""
-    if isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError
-                  | NotADirectoryError | PermissionError) or _refused(error):
-        return False
-    code = getattr(error, "code", None)
-    if str(code).isdigit():
-        return int(str(code)) >= 500 or int(str(code)) in (408, 429)
-    if isinstance(error, OSError | TimeoutError):
+    """Whether trying again may help, of what is no refusal."""
+    if _for_want_of_a_token(error):
         return True
-    return any(kind.__module__.split(".")[0] in _CARRIERS for kind in type(error).__mro__)
+    code = _code(error)
+    if code is not None:
+        return code >= 500 or code in (408, 429)
+    return isinstance(error, OSError | TimeoutError)
 
 
 def patiently(what: str, path: str | os.PathLike, call: Callable[[], T]) -> T:
@@ -77,7 +117,8 @@ def patiently(what: str, path: str | os.PathLike, call: Callable[[], T]) -> T:
         call: may be called several times.
 
     Raises:
-        StorageError: `patience()` seconds are over, or access was refused.
+        StorageAway: `patience()` seconds are over.
+        StorageError: at once: the request was refused, or this machine's own disk is full.
         FileNotFoundError, FileExistsError: as `call` does, at once.
     """
     begin, pause, tries = time.monotonic(), _FIRST_PAUSE, 0
@@ -86,18 +127,23 @@ def patiently(what: str, path: str | os.PathLike, call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as error:
-            if isinstance(error, UserError):
+            if isinstance(error, (UserError, *_FILES, *_BUGS)):
                 raise
+            if _by_own_disk(error):
+                raise StorageError(f"{path} could not be {what}: the disk of this machine refuses",
+                                   got=_brief(error),
+                                   fix="free space on it, or choose another folder") from error
             if _refused(error):
                 raise StorageError(
                     f"access was refused: {path} could not be {what}", got=_brief(error),
                     fix="log in (gcloud auth application-default login) as someone who may read "
                         "and write there, e.g. with the role storage.objectAdmin") from error
             if not _passing(error):
-                raise
+                raise StorageError(f"the storage takes no such request: {path} could not be {what}",
+                                   got=_brief(error), fix="look at the path") from error
             left = begin + patience() - time.monotonic()
             if left <= pause:
-                raise StorageError(
+                raise StorageAway(
                     f"the storage does not answer: {path} could not be {what}",
                     got=f"{_brief(error)} (tried {tries} times in "
                         f"{time.monotonic() - begin:.0f} s)",

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.core.patience import StorageError, patience, patiently
+from vishwam_t5x.core.patience import StorageAway, StorageError, patience, patiently
 
-__all__ = ["StorageError"]  # raised here, caught by those who use this module
+__all__ = ["StorageAway", "StorageError"]  # raised here, caught by those who use this module
 
 PathLike = str | os.PathLike
 

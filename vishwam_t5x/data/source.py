@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import MODALITIES, BatchSpec, DataPosition
-from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from vishwam_t5x.core.errors import EXIT_ABORTED, EXIT_OK, EXIT_USER_ERROR, Resumable, UserError
 from vishwam_t5x.data import copies, fit, records, task_code
 from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data.mixture import Mixture
@@ -264,6 +264,8 @@ def ensure_cached(config: DatasetConfig) -> None:
     if done.returncode == EXIT_USER_ERROR:
         mistake = json.loads(done.stdout.strip().splitlines()[-1])
         raise UserError(mistake["problem"], mistake["got"], mistake["fix"])
+    if done.returncode == EXIT_ABORTED:
+        raise Resumable("vishwam cache could not go on: see above")
     if done.returncode != EXIT_OK:
         raise RuntimeError(f"vishwam cache ended with exit code {done.returncode}: see above; the "
                            f"command was {' '.join(command)}")

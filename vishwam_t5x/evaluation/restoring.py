@@ -62,6 +62,8 @@ def load_params(model: Any, path: str | os.PathLike, mesh: Mesh,
     wanted = abstract_params(model, mesh, rules)
     try:
         return restore_params(path, wanted)
+    except storage.StorageError:
+        raise
     except UserError as error:
         differences = _differences(wanted, path)
         if not differences:
