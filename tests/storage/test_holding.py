@@ -98,17 +98,18 @@ def test_mirror_copies_what_changes(place, tmp_path):
             ] == [1, 2]
 
 
-def test_mirror_tries_again(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [storage.StorageAway("away"), RuntimeError("odd")])
+def test_mirror_tries_again(place, tmp_path, monkeypatch, error):
     mirror = Mirror(tmp_path, place)
     (tmp_path / "a").write_text("x")
 
     def away(*_):
-        raise storage.StorageError("the storage does not answer")
+        raise error
 
     with monkeypatch.context() as changed:
         changed.setattr(storage, "write_bytes", away)
         assert not mirror.try_flush()
-        with pytest.raises(storage.StorageError):
+        with pytest.raises(type(error)):
             mirror.flush()
     assert mirror.try_flush() and storage.read_text(f"{place}/a") == "x"
 

@@ -259,7 +259,7 @@ class Checkpoints:
                 if step not in kept:
                     directories.remove(self.folder / str(step))
             directories.remove_set_aside(self.folder)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - the save itself went well
             log.error("checkpoints no longer needed could not be deleted: %s", error)
 
     def _metrics_of(self, step: int) -> Mapping[str, float]:

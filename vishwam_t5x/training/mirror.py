@@ -72,7 +72,7 @@ class Mirror:
         """As `flush`, but logs a failure and returns whether all went well."""
         try:
             self.flush()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next flush tries again
             log.error("files of the run are not yet in %s: %s", self._url, error)
             return False
         return True
