@@ -13,12 +13,14 @@ usage: vishwam launch --on=PLACE [options] [--dry-run] -- VERB [flags of the ver
   --on=gke        --accelerator=v4-32|H100:8 --image= --nodes= --spot --namespace= --context=
   --on=xpk        --cluster= --project= --zone= --accelerator= --image= --spot
   --on=skypilot   --accelerator=H100:8|v4-8 --nodes= --spot --zone= --install= --copy=
-  --on=docker     --extra=cuda12|cuda13|tpu|cpu --image= --install=
+  --on=docker     --extra=cuda12|cuda13|tpu|cpu --image= --install=; with --push the image goes to
+                  its registry and nothing is run
 
 --dry-run prints the bash script that would be run, and does nothing. Everywhere: --name=NAME,
 --env=NAME=VALUE, --python=PATH, --restart-on=75,76,SIGKILL,SIGTERM and --give-up-after=3 (the
-supervisor's). The preset of gin/hardware/ is added unless you give one. Credentials are neither
-read nor stored: log in with the tool of the platform first. More: launch/README.md.
+supervisor's). The preset of gin/hardware/ is added, but for local and docker and unless you give
+one; lines of your own gin files for MESH, PRECISION and REMAT stand all the same. Credentials are
+neither read nor stored: log in with the tool of the platform first. More: launch/README.md.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def check_bucket(asked: request.Request, client: Any = None) -> None:
     if client is None and not _installed("google.cloud.storage"):
         print(f"{folder} was not looked at: pip install 'vishwam_t5x[gcs]'", file=sys.stderr)
         return
-    report = buckets.check_bucket(folder, asked.options.get("zone"), client)
+    report = buckets.check_bucket(folder, asked.google_zone, client)
     report.raise_first()
     print(f"gs://{report.bucket}: in {report.location}, may be written", file=sys.stderr)
     for what, fix in report.advice:

@@ -27,9 +27,12 @@ _WORDS = {
                f"--image=REGISTRY/vishwam:1 --env=NCCL_DEBUG=WARN {_REMOTE}",
     "xpk": f"--on=xpk --cluster=my-cluster {_CLOUD} --accelerator=v4-32 --image=REGISTRY/vishwam:1"
            f" {_REMOTE}",
+    "xpk_gpu": f"--on=xpk --cluster=my-cluster {_CLOUD} --accelerator=H100:8 "
+               f"--image=REGISTRY/vishwam:1 --spot {_REMOTE}",
     "skypilot": f"--on=skypilot --accelerator=H100:8 --nodes=2 --spot {_REMOTE}",
     "skypilot_tpu": f"--on=skypilot --accelerator=v4-8 --zone=us-central2-b {_LOCAL}",
     "docker": f"--on=docker {_LOCAL}",
+    "docker_push": "--on=docker --push --extra=tpu --image=REGISTRY/vishwam:1",
     "docker_tpu": f"--on=docker --extra=tpu --install=vishwam_t5x==0.1.0 {_LOCAL}",
 }
 CASES = {name: shlex.split(words) for name, words in _WORDS.items()}

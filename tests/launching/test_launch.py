@@ -96,6 +96,12 @@ def test_every_place_has_a_golden_and_a_builder():
     (["--on=gke", "--accelerator=h10:8", "--image=i", *RUN, BUCKET], "no node pool", "h100"),
     (["--on=gke", "--accelerator=v4-8", "--image=i", "--nodes=2", *RUN, BUCKET], "--nodes is for",
      "leave"),
+    (["--on=xpk", "--cluster=c", *CLOUD, "--accelerator=H100:4", "--image=i", *RUN, BUCKET],
+     "XPK has no machine", "h100:8"),
+    (["--on=xpk", "--cluster=c", *CLOUD, "--accelerator=T4", "--image=i", *RUN, BUCKET],
+     "XPK has no machine", "--on=gke"),
+    (["--on=docker", "--push"], "needs the name of the image", "--image="),
+    (["--on=skypilot", "--accelerator=H100", "--zone=a b", *RUN], "zone of the cloud", ""),
     (["--on=skypilot", "--accelerator=H100:8:1", *RUN], "KIND:COUNT", "H100:8"),
     (["--on=skypilot", "--accelerator=H100:8", "--spot", *RUN], "must be in a bucket", "gs://"),
     (["--on=docker", "--extra=cuda", *RUN], "unknown extra", "cuda12"),
@@ -152,7 +158,7 @@ NASTY = ["a'b", 'c"d', "$(touch pwned)", "`touch pwned`", "; touch pwned", "x\ny
 def tools(folder: pathlib.Path, *names: str, body: str = "") -> dict[str, str]:
     """Fake programs that write their arguments down, alone on the PATH with the usual ones."""
     # All of them, whichever is meant: the real ones must not be within reach.
-    for name in (*names, "gcloud", "kubectl", "xpk", "sky", "docker", "sbatch", "srun"):
+    for name in (*names, "gcloud", "kubectl", "xpk", "sky", "docker", "sbatch", "srun", "python3"):
         path = folder / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!{sys.executable}\nimport json, os, sys\n"
@@ -193,7 +199,8 @@ def test_nothing_a_user_gives_is_taken_for_shell(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("case", ["slurm", "gke", "xpk", "skypilot", "tpu_vm", "tpu_pod", "docker"])
+@pytest.mark.parametrize("case", ["slurm", "gke", "xpk", "skypilot", "tpu_vm", "tpu_pod", "docker",
+                                  "docker_push"])
 def test_a_run_calls_the_tools(case, tmp_path):
     """The tools are fakes: no cloud is ever called from here."""
     body = ("if 'describe' in sys.argv:\n"
@@ -203,7 +210,10 @@ def test_a_run_calls_the_tools(case, tmp_path):
     done = launched(*CASES[case], cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert (GOLDEN / f"{case}.txt").read_text() in done.stdout  # Printed before it is done.
-    made = calls(tmp_path)
+    # The first look for the package, where machines are to install it.
+    made = [call for call in calls(tmp_path) if call[0] != "python3"]
+    looked = len(calls(tmp_path)) - len(made)
+    assert looked == (2 if case.startswith(("tpu", "sky")) else 0)
     if case.startswith("tpu"):
         assert sum("create" in call for call in made) == 1
         (started,) = [call for call in made if any("nohup" in word for word in call)]
@@ -212,7 +222,35 @@ def test_a_run_calls_the_tools(case, tmp_path):
         assert again.returncode == 0
         assert sum("create" in call for call in calls(tmp_path)) == 1  # What is there is used.
     else:
-        assert len(made) == (2 if case == "docker" else 1)
+        assert len(made) == (2 if case.startswith("docker") else 1)
+
+
+@pytest.mark.parametrize("case", ["tpu_pod", "skypilot"])
+def test_nothing_is_asked_for_that_could_not_install_the_package(case, tmp_path):
+    env = tools(tmp_path)
+    with (tmp_path / "bin" / "python3").open("a") as file:
+        file.write("sys.exit('install' in sys.argv)\n")
+    done = launched(*CASES[case], cwd=tmp_path, env=env)
+    assert done.returncode == 1 and "fix: --install=WHEEL" in done.stderr
+    assert {call[0] for call in calls(tmp_path)} == {"python3"}
+    (asked,) = [call[-1] for call in calls(tmp_path) if "install" in call]
+    assert asked.startswith("vishwam_t5x[seqio,")
+
+
+def test_a_jobset_of_the_same_name_is_not_replaced(tmp_path):
+    env = tools(tmp_path, body="sys.exit(1)\n")
+    done = launched(*CASES["gke_gpu"], cwd=tmp_path, env=env)
+    assert done.returncode == 1
+    assert done.stdout.endswith("delete it first: kubectl delete jobset vishwam "
+                                "--namespace=research\n")
+    assert len(calls(tmp_path)) == 1
+
+
+def test_zones_of_other_clouds_and_names_of_tokenizers_are_taken():
+    asked = request.parse(["--on=skypilot", "--accelerator=H100", "--zone=us-east-1a",
+                           "--env=TOKENIZERS_PARALLELISM=false", *RUN, BUCKET])
+    assert asked.environment and asked.google_zone is None
+    assert request.parse(CASES["skypilot_tpu"]).google_zone == "us-central2-b"
 
 
 def test_a_slice_that_was_taken_away_is_asked_for_again(tmp_path):

@@ -58,6 +58,10 @@ GKE_GPUS = {"t4": "nvidia-tesla-t4", "v100": "nvidia-tesla-v100", "l4": "nvidia-
             "a100": "nvidia-tesla-a100", "a100-80gb": "nvidia-a100-80gb",
             "h100": "nvidia-h100-80gb", "h100-mega": "nvidia-h100-mega-80gb",
             "h200": "nvidia-h200-141gb", "b200": "nvidia-b200"}
+# What XPK calls machines of them, less the number of GPUs, and the numbers that it has.
+XPK_GPUS = {"l4": ("l4", (1, 2, 4, 8)), "a100": ("a100-40gb", (1, 2, 4, 8)),
+            "h100": ("h100-80gb", (8,)), "h100-mega": ("h100-mega-80gb", (8,)),
+            "h200": ("h200-141gb", (8,)), "b200": ("b200", (8,))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +157,20 @@ def parse_gpus(text: str) -> Gpus:
     if match is None or match[2] == "0":
         raise UserError("GPUs are KIND:COUNT", got=repr(text), fix="e.g. H100:8, A100-80GB:2, L4")
     return Gpus(match[1], int(match[2] or 1))
+
+
+def xpk_gpus(gpus: Gpus) -> str:
+    """Returns XPK's name of a machine with these GPUs, e.g. 'h100-80gb-8'.
+
+    Raises:
+        UserError: XPK has no such machine.
+    """
+    name, counts = XPK_GPUS.get(gpus.kind, ("", ()))
+    if gpus.count not in counts:
+        known = [f"{kind}:{count}" for kind, (_, numbers) in XPK_GPUS.items() for count in numbers]
+        raise UserError("XPK has no machine of these GPUs", got=f"{gpus.kind}:{gpus.count}",
+                        fix=f"one of: {', '.join(known)}; others: --on=gke")
+    return f"{name}-{gpus.count}"
 
 
 def is_tpu(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Docker: an image for GPUs, TPUs or CPUs, and a run in it on this machine."""
+"""Docker: an image for GPUs, TPUs or CPUs, for a run on this machine or for a registry."""
 
 from __future__ import annotations
 
@@ -35,17 +35,25 @@ CMD ["doctor"]
 
 
 def build(request: Request) -> Script:
-    """Returns the script that builds the image, if it is not given, and runs in it.
+    """Returns the script that builds the image and runs in it, or pushes it.
 
     Raises:
-        UserError: the extra does not exist, or MODEL_DIR lies outside the folder that is mounted.
+        UserError: the extra does not exist, an image to push has no name, or MODEL_DIR lies outside
+            the folder that is mounted.
     """
     extra = one_of(request.options.get("extra", "cuda12"), EXTRAS, "extra (--extra=)")
     extras = ",".join(["seqio", "gcs", *([extra] if extra != "cpu" else [])])
     folder = f"runs/launch/{request.name}"
     image = request.options.get("image", f"{request.name}:latest")
-    _check_model_dir(request)
-    script = Script(f"vishwam launch --on=docker: this machine, in a container ({extra}).")
+    push = "push" in request.options
+    if push and "image" not in request.options:
+        raise UserError("--push needs the name of the image",
+                        fix="--image=REGISTRY/vishwam:TAG, which the cluster can pull")
+    if not push:
+        _check_model_dir(request)
+    script = Script(f"vishwam launch --on=docker: an image with {extra}, for machines of the "
+                    "registry's." if push else
+                    f"vishwam launch --on=docker: this machine, in a container ({extra}).")
     install = request.options.get("install", "")
     script.section("The image. The folder it is built in holds what it needs and nothing else.")
     script.write(f"{folder}/Dockerfile", DOCKERFILE)
@@ -53,6 +61,15 @@ def build(request: Request) -> Script:
         script.command(["cp", install, f"{folder}/"])
     script.command(["docker", "build", f"--build-arg=PACKAGE={requirement(install, extras, '.')}",
                     f"--tag={image}", folder])
+    if push:
+        script.section("To the registry: log in to it first. Nothing is run.")
+        script.command(["docker", "push", image])
+    else:
+        _run(script, request, extra, image)
+    return script
+
+
+def _run(script: Script, request: Request, extra: str, image: str) -> None:
     script.section("The run: this folder is /workspace, and what it writes there belongs to you. "
                    "Ctrl-C saves and stops.")
     devices = {"tpu": ["--privileged", "--net=host"], "cpu": []}.get(
@@ -68,7 +85,6 @@ def build(request: Request) -> Script:
          *(f"--env={name}={value}" for name, value in request.environment.items()),
          Raw('--volume="$PWD":/workspace'), f"--entrypoint={words[0]}", image, *words[1:]],
         exec_=True)
-    return script
 
 
 def _check_model_dir(request: Request) -> None:

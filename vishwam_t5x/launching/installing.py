@@ -7,6 +7,7 @@ import re
 import shlex
 
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.launching.script import Script
 
 PROJECT = "vishwam_t5x"
 
@@ -37,6 +38,30 @@ def requirement(install: str, extras: str, folder: str = "") -> str:
     raise UserError("--install is a wheel, an address or a version", got=repr(install),
                     fix="e.g. dist/vishwam_t5x-0.1.0-py3-none-any.whl, git+https://…, "
                         "vishwam_t5x==0.1.0")
+
+
+def look(script: Script, install: str, extras: str) -> None:
+    """Adds bash that ends the script where pip cannot find what the machines shall install.
+
+    Args:
+        script: gets it, before the machines are asked for.
+        install: as of `requirement`.
+        extras: names of extras, with commas.
+    """
+    if install.endswith(".whl"):
+        return  # It is here, and is sent.
+    wanted = shlex.quote(requirement(install, extras))
+    script.section("Can what the machines shall install be found? They cost money from when they "
+                   "are there.")
+    script.lines("if ! python3 -m pip --version > /dev/null 2>&1; then")
+    script.say("not looked, for python3 has no pip here")
+    script.lines("elif ! python3 -m pip install --dry-run --no-deps --ignore-installed "
+                 f"--ignore-requires-python \\\n  --quiet {wanted}; then")
+    script.lines("""
+        echo 'pip finds no such package' >&2
+        echo '  fix: --install=WHEEL ("pip wheel --no-deps ." makes one), or another version' >&2
+        exit 1
+        fi""")
 
 
 def uv_install(install: str, folder: str, extras: str) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from vishwam_t5x.core.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from vishwam_t5x.core.errors import EXIT_ABORTED, EXIT_PREEMPTED, UserError, did_you_mean
 from vishwam_t5x.launching import accelerators, yaml_text
 from vishwam_t5x.launching.request import Request, check_shared_model_dir
-from vishwam_t5x.launching.script import Script
+from vishwam_t5x.launching.script import Script, command_text
 
 _JOB = "workers"
 _PORT = 8476
 _GRACE_SECONDS = 300
 _RESTARTS = 100
+# Saved; another process lost; killed by SIGABRT, as jax does to the others, SIGKILL or SIGTERM.
+_RESUMABLE = [EXIT_PREEMPTED, EXIT_ABORTED, 134, 137, 143]
 
 
 def jobset(request: Request) -> dict[str, Any]:
@@ -23,9 +25,9 @@ def jobset(request: Request) -> dict[str, Any]:
         UserError: GKE has no such accelerator.
     """
     if accelerators.is_tpu(request.options["accelerator"]):
-        hosts, replicas, selector, resources = _tpu(request)
+        hosts, selector, resources = _tpu(request)
     else:
-        hosts, replicas, selector, resources = _gpu(request)
+        hosts, selector, resources = _gpu(request)
     if "spot" in request.options:
         selector = {**selector, "cloud.google.com/gke-spot": "true"}
     # Kubernetes would put a variable in the place of $(NAME).
@@ -58,9 +60,11 @@ def jobset(request: Request) -> dict[str, Any]:
         "completions": hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
+        # A pod that went with its node has no exit code, and is not meant either.
         "podFailurePolicy": {"rules": [{
             "action": "FailJob",
-            "onExitCodes": {"operator": "In", "values": [EXIT_USER_ERROR]}}]},
+            "onExitCodes": {"containerName": container["name"], "operator": "NotIn",
+                            "values": _RESUMABLE}}]},
         "template": {"spec": pod},
     }
     return {
@@ -70,23 +74,24 @@ def jobset(request: Request) -> dict[str, Any]:
             "name": request.name,
             **({"namespace": request.options["namespace"]}
                if "namespace" in request.options else {}),
-            # One slice, one node pool: pods of a slice must not be spread over two.
+            # One slice, one node pool: among several alike the pods must not be spread.
             **({"annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology":
-                                "cloud.google.com/gke-nodepool"}} if replicas > 1 else {}),
+                                "cloud.google.com/gke-nodepool"}}
+               if hosts > 1 and "google.com/tpu" in resources else {}),
         },
         "spec": {
             "network": {"enableDNSHostnames": True},
             "failurePolicy": {
                 "maxRestarts": _RESTARTS,
-                # Exit 2 is the user's own mistake: to start again would repeat it.
+                # What no restart mends: a mistake of the user's, an error of the program.
                 "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
-            "replicatedJobs": [{"name": _JOB, "replicas": replicas, "template": {"spec": job}}],
+            "replicatedJobs": [{"name": _JOB, "replicas": 1, "template": {"spec": job}}],
         },
     }
 
 
-def _tpu(request: Request) -> tuple[int, int, dict[str, str], dict[str, int]]:
+def _tpu(request: Request) -> tuple[int, dict[str, str], dict[str, int]]:
     tpu = accelerators.parse_tpu(request.options["accelerator"])
     if not tpu.family.gke or tpu.chips not in tpu.family.topologies:
         raise UserError(f"no node pool of GKE is known here for {tpu.cloud_name}",
@@ -96,39 +101,48 @@ def _tpu(request: Request) -> tuple[int, int, dict[str, str], dict[str, int]]:
                         got=f"--nodes={request.options['nodes']}", fix="leave --nodes out")
     selector = {"cloud.google.com/gke-tpu-accelerator": tpu.family.gke,
                 "cloud.google.com/gke-tpu-topology": tpu.family.topologies[tpu.chips]}
-    return tpu.hosts, 1, selector, {"google.com/tpu": tpu.chips_per_host}
+    return tpu.hosts, selector, {"google.com/tpu": tpu.chips_per_host}
 
 
-def _gpu(request: Request) -> tuple[int, int, dict[str, str], dict[str, int]]:
+def _gpu(request: Request) -> tuple[int, dict[str, str], dict[str, int]]:
     gpus = accelerators.parse_gpus(request.options["accelerator"])
     if gpus.kind not in accelerators.GKE_GPUS:
         raise UserError("no node pool of GKE is known here for this GPU", got=gpus.kind,
                         fix=did_you_mean(gpus.kind, accelerators.GKE_GPUS)
                         or f"one of: {', '.join(accelerators.GKE_GPUS)}")
     selector = {"cloud.google.com/gke-accelerator": accelerators.GKE_GPUS[gpus.kind]}
-    return request.number("nodes", 1), 1, selector, {"nvidia.com/gpu": gpus.count}
+    return request.number("nodes", 1), selector, {"nvidia.com/gpu": gpus.count}
 
 
 def build_gke(request: Request) -> Script:
     """Returns the script that writes the JobSet and hands it to the cluster."""
     request, described = _prepared(request)
     script = Script(f"vishwam launch --on=gke: {described}. The cluster has the JobSet controller; "
-                    "the image is made by vishwam launch --on=docker.")
+                    f"{_made(request)}")
     path = f"runs/launch/{request.name}/jobset.yaml"
     script.section("All pods restart together: a process of jax cannot join a run that goes on. "
-                   f"Exit {EXIT_USER_ERROR}, a mistake in the command, ends it.")
-    script.write(path, yaml_text.dump(jobset(request)))
+                   "They do so after exit 75 and 76 and after a kill; another exit ends it.")
+    data = jobset(request)
+    script.write(path, yaml_text.dump(data))
     kubectl = ["kubectl", *([f"--context={request.options['context']}"]
                             if "context" in request.options else [])]
     space = ([f"--namespace={request.options['namespace']}"]
              if "namespace" in request.options else [])
-    script.command([*kubectl, "apply", f"--filename={path}"])
+    delete = [*kubectl, "delete", "jobset", request.name, *space]
+    script.section("A JobSet cannot be changed: one of this name must be deleted first, running or "
+                   "not.")
+    script.lines(command_text([*kubectl, "create", f"--filename={path}"]) + " || {")
+    script.say(f"if there is one of this name, delete it first: {shlex.join(delete)}")
+    script.lines("exit 1\n}")
     script.section("What to do next.")
+    # More pods than it follows unasked are an error.
+    pods = data["spec"]["replicatedJobs"][0]["template"]["spec"]["parallelism"]
     label = f"jobset.sigs.k8s.io/jobset-name={request.name}"
     for what, words in {
         "pods": [*kubectl, "get", "pods", *space, f"--selector={label}"],
-        "log": [*kubectl, "logs", *space, f"--selector={label}", "--follow", "--prefix"],
-        "save, stop and free the machines": [*kubectl, "delete", "jobset", request.name, *space],
+        "log": [*kubectl, "logs", *space, f"--selector={label}", "--follow", "--prefix",
+                f"--max-log-requests={pods}"],
+        "save, stop and free the machines": delete,
     }.items():
         script.say(f"{what}: {shlex.join(words)}")
     return script
@@ -150,11 +164,13 @@ def build_xpk(request: Request) -> Script:
         if request.number("nodes", 1) > 1:
             raise UserError("several GPU machines under XPK are not prepared for here",
                             got=f"--nodes={options['nodes']}", fix="--on=gke")
-        kind, count = f"--device-type={gpus.kind}-{gpus.count}", ["--num-nodes=1"]
-    script = Script(f"vishwam launch --on=xpk: {described}, on the cluster {options['cluster']}.")
+        kind, count = f"--device-type={accelerators.xpk_gpus(gpus)}", ["--num-nodes=1"]
+    script = Script(f"vishwam launch --on=xpk: {described}, on the cluster {options['cluster']}; "
+                    f"{_made(request)}")
     place = [f"--cluster={options['cluster']}", f"--project={options['project']}",
              f"--zone={options['zone']}"]
-    script.section(f"XPK restarts the pods together, at most {_RESTARTS} times.")
+    script.section(f"XPK restarts the pods together, at most {_RESTARTS} times: after exit 75 and "
+                   "76, and of its own accord after 42 and a kill.")
     script.command([
         "xpk", "workload", "create", f"--workload={request.name}", *place, kind, *count,
         f"--docker-image={options['image']}", f"--max-restarts={_RESTARTS}",
@@ -171,6 +187,12 @@ def build_xpk(request: Request) -> Script:
     }.items():
         script.say(f"{what}: {shlex.join(words)}")
     return script
+
+
+def _made(request: Request) -> str:
+    extra = "tpu" if accelerators.is_tpu(request.options["accelerator"]) else "cuda12"
+    return ("the image is made by vishwam launch --on=docker --push "
+            f"--extra={extra} --image={request.options['image']}")
 
 
 def _prepared(request: Request) -> tuple[Request, str]:

@@ -27,17 +27,19 @@ PLACES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gke": (("accelerator", "image"), ("nodes", "spot", "namespace", "context")),
     "xpk": (("cluster", *_CLOUD, "image"), ("nodes", "spot")),
     "skypilot": (("accelerator",), ("nodes", "spot", "install", "copy", "zone")),
-    "docker": ((), ("extra", "image", "install")),
+    "docker": ((), ("extra", "image", "install", "push")),
 }
 COMMON = ("on", "dry-run", "name", "env", "python", "restart-on", "give-up-after")
-_SWITCHES = ("dry-run", "supervise", "spot")
+_SWITCHES = ("dry-run", "supervise", "spot", "push")
 _REPEATED = ("env", "copy")
 _EXAMPLES = {"project": "my-project", "zone": "us-central2-b", "accelerator": "v4-32",
              "image": "REGISTRY/vishwam:tag", "cluster": "my-cluster"}
 VERBS = ("train", "evaluate", "infer", "forward", "cache", "doctor")
 # Many processes end together when one does: jax's coordination service aborts the others.
 RESTART_ON_HOSTS = f"{supervise.RESTART_ON},SIGABRT"
-_SECRET = re.compile(r"(?i)(token|secret|passw|credential|private|api_?key|access_?key)")
+# A tokenizer is no token.
+_SECRET = re.compile(r"(?i)(token(?!iz)|secret|passw|credential|private|api_?key|access_?key)")
+_GOOGLE_ZONE = r"[a-z]+-[a-z]+\d+-[a-z]"
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # As in training/maintenance.py, which would load what trains.
 METADATA_SERVER = "http://metadata.google.internal"
@@ -75,6 +77,12 @@ class Request:
         """The interpreter there; on this machine, by default, the one that runs us."""
         return self.options.get("python", sys.executable if self.place in (
             "local", "gpu", "gpu-pair", "gpu-8") else "python3")
+
+    @property
+    def google_zone(self) -> str | None:
+        """--zone, where it is one of Google's."""
+        zone = self.options.get("zone", "")
+        return zone if re.fullmatch(_GOOGLE_ZONE, zone) else None
 
     @property
     def model_dir(self) -> str | None:
@@ -147,14 +155,16 @@ def parse(argv: Sequence[str]) -> Request:
         UserError: an option is unknown, missing or of the wrong form.
     """
     words = list(argv)
-    if "--" not in words:
+    if "--" not in words and "--push" not in words:
         raise UserError("what to run is missing",
                         fix="vishwam launch --on=PLACE [options] -- train --gin_file=FILE ...")
-    split = words.index("--")
+    split = words.index("--") if "--" in words else len(words)
     single, repeated = _options(words[:split])
     place = one_of(single.pop("on", ""), PLACES, "place (--on=PLACE)")
     command = words[split + 1:]
     command = command[1:] if command[:1] == ["vishwam"] else command
+    if not command and "push" in single:
+        command = ["doctor"]  # What the image does unasked; nothing is run.
     if not command:
         raise UserError("what to run is missing after --", fix="e.g. -- train --gin_file=FILE")
     verb = one_of(command[0], VERBS, "verb to launch")
@@ -208,7 +218,8 @@ def _check_options(place: str, single: Mapping[str, str], repeated: Mapping[str,
         if single.get(name, "").startswith("-") or re.search(r"\s", single.get(name, "")):
             raise UserError(f"--{name} is one word", got=repr(single[name]))
     zone = single.get("zone", "a-b1-c")
-    if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", zone):
+    # SkyPilot has other clouds, which name their zones otherwise: us-east-1a, 1.
+    if not re.fullmatch(r"[a-z0-9][-a-z0-9]*" if place == "skypilot" else _GOOGLE_ZONE, zone):
         raise UserError("--zone is a zone of the cloud, which ends in a letter", got=repr(zone),
                         fix="e.g. us-central2-b, europe-west4-a")
     if "restart-on" in single:

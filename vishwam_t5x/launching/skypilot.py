@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from vishwam_t5x.launching import accelerators, yaml_text
-from vishwam_t5x.launching.installing import uv_install
+from vishwam_t5x.launching.installing import look, uv_install
 from vishwam_t5x.launching.request import Request, check_shared_model_dir
 from vishwam_t5x.launching.script import Script, command_text
 
@@ -83,6 +83,8 @@ def build(request: Request) -> Script:
     data, described = task(request)
     script = Script(f"vishwam launch --on=skypilot: {described}.")
     path = f"runs/launch/{request.name}/skypilot.yaml"
+    extra = "tpu" if accelerators.is_tpu(request.options["accelerator"]) else "cuda12"
+    look(script, request.options.get("install", ""), f"seqio,{extra},gcs")
     script.section("What SkyPilot is asked for.")
     script.write(path, yaml_text.dump(data))
     if "spot" in request.options:

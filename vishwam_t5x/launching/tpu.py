@@ -7,11 +7,12 @@ import shlex
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.launching import accelerators
-from vishwam_t5x.launching.installing import uv_install
+from vishwam_t5x.launching.installing import look, uv_install
 from vishwam_t5x.launching.request import Request, check_shared_model_dir
 from vishwam_t5x.launching.script import Script, command_text
 
 _POLL_SECONDS = 30
+_EXTRAS = "seqio,tpu,gcs"
 _ENVIRONMENT = '"$HOME"/vishwam-env'
 
 
@@ -33,6 +34,7 @@ def build(request: Request) -> Script:
         check_shared_model_dir(request, "the disk of a spot TPU VM goes with it")
     request = request.with_preset(tpu.preset).with_notice()
     script = Script(f"vishwam launch --on={request.place}: {tpu.describe()}.")
+    look(script, request.options.get("install", ""), _EXTRAS)
     if pod:
         _queued_resource(script, request, tpu)
     else:
@@ -120,7 +122,7 @@ def _install(script: Script, request: Request) -> None:
         script.command(_gcloud(request, "tpu-vm", "scp", name,
                                f"{request.name}:{request.name}/{target}", "--worker=all"))
     script.section("Every host: Python 3.12 (the image has an older one) and the package.")
-    script.command(_ssh(request, uv_install(install, request.name, "seqio,tpu,gcs")))
+    script.command(_ssh(request, uv_install(install, request.name, _EXTRAS)))
 
 
 def _start(script: Script, request: Request, tpu: accelerators.Tpu) -> None:
