@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from models import model_fixtures
 
 from vishwam_t5x.models import masks, positions
 from vishwam_t5x.models.attention import KeysValues, attend
-from vishwam_t5x.models.layers import Embed, MlpBlock, rms_norm
+from vishwam_t5x.models.layers import MlpBlock, rms_norm
 
 
 def test_rms_norm_gradient_is_that_of_the_formula():
@@ -62,7 +63,7 @@ def test_attend_is_softmax_attention_with_shared_heads(num_kv_heads):
     bias = masks.to_bias(allowed, jnp.float32)
 
     def ours(queries, kv):
-        return attend(queries, kv, bias, float32_logits=True)
+        return attend(queries, kv, bias, float32_logits=True, scale=8**-0.5)
 
     def plain(queries, kv):
         k, v = (jnp.repeat(array, 4 // num_kv_heads, axis=1) for array in kv)
@@ -102,12 +103,12 @@ def test_mlp_is_the_product_of_its_activations():
 
 
 def test_logits_are_scaled_by_the_root_of_the_width():
-    table = Embed(10, 16)
-    variables = table.init(jax.random.key(0), jnp.zeros((1,), jnp.int32))
-    hidden = jax.random.normal(jax.random.key(1), (3, 16))
-    embedding = nn.meta.unbox(variables)["params"]["embedding"]
-    np.testing.assert_allclose(table.apply(variables, hidden, method="logits"),
-                               hidden @ embedding.T / 4, atol=1e-5)
+    model, variables = model_fixtures.build()
+    hidden = jax.random.normal(jax.random.key(1), (1, 3, 32))
+    embedding = variables["params"]["text_token_embedder"]["embedding"]
+    found = model.apply(variables, hidden,
+                        method=lambda model, x: model.target_encoders["text"].logits(x))
+    np.testing.assert_allclose(found, hidden @ embedding.T / 32**0.5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_kv_heads", [2, 4])
@@ -121,7 +122,8 @@ def test_attention_dropout_drops_keys_of_a_head_for_all_queries(num_kv_heads):
     class Attend(nn.Module):
         @nn.compact
         def __call__(self):
-            return attend(queries, kv, bias, float32_logits=True, key_dropout=module.copy())
+            return attend(queries, kv, bias, float32_logits=True, scale=1.0,
+                          key_dropout=module.copy())
 
     out = np.asarray(Attend().apply({}, rngs={"dropout": jax.random.key(3)})) * 8
     assert set(np.unique(out.round(4))) == {0.0, 2.0}  # dropped, or kept and doubled

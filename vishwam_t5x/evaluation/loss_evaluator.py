@@ -119,7 +119,8 @@ class SplitSums:
     def total(self, config: LossConfig) -> float:
         """Returns the loss as training puts it together, over the split as one batch.
 
-        A normalization of 'sum' is taken as 'token': a sum over the split would grow with it.
+        Every normalization but 'modality' and 'sequence' is taken as 'token': a sum over the split
+        would grow with it.
         """
         weight_of_all = sum(parts["weight"] for parts in self.sums.values())
         total = 0.0

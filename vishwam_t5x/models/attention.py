@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped keys, QK-norm and rotary positions."""
+"""Multi-head attention with grouped keys, QK-norm, and rotary or relative positions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from vishwam_t5x.models import positions
-from vishwam_t5x.models.layers import ATTENTION_KERNEL, Dense, RMSNorm
+from vishwam_t5x.models.layers import ATTENTION_KERNEL, Dense, Initializer, RMSNorm
 from vishwam_t5x.parallelism.remat import ATTENTION_CONTEXT, ATTENTION_OUT, QKV
 from vishwam_t5x.parallelism.sharding import constrain
 
@@ -25,8 +25,9 @@ class KeysValues(NamedTuple):
 
 
 def attend(queries: Float[Array, "B H Q D"], keys_values: KeysValues,
-           bias: Float[Array, "B 1 Q K"], *, float32_logits: bool,
-           key_dropout: nn.Dropout | None = None) -> Float[Array, "B H Q D"]:
+           bias: Float[Array, "B 1 Q K"], relative: Float[Array, "1 H Q K"] | None = None, *,
+           float32_logits: bool, scale: float, key_dropout: nn.Dropout | None = None
+           ) -> Float[Array, "B H Q D"]:
     """Softmax attention; query head n reads key head n // (H / K).
 
     The weights stay unnormalised until they have been applied: dividing [B, H, Q, D] instead of
@@ -36,7 +37,9 @@ def attend(queries: Float[Array, "B H Q D"], keys_values: KeysValues,
         queries: [B, H, Q, D].
         keys_values: [B, K, L, D] each, K a divisor of H.
         bias: added to the logits, broadcast over the heads; in the dtype of the logits.
+        relative: added to the logits, broadcast over the batch; in their dtype. None: nothing.
         float32_logits: logits and softmax in float32 whatever the dtype of the queries.
+        scale: multiplies the queries.
         key_dropout: dropout of whole keys [B, H, K, 1], or None.
 
     Returns:
@@ -47,10 +50,12 @@ def attend(queries: Float[Array, "B H Q D"], keys_values: KeysValues,
     num_kv_heads = keys.shape[1]
     grouped = (batch, num_kv_heads, num_heads // num_kv_heads * length)
     logits_dtype = jnp.float32 if float32_logits else queries.dtype
-    scaled = (queries * (1.0 / math.sqrt(head_dim))).reshape(*grouped, head_dim)
+    scaled = (queries * scale if scale != 1.0 else queries).reshape(*grouped, head_dim)
     logits = jax.lax.dot_general(scaled, keys, (((3,), (3,)), ((0, 1), (0, 1))),
                                  preferred_element_type=logits_dtype)
     logits = logits.reshape(batch, num_heads, length, keys.shape[2]) + bias
+    if relative is not None:
+        logits = logits + relative
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
     total = jnp.sum(weights, -1, keepdims=True, dtype=jnp.float32)
     weights = weights.astype(queries.dtype)
@@ -86,6 +91,8 @@ class Attention(nn.Module):
         features: size of the output.
         qk_norm: RMSNorm over each head of queries and keys, one scale vector for all heads.
         float32_logits: logits and softmax in float32.
+        scale_logits: divide the logits by √head_dim; else the kernel of the queries starts smaller
+            by that factor, as in T5.
         dropout_rate: share of attention weights zeroed, the same keys for every query of a head.
         dtype: dtype of matmuls.
         param_dtype: dtype of stored parameters.
@@ -97,15 +104,19 @@ class Attention(nn.Module):
     features: int
     qk_norm: bool = True
     float32_logits: bool = True
+    scale_logits: bool = True
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
-        def dense(features: int, axes: tuple[str, str]) -> Dense:
-            return Dense(features, axes, ATTENTION_KERNEL, self.dtype, self.param_dtype)
+        def dense(features: int, axes: tuple[str, str], init: Initializer = ATTENTION_KERNEL
+                  ) -> Dense:
+            return Dense(features, axes, init, self.dtype, self.param_dtype)
 
-        self.query = dense(self.num_heads * self.head_dim, ("embed", "joined_kv"))
+        query_init = ATTENTION_KERNEL if self.scale_logits else nn.initializers.variance_scaling(
+            1.0 / self.head_dim, "fan_in", "normal")
+        self.query = dense(self.num_heads * self.head_dim, ("embed", "joined_kv"), query_init)
         self.key = dense(self.num_kv_heads * self.head_dim, ("embed", "joined_kv"))
         self.value = dense(self.num_kv_heads * self.head_dim, ("embed", "joined_kv"))
         self.out = dense(self.features, ("joined_kv", "embed"))
@@ -135,11 +146,12 @@ class Attention(nn.Module):
         return KeysValues(keys.swapaxes(1, 2), values.swapaxes(1, 2))
 
     def attend_to(self, queries: Float[Array, "B H Q C"], keys_values: KeysValues,
-                  bias: Float[Array, "B 1 Q K"], enable_dropout: bool = False
-                  ) -> Float[Array, "B Q D"]:
+                  bias: Float[Array, "B 1 Q K"], relative: Float[Array, "1 H Q K"] | None = None,
+                  enable_dropout: bool = False) -> Float[Array, "B Q D"]:
         """Returns the attended values after the output projection."""
         use_dropout = enable_dropout and self.dropout_rate > 0
-        context = attend(queries, keys_values, bias, float32_logits=self.float32_logits,
+        context = attend(queries, keys_values, bias, relative, float32_logits=self.float32_logits,
+                         scale=1.0 / math.sqrt(self.head_dim) if self.scale_logits else 1.0,
                          key_dropout=self.key_dropout if use_dropout else None)
         context = context.swapaxes(1, 2)
         context = checkpoint_name(context.reshape(*context.shape[:2], -1), ATTENTION_CONTEXT)
@@ -148,8 +160,8 @@ class Attention(nn.Module):
 
     def __call__(self, x: Float[Array, "B Q D"], context: Float[Array, "B K E"],
                  rope: positions.Rope | None, context_rope: positions.Rope | None,
-                 bias: Float[Array, "B 1 Q K"], enable_dropout: bool = False
-                 ) -> Float[Array, "B Q D"]:
+                 bias: Float[Array, "B 1 Q K"], relative: Float[Array, "1 H Q K"] | None = None,
+                 enable_dropout: bool = False) -> Float[Array, "B Q D"]:
         """Lets the slots of `x` attend to those of `context` (the same array: self-attention).
 
         Args:
@@ -158,10 +170,11 @@ class Attention(nn.Module):
             rope: rotation of the queries, or None.
             context_rope: rotation of the keys, or None.
             bias: additive mask, broadcast over heads.
+            relative: relative position biases, broadcast over the batch, or None.
             enable_dropout: whether to drop attention weights; needs the rng 'dropout'.
         """
         return self.attend_to(self.queries(x, rope), self.keys_values(context, context_rope), bias,
-                              enable_dropout)
+                              relative, enable_dropout)
 
     def _heads(self, projected: jax.Array, num_heads: int) -> jax.Array:
         projected = checkpoint_name(projected, QKV)

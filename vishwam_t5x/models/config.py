@@ -35,6 +35,32 @@ class RotaryPositions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RelativePositions:
+    """T5's relative position biases in self-attention; none in cross-attention.
+
+    Attributes:
+        num_buckets: distances told apart, per head.
+        max_distance: slots, from which on distances are not told apart.
+        per_layer: a table for each layer (umT5) instead of one for each stack (T5).
+    """
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("num_buckets", "max_distance"))
+        if self.num_buckets % 4:
+            raise UserError("RelativePositions.num_buckets must be a multiple of 4: a half for "
+                            "either direction, and half of those for single distances",
+                            got=self.num_buckets, fix="32, as in T5")
+        if self.max_distance <= self.num_buckets // 2:
+            raise UserError("RelativePositions.max_distance must exceed half of num_buckets",
+                            got=f"{self.max_distance} and {self.num_buckets} buckets",
+                            fix="128 and 32, as in T5")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig:
     """Everything that decides the parameters and the mathematics of an encoder-decoder.
 
@@ -52,7 +78,9 @@ class EncoderDecoderConfig:
         targets: target modalities, in the order of their slots in a decoder row.
         dropout_rate: share of features zeroed during training, in [0, 1).
         qk_norm: RMSNorm over each head of queries and keys.
-        position: how attention knows positions; only `RotaryPositions` so far.
+        position: how attention knows positions: `RotaryPositions` or `RelativePositions`.
+        scale_attention_logits: divide attention logits by √head_dim; T5 does not, and draws the
+            kernels of its queries smaller instead.
         float32_attention_logits: attention logits and softmax in float32 whatever the precision.
         one_hot_embeddings: look embeddings up by matmul (for TPUs that split the vocabulary).
         scan_layers: run layers as one scan over stacked parameters instead of unrolled.
@@ -75,7 +103,8 @@ class EncoderDecoderConfig:
     mlp_activations: tuple[str, ...] = ("silu", "linear")
     dropout_rate: float = 0.0
     qk_norm: bool = True
-    position: RotaryPositions = RotaryPositions()
+    position: RotaryPositions | RelativePositions = RotaryPositions()
+    scale_attention_logits: bool = True
     float32_attention_logits: bool = True
     one_hot_embeddings: bool = False
     scan_layers: bool = False
@@ -112,10 +141,10 @@ class EncoderDecoderConfig:
                 raise UserError("num_heads must be a multiple of num_kv_heads",
                                 got=f"{self.num_heads} and {self.num_kv_heads}",
                                 fix=f"num_kv_heads one of {divisors}")
-        if not isinstance(self.position, RotaryPositions):
-            raise UserError("position must be a RotaryPositions", got=repr(self.position),
-                            fix="position = @config.RotaryPositions()")
-        if self.head_dim % 2:
+        if not isinstance(self.position, (RotaryPositions, RelativePositions)):
+            raise UserError("position must be RotaryPositions or RelativePositions",
+                            got=repr(self.position), fix="position = @config.RotaryPositions()")
+        if self.rope_theta is not None and self.head_dim % 2:
             raise UserError("rotary positions turn pairs of features: head_dim must be even",
                             got=self.head_dim, fix=f"head_dim = {self.head_dim + 1}")
 
@@ -144,6 +173,11 @@ class EncoderDecoderConfig:
     def kv_heads(self) -> int:
         """Key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def rope_theta(self) -> float | None:
+        """Base of the rotary frequencies; None for other positions."""
+        return self.position.theta if isinstance(self.position, RotaryPositions) else None
 
     @functools.cached_property
     def policy(self) -> Policy:

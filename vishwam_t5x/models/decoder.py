@@ -21,6 +21,7 @@ from vishwam_t5x.models.encoder import (
     make_attention,
     make_mlp,
     make_norm,
+    make_relative_bias,
 )
 from vishwam_t5x.models.layers import dropout
 from vishwam_t5x.models.scan import apply_layers
@@ -49,6 +50,7 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
+        self.relpos_bias = make_relative_bias(cfg, bidirectional=False, in_layer=True)
         self.pre_self_attention_layer_norm = make_norm(cfg)
         self.self_attention = make_attention(cfg)
         self.pre_cross_attention_layer_norm = make_norm(cfg)
@@ -60,13 +62,16 @@ class DecoderLayer(nn.Module):
     def __call__(self, x: Float[Array, "B M D"], encoded: Float[Array, "B L D"],
                  rope: positions.Rope | None, encoded_rope: positions.Rope | None,
                  self_bias: Float[Array, "B 1 M M"], cross_bias: Float[Array, "B 1 M L"],
-                 enable_dropout: bool = False) -> Float[Array, "B M D"]:
+                 relative: Float[Array, "1 H M M"] | None = None, enable_dropout: bool = False
+                 ) -> Float[Array, "B M D"]:
         x = constrain(x, RESIDUAL)
+        if self.relpos_bias is not None:
+            relative = self.relpos_bias(x.shape[1], x.shape[1])
         y = self.pre_self_attention_layer_norm(x)
-        y = self.self_attention(y, y, rope, rope, self_bias, enable_dropout)
+        y = self.self_attention(y, y, rope, rope, self_bias, relative, enable_dropout)
         x = x + self.dropout(y, deterministic=not enable_dropout)
         y = self.pre_cross_attention_layer_norm(x)
-        y = self.encoder_decoder_attention(y, encoded, rope, encoded_rope, cross_bias,
+        y = self.encoder_decoder_attention(y, encoded, rope, encoded_rope, cross_bias, None,
                                            enable_dropout)
         x = x + self.dropout(y, deterministic=not enable_dropout)
         y = self.mlp(self.pre_mlp_layer_norm(x), enable_dropout)
@@ -79,16 +84,20 @@ class DecoderLayer(nn.Module):
         return self.encoder_decoder_attention.keys_values(encoded, rope)
 
     def step(self, x: Float[Array, "R 1 D"], cache: LayerCache, index: Int[Array, ""],
-             rope: positions.Rope | None, cross_bias: Float[Array, "B 1 1 L"]
+             rope: positions.Rope | None, cross_bias: Float[Array, "B 1 1 L"],
+             relative: Float[Array, "1 H 1 T"] | None = None
              ) -> tuple[Float[Array, "R 1 D"], KeysValues]:
         """Runs one token; returns its output and its self-attention keys and values."""
         y = self.pre_self_attention_layer_norm(x)
         new = self.self_attention.keys_values(y, rope)
         own = jax.tree.map(lambda old, token: write_token(old, token, index), cache.own, new)
-        seen = jnp.arange(own.keys.shape[2]) <= index
+        max_length = own.keys.shape[2]
+        if self.relpos_bias is not None:
+            relative = self.relpos_bias.at(index, max_length)
+        seen = jnp.arange(max_length) <= index
         bias = masks.to_bias(seen[None, None, :], logits_dtype(self.config))
         queries = self.self_attention.queries(y, rope)
-        x = x + self.self_attention.attend_to(queries, own, bias)
+        x = x + self.self_attention.attend_to(queries, own, bias, relative)
         # The decodes of an example stand in the place of query positions: they share its keys.
         y = self.pre_cross_attention_layer_norm(x).reshape(cross_bias.shape[0], -1, x.shape[-1])
         queries = self.encoder_decoder_attention.queries(y, rope)
@@ -108,6 +117,7 @@ class Decoder(nn.Module):
             self.decoder = DecoderLayer(cfg)
         else:
             self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+        self.relpos_bias = make_relative_bias(cfg, bidirectional=False, in_layer=False)
         self.decoder_norm = make_norm(cfg)
         self.input_dropout = dropout(cfg.dropout_rate)
         self.output_dropout = dropout(cfg.dropout_rate)
@@ -128,9 +138,11 @@ class Decoder(nn.Module):
             masks.decoder_mask(sequence.segment_ids, sequence.modality), dtype)
         cross_bias = masks.to_bias(
             masks.same_segment(sequence.segment_ids, encoded.segment_ids), dtype)
+        length = sequence.segment_ids.shape[1]
+        relative = None if self.relpos_bias is None else self.relpos_bias(length, length)
 
         def body(layer: DecoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
-            return layer(x, encoded.hidden, rope, encoded_rope, self_bias, cross_bias,
+            return layer(x, encoded.hidden, rope, encoded_rope, self_bias, cross_bias, relative,
                          enable_dropout), None
 
         x = constrain(sequence.embeddings, RESIDUAL)
@@ -169,10 +181,12 @@ class Decoder(nn.Module):
         """Returns the hidden state of one more token, after the final norm, and the cache."""
         cfg = self.config
         rope = positions.rope(angles)
+        relative = None if self.relpos_bias is None else self.relpos_bias.at(
+            cache.index, cache.max_length)
 
         def body(layer: DecoderLayer, x: jax.Array, layer_cache: LayerCache
                  ) -> tuple[jax.Array, KeysValues]:
-            return layer.step(x, layer_cache, cache.index, rope, cache.cross_bias)
+            return layer.step(x, layer_cache, cache.index, rope, cache.cross_bias, relative)
 
         x, new = apply_layers(self._layers(), body, x, cache.layers,
                               num_layers=cfg.num_decoder_layers)

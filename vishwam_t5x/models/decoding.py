@@ -79,13 +79,14 @@ def keep_top_p(log_probs: Float[Array, "R V"], top_p: float) -> Float[Array, "R 
 def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_length: int,
            num_decodes: int = 1, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
            eos_id: int | None = EOS_ID, prompt: Int[Array, "B P"] | None = None,
-           logits_hook: LogitsHook | None = None) -> Decoded:
+           logits_hook: LogitsHook | None = None, rescale_log_probs: bool = False) -> Decoded:
     """Draws sequences token by token; ends early when all have ended.
 
     Args:
         step: next-token logits.
         cache: the step function's state before the first token, for B · num_decodes rows.
-        key: random key; not used at temperature 0.
+        key: random key; not used at temperature 0. Split once a token, as in T5X: the same key
+            draws the same tokens.
         batch_size: examples B.
         max_length: tokens T of the returned sequences; those that have not ended are cut there.
         num_decodes: independent draws per example.
@@ -96,6 +97,9 @@ def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_len
         prompt: tokens every decode of an example begins with, `PAD_ID` after the prompt's end.
             They are part of the result, and their log-probabilities of the score.
         logits_hook: changes logits before anything else.
+        rescale_log_probs: score drawn tokens by the distribution they were drawn from, after
+            temperature, top-k and top-p, as T5X does unless told otherwise; greedy decodes then
+            all score 0.
 
     Raises:
         UserError: a setting out of its range.
@@ -108,39 +112,46 @@ def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_len
         forced = forced.at[:, :width].set(
             jnp.repeat(prompt[:, :width].astype(jnp.int32), num_decodes, axis=0))
 
-    def draw(log_probs: jax.Array, position: jax.Array) -> jax.Array:
+    def shaped(log_probs: jax.Array) -> jax.Array:
         if temperature == 0:
-            return jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
+            return keep_top_k(log_probs, 1)
         log_probs = log_probs / temperature
         if top_k:
             log_probs = keep_top_k(log_probs, top_k)
-        if top_p < 1:
-            log_probs = keep_top_p(log_probs, top_p)
-        chosen = jax.random.categorical(jax.random.fold_in(key, position), log_probs)
-        return chosen.astype(jnp.int32)
+        return keep_top_p(log_probs, top_p) if top_p < 1 else log_probs
+
+    def draw(log_probs: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        candidates = shaped(log_probs)
+        drawn = jnp.argmax(log_probs, axis=-1) if temperature == 0 else jax.random.categorical(
+            key, candidates)
+        scored = jax.nn.log_softmax(candidates) if rescale_log_probs else log_probs
+        return drawn.astype(jnp.int32), scored
 
     def unfinished(state: tuple) -> jax.Array:
         position, ended = state[0], state[2]
         return (position < max_length) & ~jnp.all(ended)
 
     def advance(state: tuple) -> tuple:
-        position, last, ended, tokens, scores, cache = state
+        position, last, ended, tokens, scores, cache, key = state
+        now, key = jax.random.split(key)
         logits, cache = step(last, cache)
         log_probs = _log_probs(logits, logits_hook, position)
         wanted = jax.lax.dynamic_index_in_dim(forced, position, axis=1, keepdims=False)
-        token = jnp.where(wanted == PAD_ID, draw(log_probs, position), wanted)
-        gained = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+        drawn, scored = draw(log_probs, now)
+        token = jnp.where(wanted == PAD_ID, drawn, wanted)
+        scored = jnp.where((wanted == PAD_ID)[:, None], scored, log_probs)
+        gained = jnp.take_along_axis(scored, token[:, None], axis=1)[:, 0]
         scores = scores + jnp.where(ended, 0.0, gained)
         token = jnp.where(ended, PAD_ID, token)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
         if eos_id is not None:
             ended = ended | (token == eos_id)
-        return position + 1, token, ended, tokens, scores, cache
+        return position + 1, token, ended, tokens, scores, cache, key
 
     start = (jnp.zeros((), jnp.int32), jnp.full((rows,), BOS_ID, jnp.int32),
              jnp.zeros((rows,), bool), jnp.full((rows, max_length), PAD_ID, jnp.int32),
-             jnp.zeros((rows,), jnp.float32), cache)
-    _, _, _, tokens, scores, _ = jax.lax.while_loop(unfinished, advance, start)
+             jnp.zeros((rows,), jnp.float32), cache, key)
+    _, _, _, tokens, scores, _, _ = jax.lax.while_loop(unfinished, advance, start)
     return _sorted(tokens.reshape(batch_size, num_decodes, max_length),
                    scores.reshape(batch_size, num_decodes))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -160,12 +159,14 @@ class EncoderDecoder(nn.Module):
         """Returns the loss sums of decoder output already at hand."""
         here = current_partitioning()
         batch_shards = 1 if here is None else batch_parts(here.mesh, here.rules)
-        return {
-            name: projected_cross_entropy_sums(
-                part, self.target_encoders[name].table(), batch[f"targets/{name}/targets"],
-                loss_weights(batch, name), loss, scale=1 / math.sqrt(self.config.emb_dim),
-                batch_shards=batch_shards, constrain=constrain, platform=current_platform())
-            for name, part in hidden.items()}
+        sums = {}
+        for name, part in hidden.items():
+            table, scale = self.target_encoders[name].output_table()
+            sums[name] = projected_cross_entropy_sums(
+                part, table, batch[f"targets/{name}/targets"], loss_weights(batch, name, loss),
+                loss, scale=scale, batch_shards=batch_shards, constrain=constrain,
+                platform=current_platform())
+        return sums
 
     def init_cache(self, encoded: Encoded, max_length: int, num_decodes: int = 1) -> DecodeCache:
         """Returns an empty cache for decoding one modality; see `Decoder.init_cache`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -25,8 +24,9 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda x: x,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # T5X's and Flax's name
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
 }
 
 
@@ -120,14 +120,14 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table of vectors, read by token id and, transposed, as the output layer of its modality.
+    """A table of vectors, read by token id and, transposed, by the output layer of its modality.
 
     Attributes:
         num_embeddings: rows of the table.
         features: size of a vector.
         one_hot: look up by a one-hot matmul. A gather is twice as fast on CPU and GPU; a TPU whose
             table is split over 'vocab' may prefer the matmul.
-        dtype: dtype of the looked-up vectors and of the operands of the logits.
+        dtype: dtype of the looked-up vectors and of `table()`.
         param_dtype: dtype of the stored table.
     """
 
@@ -158,13 +158,6 @@ class Embed(nn.Module):
         the vectors of the whole batch on every device.
         """
         return constrain(self.embedding.astype(self.dtype), ("vocab", "embed"))
-
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Returns hidden·Eᵀ / √D, accumulated and returned in float32 (T5 scales tied logits)."""
-        rows = hidden.reshape(-1, self.features).astype(self.dtype)
-        y = jax.lax.dot_general(rows, self.table(), (((1,), (1,)), ((), ())),
-                                preferred_element_type=jnp.float32)
-        return y.reshape(*hidden.shape[:-1], self.num_embeddings) / math.sqrt(self.features)
 
 
 class MlpBlock(nn.Module):

@@ -62,6 +62,8 @@ class TargetConfig(Protocol):
     """Config of a target modality; keys 'targets/<modality>/…' of a batch."""
 
     modality: str
+    modality_embedding: bool
+    logits_via_embedding: bool
 
     @property
     def module_name(self) -> str:
@@ -69,7 +71,7 @@ class TargetConfig(Protocol):
 
     @property
     def table(self) -> Table:
-        """The embedding table it reads and predicts with."""
+        """The embedding table it reads, and predicts with where `logits_via_embedding`."""
 
     def check(self, config: EncoderDecoderConfig) -> None:
         """Raises `UserError` if it does not go with the sizes of the model."""

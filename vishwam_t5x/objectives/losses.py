@@ -48,6 +48,9 @@ class LossSums:
         return cls(*(jnp.zeros((), jnp.float32) for _ in range(4)))
 
 
+NORMALIZATIONS = ("modality", "token", "position", "sequence", "sum")
+
+
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """How the loss is put together.
@@ -57,8 +60,11 @@ class LossConfig:
         label_smoothing: probability spread evenly over the wrong tokens, in [0, 1).
         modality_weights: factor on the loss of a modality; 1 where not named.
         normalization: 'modality': each modality's sum over its own weight (Unified-IO 2);
-            'token': over the weight of all modalities; 'sum': not divided (T5X's
-            loss_normalizing_factor=None).
+            'token': over the weight of all modalities (T5X's NUM_REAL_TARGET_TOKENS); 'position':
+            over the number of target positions, padding included (NUM_TOTAL_TARGET_TOKENS);
+            'sequence': tokens of an example weigh 1 together, and the sum is divided by the number
+            of examples (AVERAGE_PER_SEQUENCE); 'sum': not divided (None); a number: over that
+            number.
         chunk_tokens: most target positions (rows x positions) of the whole batch whose logits
             exist at once; None: all, or by size if the batch is big (see `should_chunk`); 0: all.
     """
@@ -66,11 +72,16 @@ class LossConfig:
     z_loss: float = 1e-4
     label_smoothing: float = 0.0
     modality_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    normalization: Literal["modality", "token", "sum"] = "modality"
+    normalization: Literal["modality", "token", "position", "sequence", "sum"] | float = "modality"
     chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        one_of(self.normalization, ("modality", "token", "sum"), "LossConfig.normalization")
+        if isinstance(self.normalization, (int, float)):
+            if not 0.0 < self.normalization < math.inf:
+                raise UserError("LossConfig.normalization must be a positive number or a name",
+                                got=self.normalization, fix=f"one of {', '.join(NORMALIZATIONS)}")
+        else:
+            one_of(self.normalization, NORMALIZATIONS, "LossConfig.normalization")
         if not 0.0 <= self.z_loss < math.inf:
             raise UserError("LossConfig.z_loss must be finite and not negative", got=self.z_loss,
                             fix="1e-4, or 0 for none")
@@ -194,15 +205,29 @@ def cross_entropy_sums(logits: Float[Array, "*batch v"], targets: Int[Array, "*b
     return constant_parts(_sums(logits, targets, weights, z_loss, label_smoothing))
 
 
-def loss_weights(batch: Batch, modality: str) -> Array:
-    """Returns what weighs the loss of a modality: its `loss_mask` if the batch has one, else
-    its `mask`."""
+def loss_weights(batch: Batch, modality: str, config: LossConfig | None = None
+                 ) -> Float[Array, "B M"]:
+    """Returns what weighs the loss of each target position of a modality, float32.
+
+    That is its `loss_mask` if the batch has one, else its `mask`; with `normalization='sequence'`
+    divided by the sum over the example. A position's weight depends on its row alone.
+    """
     weights = batch.get(f"targets/{modality}/loss_mask")
-    return batch[f"targets/{modality}/mask"] if weights is None else weights
+    weights = batch[f"targets/{modality}/mask"] if weights is None else weights
+    weights = weights.astype(jnp.float32)
+    if config is None or config.normalization != "sequence":
+        return weights
+    segments = batch.get(f"targets/{modality}/segment_ids")
+    if segments is None:
+        totals = jnp.sum(weights, axis=-1, keepdims=True)
+    else:
+        same = (segments[:, :, None] == segments[:, None, :]).astype(jnp.float32)
+        totals = jnp.einsum("bqk,bk->bq", same, weights, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(totals > 0.0, weights / jnp.where(totals > 0.0, totals, 1.0), 0.0)
 
 
 def normalizers(batch: Batch, config: LossConfig) -> dict[str, Float[Array, ""]]:
-    """Returns what each modality's loss is divided by, at least 1.
+    """Returns what each modality's loss is divided by; where that is counted, at least 1.
 
     Take them from the whole batch, before it is cut into microbatches: sums over microbatches then
     add up to the loss of the whole batch exactly as if it had not been cut.
@@ -213,10 +238,16 @@ def normalizers(batch: Batch, config: LossConfig) -> dict[str, Float[Array, ""]]
     """
     modalities = [key.split("/")[1] for key in batch
                   if key.startswith("targets/") and key.endswith("/targets")]
-    sums = {m: jnp.sum(loss_weights(batch, m), dtype=jnp.float32) for m in modalities}
-    if config.normalization == "sum":
-        return {m: jnp.ones((), jnp.float32) for m in sums}
-    if config.normalization == "token":
+    how = config.normalization
+    if how == "sum" or not isinstance(how, str):
+        factor = 1.0 if isinstance(how, str) else how
+        return {m: jnp.asarray(factor, jnp.float32) for m in modalities}
+    if how == "position":
+        sums = {m: jnp.asarray(batch[f"targets/{m}/targets"].size, jnp.float32)
+                for m in modalities}
+    else:
+        sums = {m: jnp.sum(loss_weights(batch, m, config)) for m in modalities}
+    if how != "modality":
         total = sum(sums.values(), jnp.zeros((), jnp.float32))
         sums = dict.fromkeys(sums, total)
     return {m: jnp.maximum(weight, 1.0) for m, weight in sums.items()}

@@ -106,8 +106,8 @@ class PatchInputEncoder(nn.Module):
         pos_ids = modalities.positions_or_default(fields, slots)
         if self.input.learned_positions:
             x = x + self._positions(pos_ids)
-        angles = grid_angles(pos_ids, self.input.grid[1], cfg.head_dim, cfg.position.theta,
-                             self.input.rope_scale)
+        angles = None if cfg.rope_theta is None else grid_angles(
+            pos_ids, self.input.grid[1], cfg.head_dim, cfg.rope_theta, self.input.rope_scale)
         return InputSequence.create(x, angles, mask, fields.get("segment_ids"))
 
     @nn.nowrap

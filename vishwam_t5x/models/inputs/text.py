@@ -24,10 +24,12 @@ class TextInput:
     Attributes:
         vocab_size: rows of the embedding table, in tokens; the text output shares the table.
         modality: name of the modality in batches.
+        modality_embedding: add a learned vector to every slot: Unified-IO 2 does, T5 does not.
     """
 
     vocab_size: int
     modality: str = "text"
+    modality_embedding: bool = True
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("vocab_size",))
@@ -56,7 +58,7 @@ class TextInput:
 
 
 class TextInputEncoder(nn.Module):
-    """Token embedding plus the modality's own vector; positions are 1-D."""
+    """Token embedding plus, if configured, the modality's own vector; positions are 1-D."""
 
     config: EncoderDecoderConfig
     input: TextInput
@@ -74,7 +76,9 @@ class TextInputEncoder(nn.Module):
         tokens = modalities.require(fields, "tokens", f"inputs/{self.input.modality}")
         mask = fields.get("mask", (tokens > 0).astype(jnp.int32))
         x = self.embedder(tokens)
-        x = x + modality_embedding(self, cfg.emb_dim, cfg.policy)
+        if self.input.modality_embedding:
+            x = x + modality_embedding(self, cfg.emb_dim, cfg.policy)
         pos_ids = modalities.positions_or_default(fields, tokens.shape)
-        angles = text_angles(pos_ids, cfg.head_dim, cfg.position.theta)
+        angles = None if cfg.rope_theta is None else text_angles(pos_ids, cfg.head_dim,
+                                                                 cfg.rope_theta)
         return InputSequence.create(x, angles, mask, fields.get("segment_ids"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 from flax import linen as nn
@@ -37,6 +37,9 @@ class CodeOutput:
     grid: tuple[int, int]
     num_codes: int | None = None
     rope_scale: float = 1.0
+
+    modality_embedding: ClassVar[bool] = True
+    logits_via_embedding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("vocab_size",))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from vishwam_t5x.models.layers import Embed, modality_embedding
+from vishwam_t5x.models.layers import MLP_KERNEL, Embed, modality_embedding
+from vishwam_t5x.parallelism.sharding import constrain
 
 if TYPE_CHECKING:
     from vishwam_t5x.models.config import EncoderDecoderConfig
@@ -16,33 +19,52 @@ if TYPE_CHECKING:
 
 
 class TargetEncoder(nn.Module):
-    """Token embedding plus the modality's own vector, for teacher forcing and for decoding."""
+    """Token embedding and, if configured, the modality's own vector; and its output layer."""
 
     config: EncoderDecoderConfig
     target: TargetConfig
     embedder: Embed
 
-    @nn.compact
+    def setup(self) -> None:
+        cfg = self.config
+        if self.target.modality_embedding:
+            self.modality_embedding = modality_embedding(self, cfg.emb_dim, cfg.policy)
+        if not self.target.logits_via_embedding:
+            self.logits_kernel = self.param(
+                "logits_kernel", nn.with_logical_partitioning(MLP_KERNEL, ("embed", "vocab")),
+                (cfg.emb_dim, self.target.table.num_embeddings), cfg.policy.param_dtype)
+
     def __call__(self, inputs: Int[Array, "B M"], pos_ids: Int[Array, "B M"]
-                 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M P"]]:
+                 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M P"] | None]:
         """Returns embeddings of decoder inputs, and the rotary angles of what they predict.
 
         Args:
             inputs: ids shifted right, 0 at the start of an example.
             pos_ids: place of the predicted token in its own example.
         """
-        cfg = self.config
-        x = self.embedder(inputs) + modality_embedding(self, cfg.emb_dim, cfg.policy)
+        x = self.embedder(inputs)
+        if self.target.modality_embedding:
+            x = x + self.modality_embedding
         return x, self.angles(pos_ids)
 
-    def angles(self, pos_ids: Int[Array, "*batch"]) -> Float[Array, "*batch P"]:
-        """Returns the rotary angles of positions of this modality."""
-        return self.target.angles(pos_ids, self.config.head_dim, self.config.position.theta)
+    def angles(self, pos_ids: Int[Array, "*batch"]) -> Float[Array, "*batch P"] | None:
+        """Returns the rotary angles of positions of this modality; None without rotary ones."""
+        cfg = self.config
+        if cfg.rope_theta is None:
+            return None
+        return self.target.angles(pos_ids, cfg.head_dim, cfg.rope_theta)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Returns float32 logits over the modality's own table."""
-        return self.embedder.logits(hidden)
+        """Returns logits, accumulated and returned in float32."""
+        table, scale = self.output_table()
+        rows = hidden.reshape(-1, hidden.shape[-1]).astype(table.dtype)
+        y = jax.lax.dot_general(rows, table, (((1,), (1,)), ((), ())),
+                                preferred_element_type=jnp.float32)
+        return (y * scale if scale != 1.0 else y).reshape(*hidden.shape[:-1], table.shape[0])
 
-    def table(self) -> jax.Array:
-        """Returns the modality's table [V, D]."""
-        return self.embedder.table()
+    def output_table(self) -> tuple[Float[Array, "V D"], float]:
+        """Returns the table that predicts, in the compute dtype, and the scale of its logits."""
+        if self.target.logits_via_embedding:
+            return self.embedder.table(), 1 / math.sqrt(self.config.emb_dim)
+        kernel = self.logits_kernel.astype(self.config.policy.compute_dtype)
+        return constrain(kernel.T, ("vocab", "embed")), 1.0

@@ -24,10 +24,15 @@ class TextOutput:
     Attributes:
         vocab_size: rows of the embedding table, in tokens; the text input shares the table.
         modality: name of the modality in batches.
+        modality_embedding: add a learned vector to every slot: Unified-IO 2 does, T5 does not.
+        logits_via_embedding: predict with the embedding table, scaled by 1/√emb_dim (T5 1.0,
+            Unified-IO 2); else with a kernel of its own (T5 1.1).
     """
 
     vocab_size: int
     modality: str = "text"
+    modality_embedding: bool = True
+    logits_via_embedding: bool = True
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("vocab_size",))
