@@ -1,5 +1,7 @@
 """Frequent saves on local disks: used when newer and whole everywhere, never otherwise."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 from checkpoint_states import abstract, assert_equal, make_state
 
 import helpers
+from vishwam_t5x.checkpointing import local_tier
 from vishwam_t5x.checkpointing.manager import Checkpoints
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.core.errors import UserError
@@ -27,7 +30,8 @@ def train(run, first, last):
 
 
 def shards(tmp_path):
-    return sorted(int(path.stem) for path in (tmp_path / "local").glob("*/process-0/*.shards"))
+    return sorted(int(path.name.split(".")[0])
+                  for path in (tmp_path / "local").glob("*/process-0/*.shards"))
 
 
 @pytest.fixture
@@ -46,11 +50,12 @@ def test_the_newer_local_one_is_restored_and_training_goes_on(saved):
         assert run.restored_step == 16
         train(run, 17, 21)
         assert run.all_steps() == [10, 20]
+    assert shards(saved) == [], "a run that ends with all saved leaves nothing on the disks"
+    assert list((saved / "local").iterdir()) == []
     with opened(saved) as run:
         assert_equal(run.restore(abstract(make_state(0))), make_state(20))
         run.save(20, make_state(20))
         assert run.should_save(22)
-    assert shards(saved) == [16, 18], "those of before the newest persistent one do no harm"
 
 
 def test_what_was_restored_from_local_disks_can_be_saved(saved):
@@ -62,7 +67,7 @@ def test_what_was_restored_from_local_disks_can_be_saved(saved):
 
 @pytest.mark.parametrize("harm", ["flip", "shorten", "empty"])
 def test_a_damaged_file_is_passed_over(saved, harm):
-    (path,) = (saved / "local").glob("*/process-0/16.shards")
+    (path,) = (saved / "local").glob("*/process-0/16.*.shards")
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes({"flip": bytes(data), "shorten": bytes(data[:-7]), "empty": b""}[harm])
@@ -85,10 +90,54 @@ def test_shards_of_another_run_or_future_are_not_taken(saved):
         assert_equal(run.restore(abstract(make_state(0))), make_state(10))
 
 
+def test_a_run_without_a_name_gets_one(saved):
+    (saved / "run" / "run_id").write_text("")  # a disk was full
+    with opened(saved) as run:
+        assert_equal(run.restore(abstract(make_state(0))), make_state(10))
+    assert len((saved / "run" / "run_id").read_text()) == 32
+
+
+def test_remains_are_removed_at_a_start(saved):
+    (own,) = (saved / "local").glob("*/process-0")
+    (own / "18.tmp").write_bytes(b"half")
+    (own.parent / "process-1").mkdir()  # the run had two processes once
+    old, recent = saved / "local" / "a" / "process-0", saved / "local" / "b" / "process-0"
+    for folder in (old, recent):
+        folder.mkdir(parents=True)
+    os.utime(old, (1e9, 1e9))
+    with opened(saved) as run:
+        assert sorted(path.name for path in (saved / "local").iterdir()) == sorted(
+            ["b", own.parent.name])
+        assert [path.name for path in own.parent.iterdir()] == ["process-0"]
+        assert not (own / "18.tmp").exists() and recent.exists()
+        assert_equal(run.restore(abstract(make_state(0))), make_state(16))
+
+
+def test_room_is_made_before_a_write_where_there_is_none(saved, monkeypatch):
+    usage = shutil.disk_usage(saved)
+    monkeypatch.setattr(local_tier.shutil, "disk_usage", lambda _: usage._replace(free=1))
+    seen, whole = [], os.replace
+
+    def replace(source, target):
+        if str(target).endswith(".shards"):
+            seen.append(shards(saved))
+        whole(source, target)
+
+    monkeypatch.setattr(local_tier.os, "replace", replace)
+    with opened(saved) as run:
+        run.restore(abstract(make_state(0)))
+        train(run, 17, 19)
+        assert seen == [[16]] and shards(saved) == [16, 18]
+
+
 def test_going_back_forgets_later_shards(saved):
     with opened(saved) as run:
         assert_equal(run.restore_before(abstract(make_state(0)), 15), make_state(14))
-    assert shards(saved) == [14]
+        before, = (saved / "local").glob("*/process-0/14.*.shards")
+        assert shards(saved) == [14]
+        train(run, 15, 16)
+        after, = (saved / "local").glob("*/process-0/16.*.shards")
+        assert before.name.split(".")[1] != after.name.split(".")[1], "another line"
 
 
 def test_another_model_is_not_restored_from_shards(saved):
@@ -129,16 +178,27 @@ with opened(place) as run:
     check(run.restore(wanted), 16)
     assert run.restored_step == 16
     if index == 1:
-        (path,) = (place / "local").glob("*/process-1/16.shards")
+        (path,) = (place / "local").glob("*/process-1/16.*.shards")
         path.write_bytes(path.read_bytes()[:-1])
     distributed.barrier("damaged")
     check(run.restore(wanted), 14)
     assert run.restored_step == 14, "not whole on one host, so on none"
     if index == 0:
-        next((place / "local").glob("*/process-0/14.shards")).unlink()
+        next((place / "local").glob("*/process-0/14.*.shards")).unlink()
     distributed.barrier("lost")
+    aside = place / "old"
+    if index == 1:  # this host drops out with its shards …
+        next((place / "local").glob("*/process-1/14.*.shards")).rename(aside)
     check(run.restore(wanted), 10)
-    train(run, 11, 12)
+    train(run, 11, 14)
+    distributed.barrier("saved")
+    if index == 1:  # … and comes back with them, when the others have saved that step anew
+        (new,) = (place / "local").glob("*/process-1/14.*.shards")
+        aside.rename(new.with_name(f"14.{'0' * 12}.shards"))
+        new.unlink()
+    distributed.barrier("back")
+    check(run.restore(wanted), 12)
+    assert run.restored_step == 12, "shards of two lines make no checkpoint"
 distributed.leave(0)
 """
 
@@ -151,7 +211,7 @@ def test_two_hosts_and_then_one(tmp_path):
         stderr=subprocess.PIPE, text=True) for index in range(2)]
     outputs = [process.communicate(timeout=240)[1] for process in running]
     assert all(process.returncode == 0 for process in running), outputs
-    assert len(list((tmp_path / "local").glob("*/process-*/12.shards"))) == 2
+    assert len(list((tmp_path / "local").glob("*/process-*/12.*.shards"))) == 2
     with opened(tmp_path) as run:  # one process cannot read what two have written
         assert_equal(run.restore(abstract(make_state(0))), make_state(10))
 

@@ -1,10 +1,11 @@
 """Frequent checkpoints on the disk of each host, for the restart that finds the hosts as they were.
 
 Each process writes the shards that its own devices hold, one file a step, and talks to nobody. A
-step counts only if every process finds its file whole and made for its devices; otherwise the
-checkpoint in MODEL_DIR, which needs no particular host, is what the run goes on from.
+step counts only if every process finds its file whole, made for its devices, and of the same line:
+the steps from one restore to the next. Otherwise the checkpoint in MODEL_DIR, which needs no
+particular host, is what the run goes on from.
 
-    LOCAL_FOLDER/RUN/process-3/1200.shards     magic, length of the header, header (JSON), bytes
+    LOCAL_FOLDER/RUN/process-3/1200.LINE.shards   magic, length of the header, header (JSON), bytes
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import time
 import uuid
 import zlib
@@ -27,6 +29,7 @@ import numpy as np
 from etils import epath
 
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.coordination import exchange
 from vishwam_t5x.core.distributed import any_process, from_primary, is_primary
 
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _MAGIC = b"vishwam-shards-1\n"
 _KEEP = 2
+_ABANDONED = 7 * 24 * 3600.0  # seconds after which what nobody touches is nobody's
 
 Index = tuple[tuple[int, int], ...]
 
@@ -46,10 +50,11 @@ def run_id(model_dir: epath.Path) -> str:
     name = ""
     if is_primary():
         file = model_dir / "run_id"
-        if not file.exists():
-            model_dir.mkdir(parents=True, exist_ok=True)
-            file.write_text(uuid.uuid4().hex)
-        name = file.read_text().strip()
+        with contextlib.suppress(FileNotFoundError):
+            name = storage.read_text(file).strip()
+        if not name:
+            name = uuid.uuid4().hex
+            storage.write_text(file, name)
     return from_primary("run id", name)
 
 
@@ -57,14 +62,19 @@ class LocalTier:
     """The shards of this process, of the last few steps."""
 
     def __init__(self, folder: str | os.PathLike, run: str, period: int) -> None:
-        """Args:
+        """Removes what killed writes and runs long over have left; all processes call it together.
+
+        Args:
             folder: on a local disk; may be shared by several processes and runs.
             run: see `run_id`.
             period: steps between saves.
         """
-        self._folder = (pathlib.Path(folder).expanduser().absolute() / run
-                        / f"process-{jax.process_index()}")
+        root = pathlib.Path(folder).expanduser().absolute()
+        self._folder = root / run / f"process-{jax.process_index()}"
         self._period = period
+        self._line = _new_line()
+        self._agreed: dict[int, str] = {}
+        _sweep(root, self._folder)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "local-checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
 
@@ -86,6 +96,7 @@ class LocalTier:
 
     def _write(self, step: int, shards: Mapping[str, tuple[Any, dict[Index, np.ndarray]]]) -> None:
         start = time.monotonic()
+        temporary = self._folder / f"{step}.tmp"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             leaves, blocks, offset, crc = {}, [], 0, 0
@@ -97,30 +108,37 @@ class LocalTier:
                     offset, crc = offset + len(data), zlib.crc32(data, crc)
                     blocks.append(data)
                 leaves[name] = [list(whole.shape), np.dtype(whole.dtype).name, entry]
-            header = json.dumps({"step": step, "processes": jax.process_count(), "crc32": crc,
-                                 "bytes": offset, "leaves": leaves}).encode()
-            temporary = self._folder / f"{step}.tmp"
+            header = json.dumps({"step": step, "line": self._line, "processes": jax.process_count(),
+                                 "crc32": crc, "bytes": offset, "leaves": leaves}).encode()
+            self._keep_newest(_KEEP)
+            # Hosts that lag need the one before the last; a full disk needs the room more.
+            if shutil.disk_usage(self._folder).free < offset + len(header):
+                self._keep_newest(1)
             with temporary.open("wb") as file:
                 file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
                 file.writelines(blocks)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self._path(step))
-            for old in self._steps()[:-_KEEP]:
-                self._path(old).unlink(missing_ok=True)
+            os.replace(temporary, self._path(step, self._line))
+            self._keep_newest(_KEEP)
             log.info("local checkpoint of step %d: %.1f MB in %.2f s", step, offset / 1e6,
                      time.monotonic() - start)
         except OSError as error:
             log.error("local checkpoint of step %d not written: %s", step, error)
             with contextlib.suppress(OSError):
-                (self._folder / f"{step}.tmp").unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
+
+    def _keep_newest(self, count: int) -> None:
+        for step, line in self._found()[:-count]:
+            self._path(step, line).unlink(missing_ok=True)
 
     def agreed_steps(self) -> list[int]:
         """Returns the steps of which every process has a file, rising; all call it together."""
         self.wait()
-        have = [set(json.loads(steps)) for steps in exchange(
-            "local checkpoints listed", json.dumps(self._steps()))]
-        return sorted(set.intersection(*have))
+        have = [{(step, line) for step, line in json.loads(found)} for found in exchange(
+            "local checkpoints listed", json.dumps(self._found()))]
+        self._agreed = dict(sorted(set.intersection(*have)))
+        return sorted(self._agreed)
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the arrays of a step; all processes call it together.
@@ -139,12 +157,14 @@ class LocalTier:
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = str(error) or type(error).__name__
         if any_process(found is None, "local checkpoint read"):
-            raise DamagedCheckpoint(self._path(step), why or "another process says so")
+            raise DamagedCheckpoint(self._path(step, self._agreed[step]),
+                                    why or "another process says so")
         assert found is not None
         return found
 
     def _read(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        data = self._path(step).read_bytes()
+        line = self._agreed[step]
+        data = self._path(step, line).read_bytes()
         begin = len(_MAGIC) + 8
         if not data.startswith(_MAGIC):
             raise ValueError("not a file of shards")
@@ -153,6 +173,8 @@ class LocalTier:
         content = memoryview(data)[body:]
         if len(content) != header["bytes"] or zlib.crc32(content) != header["crc32"]:
             raise ValueError("it differs from what was written")
+        if (header["step"], header["line"]) != (step, line):
+            raise ValueError("it is of another step or another line of the run")
         if header["processes"] != jax.process_count() or header["leaves"].keys() != wanted.keys():
             raise ValueError("it is of another number of processes, or of another model")
         arrays = {}
@@ -165,11 +187,18 @@ class LocalTier:
                 content, parts, index, dtype))
         return arrays
 
-    def forget_after(self, step: int) -> None:
-        """Deletes this process's files of later steps: they are of another future now."""
-        for newer in self._steps():
+    def begin_line(self, step: int) -> None:
+        """What is saved from now on comes after `step`; all processes call it together.
+
+        This process's files of later steps are of another future, and deleted.
+        """
+        self._line = _new_line()
+        for newer, line in self._found():
             if newer > step:
-                self._path(newer).unlink(missing_ok=True)
+                try:
+                    self._path(newer, line).unlink(missing_ok=True)
+                except OSError as error:  # of another line, so it harms nobody
+                    log.error("an old local checkpoint could not be deleted: %s", error)
 
     def wait(self) -> None:
         """Waits until nothing is being written."""
@@ -177,19 +206,53 @@ class LocalTier:
             self._writing.result()
             self._writing = None
 
-    def close(self) -> None:
-        """Waits, and ends the thread."""
+    def close(self, saved: int | None = None) -> None:
+        """Waits, ends the thread, and deletes what is not needed any more.
+
+        Args:
+            saved: the newest step that is in MODEL_DIR; None if the last save there failed.
+        """
         self.wait()
         self._pool.shutdown()
+        if saved is not None and all(step <= saved for step, _ in self._found()):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other processes have theirs in it
+                self._folder.parent.rmdir()
 
-    def _path(self, step: int) -> pathlib.Path:
-        return self._folder / f"{step}.shards"
+    def _path(self, step: int, line: str) -> pathlib.Path:
+        return self._folder / f"{step}.{line}.shards"
 
-    def _steps(self) -> list[int]:
+    def _found(self) -> list[tuple[int, str]]:
+        """(step, line) of this process's files, rising."""
         if not self._folder.is_dir():
             return []
-        return sorted(int(entry.name.partition(".")[0]) for entry in self._folder.iterdir()
-                      if re.fullmatch(r"\d+\.shards", entry.name))
+        return sorted((int(entry.name.split(".")[0]), entry.name.split(".")[1])
+                      for entry in self._folder.iterdir()
+                      if re.fullmatch(r"\d+\.[0-9a-f]+\.shards", entry.name))
+
+
+def _new_line() -> str:
+    return from_primary("line of local checkpoints", uuid.uuid4().hex[:12])
+
+
+def _sweep(root: pathlib.Path, own: pathlib.Path) -> None:
+    """Deletes remains: of our killed writes, of processes we have no more, of runs long over."""
+    now = time.time()
+    try:
+        for file in own.glob("*.tmp"):
+            file.unlink(missing_ok=True)
+        for folder in root.glob("*/process-*"):
+            number = folder.name.removeprefix("process-")
+            if folder.parent == own.parent:
+                over = number.isdigit() and int(number) >= jax.process_count()
+            else:
+                over = now - folder.stat().st_mtime > _ABANDONED
+            if over:
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # not empty
+                    folder.parent.rmdir()
+    except OSError as error:  # another process sweeps too
+        log.info("old local checkpoints could not all be deleted: %s", error)
 
 
 def _index(pairs: Any) -> Index:

@@ -164,7 +164,7 @@ class Checkpoints:
         """Waits until nothing is being written and ends the background thread."""
         self.wait()
         if self._local is not None:
-            self._local.close()
+            self._local.close(self._saved if self._succeeded else None)
         self._pool.shutdown()
         self._writer.close()
 
@@ -373,7 +373,7 @@ class Checkpoints:
         self._last_step, self._last_time = restored, self._clock()
         self.restored_step = restored
         if self._local is not None:
-            self._local.forget_after(restored)
+            self._local.begin_line(restored)
         newer = [step for step in self.all_steps() if step > restored] if is_primary() else []
         for step in newer:
             name = directories.set_aside(

@@ -178,7 +178,8 @@ class CheckpointConfig:
             byte twice); False: only whether all files are there in their full size.
         compress: zstd on what is written: some 8 % smaller, four times the CPU time.
         local_folder: on a local disk of every host; saved there too, more often, and restored from
-            if newer and there on every host of as many; None: nowhere.
+            if newer and there on every host of as many; None: nowhere. What is there of a run is
+            deleted when the run ends with all saved, or after a week in which no run touches it.
         local_period: steps between these saves.
     """
 
