@@ -16,7 +16,7 @@ import jax
 from absl import logging
 
 from vishwam_t5x.core.batch import Batch, DataPosition
-from vishwam_t5x.core.errors import Preempted, UserError
+from vishwam_t5x.core.errors import Preempted, Resumable, UserError
 from vishwam_t5x.training.hooks import Hook
 from vishwam_t5x.training.ledger import Ledger
 from vishwam_t5x.training.signals import StopRequest
@@ -136,6 +136,7 @@ class Loop:
 
         Raises:
             Preempted: asked to stop; the state has been saved.
+            Resumable: the last state could not be saved.
             Diverged: rolled back as often as allowed.
         """
         previous: _Taken | None = None
@@ -194,8 +195,8 @@ class Loop:
                 self._saver.save(step, state, metrics)
             saved = self._saver.wait()
         if not saved:
-            raise RuntimeError(f"the last checkpoint, of step {step}, could not be written: see "
-                               "the log above; the one before it is intact")
+            raise Resumable(f"the last checkpoint, of step {step}, could not be written (see the "
+                            "log above); the one before it is intact")
 
     def _next_batch(self) -> DeviceBatch:
         while True:
@@ -264,7 +265,8 @@ class Loop:
                 self._culprits.add(culprit.start, culprit.step, "bad loss",
                                    list(map(int, culprit.example_ids)),
                                    write=jax.process_index() == 0)
-        state = self._saver.restore_before(self._abstract, first_bad)
+        with self._ledger.spend("save"):  # reads and checks all of a checkpoint
+            state = self._saver.restore_before(self._abstract, first_bad)
         if state is None:
             raise Diverged(
                 f"steps {first_bad} to {taken.step} were bad and there is no earlier checkpoint "
