@@ -15,7 +15,7 @@ PRELUDE = """
 import json, os, sys
 index, count, port = map(int, sys.argv[1:])
 from vishwam_t5x.core import coordination, distributed
-from vishwam_t5x.core.errors import PeersLost, UserError
+from vishwam_t5x.core.errors import PeersLost, Resumable, UserError
 distributed.initialize(f"localhost:{port}", count, index, 30)
 import jax
 """
@@ -50,6 +50,14 @@ def test_exchange_compare_and_refuse():
                 do()
             except UserError as error:
                 print(str(error).replace("\\n", " | "))
+        for error in (OSError("no space left"), Resumable("the storage is away")):
+            def check(error=error):
+                if index == 0:
+                    raise error
+            try:
+                distributed.refuse_together("place", check)
+            except Exception as found:
+                print(type(found).__name__, found)
         try:
             if index != 1:
                 distributed.barrier("the bridge", timeout=1)
@@ -57,12 +65,15 @@ def test_exchange_compare_and_refuse():
             print(lost.missing, str(lost))
         """, count=3)
     for index, output in enumerate(outputs):
-        refused, differing, *late = output.splitlines()
+        refused, differing, fault, passing, *late = output.splitlines()
         assert "the disk is full" in refused
         assert ("process 1 (" in refused) == (index != 1)
         assert "the processes differ in settings" in differing and "process 2 (" in differing
         assert "process 0  b: rate 0.1" in differing and "process 2  b: rate 0.5" in differing
         assert "a: 1" not in differing
+        assert fault.startswith("RuntimeError process 0 (" if index else "OSError no space left")
+        assert "no space left" in fault
+        assert passing.startswith("Resumable ") and "the storage is away" in passing
         if index != 1:
             assert late[0].startswith("(1,) the bridge: process 1 (")
             assert late[0].endswith("missing (not there after 1 s)")
@@ -120,4 +131,24 @@ def test_alone_everything_is_agreed():
     assert distributed.any_process(True) and not distributed.any_process(False)
     with pytest.raises(UserError, match="mine"):
         distributed.refuse_together("alone", lambda: (_ for _ in ()).throw(UserError("mine")))
-    assert "source " in distributed.code_version()
+    with pytest.raises(OSError, match="mine"):
+        distributed.refuse_together("alone", lambda: (_ for _ in ()).throw(OSError("mine")))
+
+
+def test_code_version_knows_the_users_modules(tmp_path, monkeypatch):
+    (tmp_path / "my_own_model.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_own_model  # noqa: F401
+
+    before = distributed.code_version()
+    assert "module my_own_model " in before and "source " in before
+    assert "flax " in before and "optax " in before and "module jax " not in before
+    (tmp_path / "my_own_model.py").write_text("x = 2\n")
+    assert distributed.code_version() != before
+
+
+@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_number_of_processes_that_is_none(variable, monkeypatch):
+    monkeypatch.setenv(variable, "2(x3)")
+    with pytest.raises(UserError, match=f"{variable} is not the number of processes"):
+        distributed.initialize()

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import os
 import pathlib
 import platform
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 
 import jax
 
 from vishwam_t5x.core import coordination, roll_call
 from vishwam_t5x.core.coordination import DEADLINE, exchange, process_name
-from vishwam_t5x.core.errors import EXIT_ABORTED, Resumable, UserError
+from vishwam_t5x.core.errors import EXIT_ABORTED, PeersLost, Preempted, Resumable, UserError
 
 _LEAVING = 10.0  # seconds that process 0, in which the coordination service lives, stays for others
-_PASSES = "passes: "  # begins what a process says that ends by something which passes
+# What a step or a checkpoint is made with: another version may ask the others for other messages.
+_DECIDING = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint", "libtpu",
+             "jax-cuda12-plugin", "jax-cuda13-plugin")
+_STARTERS = frozenset({"__main__", "__mp_main__", "sitecustomize", "usercustomize"})
 _SHOWN = 8  # lines of a difference in a message
 
 
@@ -90,9 +94,18 @@ def _cluster_is_near() -> bool:
     # VISHWAM_CLUSTER: the hosts of a Cloud TPU slice, which a metadata server knows, not the
     # environment. The launchers set it.
     return (os.environ.get("VISHWAM_CLUSTER") == "1"
-            or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-            or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+            or any(_count(name) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
             or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1)
+
+
+def _count(variable: str) -> int:
+    text = os.environ.get(variable, "1")
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"${variable} is not the number of processes", got=repr(text),
+                        fix=f"unset {variable}, or pass --coordinator_address, --process_count and "
+                            "--process_index") from None
 
 
 def is_primary() -> bool:
@@ -130,29 +143,37 @@ def refuse_together(name: str, check: Callable[[], object], timeout: float = DEA
 
     Args:
         name: what is checked.
-        check: raises `UserError` or `Resumable`, or not; what it returns is not looked at.
+        check: raises, or not; what it returns is not looked at.
         timeout: seconds to wait for the others.
 
     Raises:
-        UserError: what the check says here or, where it has nothing to say, on another process.
-        Resumable: the same, of what passes.
+        Exception: what the check says here or, where it has nothing to say, that another process
+            failed: a `UserError`, a `Resumable` or a `RuntimeError`, so that all end with one code.
     """
-    failure: UserError | Resumable | None = None
+    failure: Exception | None = None
     try:
         check()
-    except (UserError, Resumable) as error:
+    except (Preempted, PeersLost):
+        raise  # the others have been told, or are gone
+    except Exception as error:  # noqa: BLE001 - raised again, once the others know
         failure = error
-    kind = _PASSES if isinstance(failure, Resumable) else ""
-    found = exchange(name, "" if failure is None else f"{kind}{failure}", timeout)
+    found = exchange(name, "" if failure is None else f"{_kind(failure)} {failure}", timeout)
     if failure is not None:
         raise failure
-    for process, text in enumerate(found):
-        if text.startswith(_PASSES):
-            raise Resumable(f"{process_name(process)} cannot start now: "
-                            f"{text.removeprefix(_PASSES)}")
-        if text:
+    for process, said in enumerate(found):
+        kind, _, text = said.partition(" ")
+        if kind == "mistake":
             raise UserError(f"{process_name(process)} refuses to start", got=text,
                             fix="see its own message")
+        if kind:
+            raise (Resumable if kind == "passing" else RuntimeError)(
+                f"{process_name(process)} cannot go on: {text}")
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, Resumable):  # first: a storage that does not answer is both
+        return "passing"
+    return "mistake" if isinstance(error, UserError) else f"fault {type(error).__name__}:"
 
 
 def compare(what: str, texts: Mapping[str, str], fix: str) -> None:
@@ -187,15 +208,39 @@ def compare(what: str, texts: Mapping[str, str], fix: str) -> None:
 
 
 def code_version() -> str:
-    """Returns what program this is: versions, and a hash of our own source, a line each."""
-    sources = hashlib.sha256()
+    """Returns what program this is: versions, and hashes of our source and the user's, by line."""
     root = pathlib.Path(__file__).resolve().parent.parent
-    for path in sorted(root.rglob("*.py")):
-        sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    versions = [f"{name} {importlib.import_module(name).__version__}"
-                for name in ("jax", "jaxlib", "numpy")]
-    return "\n".join([*versions, f"python {platform.python_version()}",
-                      f"source {sources.hexdigest()[:16]}"])
+    ours = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    return "\n".join([*map(_version, _DECIDING), f"python {platform.python_version()}",
+                      f"source {_hash(ours)}", *_of_the_user(root)])
+
+
+def _of_the_user(ours: pathlib.Path) -> list[str]:
+    """The modules that were loaded from neither an installed package nor Python's own library."""
+    library = pathlib.Path(sysconfig.get_path("stdlib")).resolve()
+    found = []
+    for name, module in sorted(sys.modules.items()):
+        path = pathlib.Path(getattr(module, "__file__", None) or os.devnull)
+        if path.suffix == ".py" and name not in _STARTERS and path.exists():
+            parents = set(path.resolve().parents)
+            if not parents & {ours, library} and not {"site-packages", "dist-packages"} & set(
+                    path.parts):
+                found.append(f"module {name} {_hash({name: path})}")
+    return found
+
+
+def _hash(files: Mapping[str, pathlib.Path]) -> str:
+    sources = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        sources.update(name.encode() + path.read_bytes())
+    return sources.hexdigest()[:16]
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return f"{name} (not installed)"
 
 
 def is_joined() -> bool:
