@@ -5,53 +5,40 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import random
+import select
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 
 BUCKET = "vishwam-test"
 
-def free_port() -> int:
-    """Returns a port of the loopback that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
 
 @contextlib.contextmanager
-def serve(port: int) -> Iterator[None]:
-    """Runs the emulator, with the bucket `BUCKET`, at a port of the loopback."""
+def serve() -> Iterator[int]:
+    """Runs the emulator, with the bucket `BUCKET`; yields its port of the loopback."""
     # In a process of its own: it is Python too, and would share the interpreter lock with what it
     # serves. It ends with its parent's end of the pipe, however the parent ends.
     script = pathlib.Path(__file__).with_name("emulator_server.py")
-    server = subprocess.Popen([sys.executable, str(script), str(port), BUCKET],
-                              stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([sys.executable, str(script), BUCKET], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert server.stdin is not None and server.stdout is not None
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5):
-                    break
-            except (urllib.error.URLError, OSError):
-                assert server.poll() is None, "the emulator did not start"
-                assert time.monotonic() < deadline, "the emulator does not answer"
-                time.sleep(0.05)
-        yield
+        # It says so once it listens; if it dies instead, the line is empty.
+        said = server.stdout.readline() if select.select([server.stdout], [], [], 120)[0] else b""
+        assert said, "the emulator did not start"
+        yield int(said)
     finally:
-        assert server.stdin is not None
         server.stdin.close()
         try:
             server.wait(10)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+        server.stdout.close()
 
 
 def variables(port: int, **more: str) -> dict[str, str | None]:
@@ -69,11 +56,12 @@ class FaultyLine:
     """
 
     def __init__(self, target: int, seed: int, share: float, stall_seconds: float) -> None:
-        self.port, self._target = free_port(), target
+        self._target = target
         self._random, self._share, self._stall = random.Random(seed), share, stall_seconds
         self.faults = {"none": 0, "503": 0, "reset": 0, "stall": 0, "cut": 0}
         self.cut_off = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:

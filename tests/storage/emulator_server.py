@@ -1,4 +1,6 @@
-"""`python emulator_server.py PORT BUCKET`: the storage emulator until standard input is closed.
+"""`python emulator_server.py BUCKET`: the storage emulator until standard input is closed.
+
+It listens at a port that the system chooses, and says which on its standard output.
 
 To what gcp-storage-emulator does it adds generations, which TensorStore and locks live by: the
 header that names an object's, and the conditions on it of reads, writes and deletions. One request
@@ -76,9 +78,9 @@ def main() -> None:
     for _, handlers in emulator.HANDLERS:
         for method, handler in handlers.items():
             handlers[method] = _with_generations(handler)
-    server = emulator.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True,
-                                    default_bucket=sys.argv[2])
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket=sys.argv[1])
     server.start()
+    print(server._api._httpd.server_address[1], flush=True)
     sys.stdin.read()
     server.stop()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -10,9 +11,11 @@ import time
 import pytest
 
 from vishwam_t5x.core import storage
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import Resumable, UserError
+from vishwam_t5x.core.generations import Changed, GuardedObject
 from vishwam_t5x.training import lease
 from vishwam_t5x.training.mirror import Mirror
+from vishwam_t5x.training.run_dir import RunDir
 from vishwam_t5x.training.writers import JsonlWriter, read_records
 
 
@@ -23,57 +26,138 @@ def place(tmp_path):
     storage.remove_tree(folder)
 
 
-def holder(place: str, **changed) -> None:
-    storage.write_text(f"{place}/{lease.FILE_NAME}", json.dumps(
-        {**lease._self(), "host": "elsewhere", "boot": "another", "process": 77, **changed}))
+def wait_for(true) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def test_held_and_let_go(place):
-    with lease.held(place, renewed=0.05, expires=0.3):
-        first = storage.read_text(f"{place}/{lease.FILE_NAME}")
+def object_of(folder: str) -> GuardedObject:
+    return GuardedObject(f"{folder}/{lease.FILE_NAME}", 30)
+
+
+def content(folder: str) -> dict:
+    return json.loads(object_of(folder).read()[0])
+
+
+def write(folder: str, data: bytes) -> None:
+    """Replaces the object whatever it is, which a holder never does."""
+    while True:
+        with contextlib.suppress(Changed):
+            return object_of(folder).write(data, object_of(folder).read()[1])
+
+
+def holder(folder: str, **changed) -> None:
+    write(folder, json.dumps({**lease._self(), "host": "elsewhere", "boot": "another",
+                              "process": 77, **changed}).encode())
+
+
+def test_held_and_let_go(bucket_here):
+    with lease.held(bucket_here, renewed=0.05, expires=1000):
+        first = content(bucket_here)
         with pytest.raises(UserError, match=f"(?s)another process.*process {os.getpid()}"), \
-                lease.held(place, renewed=0.05, expires=2.0):
+                lease.held(bucket_here, expires=1000, waits=0):
             pass
-        assert storage.read_text(f"{place}/{lease.FILE_NAME}") != first  # renewed
-    assert storage.names(place) == []
+        wait_for(lambda: content(bucket_here) != first)  # renewed
+    assert object_of(bucket_here).read() == (None, 0)
 
 
-def test_a_holder_that_is_gone(place):
-    holder(place)
-    with lease.held(place, renewed=0.05, expires=0.2):
-        assert json.loads(storage.read_text(f"{place}/{lease.FILE_NAME}"))["process"] == os.getpid()
+def test_held_elsewhere_can_be_tried_again(bucket_here, monkeypatch):
+    with lease.held(bucket_here, renewed=0.05, expires=1000):
+        monkeypatch.setattr(lease, "_boot", lambda: "another")
+        with pytest.raises(Resumable, match=f"another process.*process {os.getpid()}"), \
+                lease.held(bucket_here, expires=1000, waits=0):
+            pass
 
 
-def test_a_holder_that_died_here_is_not_waited_for(place):
+def test_a_holder_that_ends_is_waited_for(bucket_here):
+    taken = threading.Event()
+
+    def come() -> None:
+        with lease.held(bucket_here, expires=10):
+            taken.set()
+
+    with lease.held(bucket_here, renewed=0.05, expires=1000):
+        thread = threading.Thread(target=come)
+        thread.start()
+        first = content(bucket_here)
+        wait_for(lambda: content(bucket_here) != first)
+        assert not taken.is_set()
+    assert taken.wait(60)
+    thread.join(60)
+
+
+def test_a_holder_that_is_gone(bucket_here):
+    holder(bucket_here)
+    with lease.held(bucket_here, expires=0.2):
+        assert content(bucket_here)["process"] == os.getpid()
+
+
+def test_a_holder_that_died_here_is_not_waited_for(bucket_here):
     if not lease._boot():
         pytest.skip("the machine does not say which boot this is")
     mine = lease._self()
-    holder(place, boot=mine["boot"], process=os.getpid(), began="1")
-    with lease.held(place, renewed=0.05, expires=10_000):
+    holder(bucket_here, boot=mine["boot"], process=os.getpid(), began="1")
+    with lease.held(bucket_here, expires=10_000):
         pass
 
 
-def test_what_cannot_be_read_is_nobodys(place):
-    path, lost = f"{place}/{lease.FILE_NAME}", threading.Event()
-    with lease.held(place, renewed=0.05, expires=0.2, lost=lost.set):
-        storage.write_text(path, "")
-        deadline = time.monotonic() + 30
-        while storage.read_text(path) == "":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        assert not lost.is_set()
-    storage.write_text(path, "half")
-    with lease.held(place, renewed=0.05, expires=0.2):
-        pass
-
-
-def test_taken_over(place):
+def test_what_cannot_be_read_is_nobodys(bucket_here):
     lost = threading.Event()
-    with lease.held(place, renewed=0.05, expires=0.2, lost=lost.set):
-        holder(place)
-        assert lost.wait(30)
-    # It is not ours to remove.
-    assert storage.names(place) == [lease.FILE_NAME]
+    with lease.held(bucket_here, renewed=0.05, expires=1000, lost=lost.set):
+        write(bucket_here, b"")
+        wait_for(lambda: object_of(bucket_here).read()[0])
+        assert not lost.is_set()
+    write(bucket_here, b"half")
+    with lease.held(bucket_here, expires=0.2):
+        pass
+
+
+def test_taken_over(bucket_here):
+    lost = threading.Event()
+    with lease.held(bucket_here, renewed=0.05, expires=1000, lost=lost.set) as holding:
+        holder(bucket_here)
+        assert lost.wait(60)
+        with pytest.raises(OSError, match="taken over"):
+            holding.check()
+    # It is not ours to remove, nor has a late renewal replaced it.
+    assert content(bucket_here)["host"] == "elsewhere"
+
+
+def test_a_holder_that_was_cut_off_commits_nothing(bucket_here, monkeypatch):
+    """Until a renewal shows that nobody has come meanwhile."""
+    lost = threading.Event()
+    with lease.held(bucket_here, renewed=1000, expires=1001, lost=lost.set) as holding:
+        holding.check()  # some seconds after a renewal nobody is asked
+        holding._confirmed -= 2
+        with monkeypatch.context() as cut:
+            cut.setattr(GuardedObject, "write", lambda *_: 1 / 0)
+            with pytest.raises(storage.StorageAway, match="nobody can tell"):
+                holding.check()
+        holding.check()
+        holding._confirmed -= 2
+        holder(bucket_here)
+        with pytest.raises(OSError, match="taken over"):
+            holding.check()
+        assert lost.is_set()
+
+
+def test_a_renewal_whose_answer_is_lost_was_ours(bucket_here, monkeypatch):
+    lost, whole = threading.Event(), GuardedObject.write
+
+    def answer_lost(self, data, generation):
+        whole(self, data, generation)
+        raise TimeoutError("no answer")
+
+    with lease.held(bucket_here, renewed=1000, expires=1001, lost=lost.set) as holding:
+        with monkeypatch.context() as cut:
+            cut.setattr(GuardedObject, "write", answer_lost)
+            with pytest.raises(TimeoutError):
+                holding._renew()
+        holding._renew()
+        assert not lost.is_set()
+    assert object_of(bucket_here).read() == (None, 0)
 
 
 def test_mirror_copies_what_changes(place, tmp_path):
@@ -132,3 +216,22 @@ def test_resume_writes_no_line_twice(place, tmp_path):
     found = [json.loads(line) for line in storage.read_text(f"{place}/metrics.jsonl").splitlines()]
     assert [record["step"] for record in found] == list(range(1, 9))
     assert [record["loss"] for record in found[5:]] == [0.5] * 3
+
+
+def test_mirror_of_what_is_another_s_copies_nothing(place, tmp_path):
+    (tmp_path / "a").write_text("x")
+    mirror = Mirror(tmp_path, place)
+    (tmp_path / "a").write_text("longer")
+
+    def gone():
+        raise storage.StorageAway("taken over")
+
+    run_dir = RunDir(tmp_path, place, mirror)
+    with mirror.guarded(gone):
+        assert not mirror.try_flush()
+        with pytest.raises(storage.StorageAway):
+            run_dir.keep()  # so that no checkpoint is committed
+        run_dir.close()
+        assert storage.names(place) == []
+    run_dir.keep()
+    assert storage.names(place) == ["a"]

@@ -21,8 +21,7 @@ MORE = ("--gin.SAVE_PERIOD=5",)
 
 @pytest.fixture(scope="module")
 def bucket():
-    port = emulator.free_port()
-    with emulator.serve(port):
+    with emulator.serve() as port:
         yield port
 
 

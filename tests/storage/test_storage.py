@@ -243,8 +243,7 @@ READER = """
 @pytest.fixture(scope="module")
 def bucket():
     pytest.importorskip("gcp_storage_emulator")
-    port = emulator.free_port()
-    with emulator.serve(port):
+    with emulator.serve() as port:
         yield port
 
 

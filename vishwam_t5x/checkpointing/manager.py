@@ -58,7 +58,7 @@ class Checkpoints:
             config: when to save, what to keep, how to verify.
             clock: seconds, for saving by time.
             before_commit: called in process 0, in the background, just before a checkpoint
-                becomes one; must not raise.
+                becomes one; if it raises, the save has failed.
         """
         self.folder = directories.absolute(folder)
         self._policy, self._keep = config.policy(), config.retention()

@@ -101,7 +101,7 @@ def check_bucket(path: str, region: str | None = None, client: Any = None) -> Bu
         UserError: no gs:// path, no client library, or no credentials.
     """
     name = bucket_of(path)
-    client = client or _client()
+    client = client or make_client()
     try:
         bucket = client.get_bucket(name, timeout=30)
     except Exception as error:  # noqa: BLE001 - told apart below, and anything else is told too
@@ -160,12 +160,17 @@ def _no_bucket(name: str, region: str | None, error: Exception) -> tuple[str, st
             "look at the network and at `gcloud auth list`")
 
 
-def _client() -> Any:
+def make_client() -> Any:
+    """Returns a `google.cloud.storage.Client`, of the emulator where the environment names one.
+
+    Raises:
+        UserError: the library or credentials are missing.
+    """
     try:
         from google.auth import credentials, exceptions
         from google.cloud import storage
     except ImportError as error:
-        raise UserError("looking at a bucket needs google-cloud-storage", got=error,
+        raise UserError("gs:// needs google-cloud-storage", got=error,
                         fix="pip install 'vishwam_t5x[gcs]'") from error
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return storage.Client(project="emulator", credentials=credentials.AnonymousCredentials())

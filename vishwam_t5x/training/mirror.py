@@ -7,10 +7,12 @@ is one, so that no resume goes on from a step whose records are missing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 from vishwam_t5x.core import storage
 
@@ -40,6 +42,8 @@ class Mirror:
         self._copied = self._found()
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
+        self.check: Callable[[], None] = lambda: None
+        """Raises `OSError` where the folder in the bucket may be another's now."""
 
     def __enter__(self) -> Mirror:
         self._ended.clear()
@@ -54,12 +58,22 @@ class Mirror:
             self._thread = None
         self.try_flush()
 
+    @contextlib.contextmanager
+    def guarded(self, check: Callable[[], None]) -> Iterator[None]:
+        """Before anything is copied `check` is called, which raises `OSError` if it must not be."""
+        before, self.check = self.check, check
+        try:
+            yield
+        finally:
+            self.check = before
+
     def flush(self) -> None:
         """Copies what has changed.
 
         Raises:
             OSError: it could not be written; what could not is tried again by the next flush.
         """
+        self.check()
         with self._lock:  # two at a time could bring an older copy last
             for path, state in self._found().items():
                 if self._copied.get(path) != state:

@@ -87,9 +87,9 @@ class RunDir:
         """
         if self.url is not None:
             assert self.mirror is not None
-            with lease.held(self.url):
+            with lease.held(self.url) as holding:
                 _read_back(self.url, self.path)  # the last holder may have gone on until now
-                with self.mirror:
+                with self.mirror.guarded(holding.check), self.mirror:
                     yield
             return
         with (self.path / ".lock").open("a") as lock:
@@ -155,13 +155,19 @@ class RunDir:
             self.url, path.relative_to(self.path).as_posix())
 
     def keep(self) -> None:
-        """Brings all files to where MODEL_DIR is; a fault is logged, not raised."""
+        """Brings all files to where MODEL_DIR is; a fault is logged, not raised.
+
+        Raises:
+            StorageAway: another process may hold MODEL_DIR by now: this one must commit nothing.
+        """
         if self.mirror is not None:
+            self.mirror.check()
             self.mirror.try_flush()
 
     def close(self) -> None:
-        """As `keep`: for what is written while a run is being closed."""
-        self.keep()
+        """As `keep`, without raising: for what is written while a run is being closed."""
+        if self.mirror is not None:
+            self.mirror.try_flush()
 
 
 def _read_back(url: str, scratch: pathlib.Path) -> None:
