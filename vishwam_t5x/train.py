@@ -28,7 +28,7 @@ from absl import logging
 
 from vishwam_t5x import gin_config, gin_differences, screen
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
-from vishwam_t5x.core import distributed
+from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data import fit, source
@@ -321,7 +321,7 @@ def check_config(run_dir: RunDir, config: gin_config.ParsedConfig) -> None:
         UserError: it changes the mathematics of a run that has begun.
     """
     def check() -> None:
-        if not (run_dir.config.exists() and run_dir.checkpoints.exists()):
+        if not (run_dir.config.exists() and storage.exists(run_dir.checkpoints)):
             return
         for change in gin_differences.math_differences(
                 run_dir.config.read_text(), config.text(), config.allowed):
