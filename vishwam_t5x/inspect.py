@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import json
 import pathlib
+import tempfile
 from collections.abc import Sequence
 
 from vishwam_t5x import screen
 from vishwam_t5x.command_line import CommandLine
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.data import gallery, report, source
 from vishwam_t5x.objectives.denoisers import Objective
@@ -80,18 +82,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _inspect_run(line: CommandLine) -> int:
-    place = pathlib.Path(line.positional[0]).expanduser()
+    given = line.positional[0]
     if line.files or line.bindings or line.flags.keys() - {"output"}:
         raise UserError("of a run only --output can be given", got=", ".join(
             [*line.files, *(flag for flag, _ in line.bindings), *line.flags]),
-            fix=f"vishwam inspect {place}")
-    if not place.is_dir():
-        raise UserError("there is no such folder", got=str(place),
-                        fix="give the MODEL_DIR of a run")
-    run_dir = RunDir(place)
+            fix=f"vishwam inspect {given}")
+    if not storage.is_remote(given) and not storage.local(given).is_dir():
+        raise UserError("there is no such folder", got=given, fix="give the MODEL_DIR of a run")
+    run_dir = RunDir.open(given) if storage.is_remote(given) else RunDir(storage.local(given))
     print(run_page.summary(run_dir))
-    page = pathlib.Path(line.flags.get("output") or place / "run.png").expanduser()
-    run_page.draw(run_dir, page)
+    page = line.flags.get("output") or storage.join(run_dir.place, "run.png")
+    if storage.is_remote(page):
+        with tempfile.TemporaryDirectory(prefix="vishwam-") as folder:
+            drawn = pathlib.Path(folder) / "run.png"
+            run_page.draw(run_dir, drawn)
+            storage.upload(drawn, page)
+    else:
+        run_page.draw(run_dir, storage.local(page))
     print(f"\nlosses and times: {page}")
     return EXIT_OK
 

@@ -14,6 +14,7 @@ import training_runs
 from storage import emulator
 
 import helpers
+from vishwam_t5x.core.generations import GuardedObject
 
 pytest.importorskip("gcp_storage_emulator")
 MORE = ("--gin.SAVE_PERIOD=5",)
@@ -94,6 +95,23 @@ def test_train_kill_resume_evaluate(bucket, tmp_path, quickstart_cache):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "evaluation/20/metrics.jsonl" in listing(bucket, "run")
     assert np.isfinite(json.loads(content(bucket, "run/evaluation/20/metrics.jsonl"))["loss"])
+
+
+def test_inspect(bucket_here):
+    records = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in (1, 2, 4))
+    GuardedObject(f"{bucket_here}/run/metrics.jsonl", 30).write(records.encode(), 0)
+    said = helpers.run_python(f"""
+        from vishwam_t5x import inspect
+        inspect.main(["{bucket_here}/run"])
+        try:
+            inspect.main(["{bucket_here}/other"])
+        except ValueError as error:
+            print(error)
+        """)
+    assert f"run: {bucket_here}/run" in said and "step 4: loss 0.25" in said
+    assert f"got: {bucket_here}/other" in said
+    page = GuardedObject(f"{bucket_here}/run/run.png", 30).read()[0]
+    assert page is not None and page.startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -11,8 +11,6 @@ import dataclasses
 import fcntl
 import os
 import pathlib
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator
 
@@ -21,7 +19,7 @@ from etils import epath
 
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.training import lease
+from vishwam_t5x.training import lease, scratch
 from vishwam_t5x.training.mirror import Mirror
 
 # What a resumed run reads.
@@ -69,10 +67,14 @@ class RunDir:
         if not url.startswith("gs://"):
             raise UserError("MODEL_DIR must be a folder, or in a bucket of Google Cloud Storage",
                             got=url, fix="a path, or gs://BUCKET/FOLDER")
-        scratch = pathlib.Path(tempfile.mkdtemp(prefix="vishwam-run-"))
-        _read_back(url, scratch)
-        found = cls(scratch, url, Mirror(scratch, url))
-        weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
+        folder, alive = scratch.make()
+        try:
+            _read_back(url, folder)
+        except BaseException:
+            scratch.remove(folder, alive)
+            raise
+        found = cls(folder, url, Mirror(folder, url))
+        weakref.finalize(found, scratch.remove, folder, alive)
         return found
 
     @contextlib.contextmanager
@@ -102,6 +104,11 @@ class RunDir:
             except OSError as error:
                 logging.info("%s cannot be locked: %s", self.path, error)
             yield
+
+    @property
+    def place(self) -> str:
+        """MODEL_DIR as the user gave it."""
+        return self.url or str(self.path)
 
     @property
     def config(self) -> pathlib.Path:
@@ -170,8 +177,8 @@ class RunDir:
             self.mirror.try_flush()
 
 
-def _read_back(url: str, scratch: pathlib.Path) -> None:
+def _read_back(url: str, folder: pathlib.Path) -> None:
     there = storage.names(url)
     for name in _READ_BACK:
         if name in there:
-            storage.download(storage.join(url, name), scratch / name)
+            storage.download(storage.join(url, name), folder / name)

@@ -26,7 +26,7 @@ def summary(run_dir: RunDir) -> str:
         UserError: the folder holds no run.
     """
     records, sessions = _read(run_dir)
-    lines = [f"run: {run_dir.path}"]
+    lines = [f"run: {run_dir.place}"]
     if records:
         last = {name: value for record in records for name, value in record.items()}
         losses = "  ".join(f"{name} {value:.4g}" for name, value in last.items()
@@ -59,7 +59,7 @@ def draw(run_dir: RunDir, page: pathlib.Path) -> None:
     records, sessions = _read(run_dir)
     figure = Figure(figsize=(11, 11), layout="constrained")
     curves, shares, days = figure.subplots(3, 1, height_ratios=(5, 1, 2))
-    figure.suptitle(run_dir.path.name or str(run_dir.path))
+    figure.suptitle(run_dir.place.rstrip("/").rpartition("/")[2] or run_dir.place)
     names = sorted({name for record in records for name in record if _CURVES.fullmatch(name)})
     for name in names:
         points = [(record["step"], float(record[name])) for record in records
@@ -120,6 +120,6 @@ def _clock(seconds: float) -> str:
 def _read(run_dir: RunDir) -> tuple[list[dict[str, Any]], list[ledger.Session]]:
     records, sessions = read_records(run_dir.metrics), ledger.read(run_dir.ledger)
     if not records and not sessions:
-        raise UserError("this folder holds no run", got=str(run_dir.path),
+        raise UserError("this folder holds no run", got=run_dir.place,
                         fix="give the MODEL_DIR of a run that has begun")
     return records, sessions
