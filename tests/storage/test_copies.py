@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vishwam_t5x.core import storage
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import Resumable, UserError
 from vishwam_t5x.data import copies, records, records_writer
 from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data.source import DatasetConfig, missing_tasks
@@ -100,3 +100,35 @@ def test_damage_is_found(other_host, tmp_path):
     with pytest.raises(UserError, match="not what its manifest says"):
         copies.pull(place, "mix", "train")
     assert not cache_directory.task_directory(copies.folder_of(place), "toy", "train").exists()
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_written_again_while_it_is_copied(other_host, tmp_path, monkeypatch, done):
+    place = f"memory://{tmp_path.name}/cache"
+    other_host("first")
+    write(place)
+    download, written = storage.download, []
+
+    def overtaken(source, target):
+        if "tasks" in str(source) and not written:
+            written.append(source)
+            with monkeypatch.context() as there:
+                there.setenv("VISHWAM_CACHE_DIR", str(tmp_path / "third"))
+                copies.folder_of.cache_clear()
+                write(place, seed=2)
+                copies.folder_of.cache_clear()
+            if not done:
+                storage.remove(storage.join(place, "tasks/toy/train/manifest.json"))
+        download(source, target)
+
+    other_host("second")
+    monkeypatch.setattr(storage, "download", overtaken)
+    if not done:
+        with pytest.raises(Resumable, match="is being written again"):
+            copies.pull(place, "mix", "train")
+        return
+    copies.pull(place, "mix", "train")
+    cache = records.TaskCache.open(cache_directory.task_directory(
+        copies.folder_of(place), "toy", "train"))
+    cache.verify()
+    assert (cache.read(3)["text_inputs"] == task(2).read(3)["text_inputs"]).all()

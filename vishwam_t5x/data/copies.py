@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vishwam_t5x.core import storage
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import Resumable, UserError
 from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records
 
@@ -30,6 +30,7 @@ SPLITS = ("train", "validation", "test")
 
 _HERE = "$CACHE_DIR/"
 _THREADS = 8  # files copied at a time
+_TRIES = 3  # to copy a split that is written again meanwhile
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def pull(cache_dir: str, name: str, split: str) -> None:
 
     Raises:
         UserError: the files there are not those of the manifest.
+        Resumable: they are being written again.
         OSError: the store or the disk fails.
     """
     if not storage.is_remote(cache_dir) or (cache_dir, name, split) in _pulled():
@@ -88,17 +90,40 @@ def pull(cache_dir: str, name: str, split: str) -> None:
 
 def _pull_split(cache_dir: str, here: str, task: str, split: str) -> bool:
     source = storage.join(cache_dir, "tasks", task, split)
-    target = cache_directory.task_directory(here, task, split)
+    text, tries = _manifest(source), 1
+    while text is not None:
+        try:
+            _copy_split(cache_dir, here, task, split, text)
+            return True
+        except storage.StorageError:
+            raise
+        except (UserError, FileNotFoundError):
+            latest = _manifest(source)
+            if latest == text:
+                raise
+            if latest is None or tries == _TRIES:
+                raise Resumable(f"{source} is being written again: start anew when that is done"
+                                ) from None
+            text, tries = latest, tries + 1
+    return False
+
+
+def _manifest(source: str) -> str | None:
     try:
-        text = storage.read_text(storage.join(source, records.MANIFEST_NAME))
+        return storage.read_text(storage.join(source, records.MANIFEST_NAME))
     except FileNotFoundError:
-        return False
+        return None
+
+
+def _copy_split(cache_dir: str, here: str, task: str, split: str, text: str) -> None:
+    source = storage.join(cache_dir, "tasks", task, split)
+    target = cache_directory.task_directory(here, task, split)
     text = text.replace(_HERE, json.dumps(f"{here}/")[1:-1])
     target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target.with_name(f"{split}.lock")):
         path = target / records.MANIFEST_NAME
         if path.is_file() and path.read_text() == text:
-            return True
+            return
         manifest = records.Manifest.from_json(text)
         size = sum(shard.num_bytes for shard in manifest.shards)
         _logger.info("copying %s (%.1f MB) to %s", source, size / 1e6, target)
@@ -115,7 +140,6 @@ def _pull_split(cache_dir: str, here: str, task: str, split: str) -> bool:
         (new / records.MANIFEST_NAME).write_text(text)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(new, target)
-    return True
 
 
 def _pull_file(source: str, target: pathlib.Path, sha256: str) -> None:
@@ -127,7 +151,7 @@ def _pull_file(source: str, target: pathlib.Path, sha256: str) -> None:
     if found != sha256:
         raise UserError("the cache in the object store is not what its manifest says",
                         got=f"{source}: sha256 {found[:12]}, {sha256[:12]} was written",
-                        fix="is it being written again? If not: vishwam cache --overwrite")
+                        fix="write it again: vishwam cache --overwrite")
 
 
 def push(cache_dir: str, name: str, result: dict[str, dict[str, dict[str, Any]]]) -> None:
