@@ -89,14 +89,27 @@ def test_looking_costs_no_import_of_jax():
         """)
 
 
-def names(platform, devices=8, **variables):
-    return [setting.name for setting in xla_flags.settings(platform, devices, variables)]
+def names(platform, devices=8, kind="", **variables):
+    return [setting.name for setting in xla_flags.settings(platform, devices, variables, kind)]
 
 
 def test_settings_are_for_several_devices():
     assert names("gpu") == ["jax_optimization_level"]
     assert "xla_tpu_overlap_compute_collective_tc" in names("tpu")
     assert not names("cpu") and not names("tpu", devices=1) and not names("gpu", devices=1)
+
+
+def test_what_a_kind_does_unasked_it_is_not_told(no_probe):
+    assert set(names("tpu", kind="TPU v5 lite")) == {
+        "xla_tpu_enable_data_parallel_all_reduce_opt",
+        "xla_tpu_data_parallel_opt_different_sized_ops"}
+    for kind in ("TPU v3", "TPU v4", "TPU v5", "TPU v6 lite", "a new one"):
+        assert names("tpu", kind=kind) == names("tpu")
+    asked = {}
+    no_probe.setattr(xla_flags, "accepted", lambda options, device: asked.update(options) or {})
+    lite = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite", process_index=0)
+    xla_flags.compiler_options([lite, lite])
+    assert list(asked) == names("tpu", kind="TPU v5 lite")
 
 
 def test_every_setting_has_its_reason():
@@ -153,13 +166,17 @@ def test_libtpu_knows_ours():
     code = """
         from jax.experimental import topologies
         from vishwam_t5x.parallelism import xla_flags
-        topology = topologies.get_topology_desc(
-            "v4:2x2x2", "tpu", chip_config_name="megacore", chips_per_host_bounds=[2, 2, 1],
-            num_slices=1, wrap=[False] * 3)
-        wanted = {s.name: s.value for s in xla_flags.settings("tpu", 8, {})}
-        assert xla_flags.compiler_options(topology.devices) == wanted
-        assert xla_flags.accepted({**wanted, "xla_tpu_no_such": True},
-                                  topology.devices[0]) == wanted
+        megacore = dict(chip_config_name="megacore", chips_per_host_bounds=[2, 2, 1],
+                        num_slices=1, wrap=[False] * 3)
+        every = {s.name: s.value for s in xla_flags.settings("tpu", 8, {})}
+        for name, options in (("v3:2x2", {}), ("v4:2x2x2", megacore), ("v5e:2x4", {}),
+                              ("v6e:2x4", {})):
+            devices = topologies.get_topology_desc(name, "tpu", **options).devices
+            kind = devices[0].device_kind
+            wanted = {s.name: s.value for s in xla_flags.settings("tpu", 8, {}, kind)}
+            assert (wanted == every) != name.startswith("v5e"), kind
+            assert xla_flags.compiler_options(devices) == wanted, kind
+            assert xla_flags.accepted({**every, "xla_tpu_no_such": True}, devices[0]) == every, kind
         """
     done = run(["-c", textwrap.dedent(code)], env={"TPU_SKIP_MDS_QUERY": "1"})
     if "lockfile" in done.stderr:
