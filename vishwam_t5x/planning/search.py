@@ -71,7 +71,9 @@ def _rank(one: Found, predictor: Predictor) -> tuple:
     seconds = estimate(one.figures, predictor.target).worst
     # What is not known to be faster, as on a CPU, is what was promised to be.
     order = _promise((one.choice, one.predicted)) if seconds is None else (seconds,)
-    return not one.figures.fits, seconds is None, order, one.figures.bytes.total
+    if not one.figures.fits:  # the one that comes nearest
+        return True, False, (), one.figures.bytes.total
+    return False, seconds is None, order, one.figures.bytes.total
 
 
 def _promise(pair: tuple[Choice, Prediction]) -> tuple:
