@@ -1,13 +1,15 @@
 """What the world does to a run: kills it in a save, fills the disk, changes the devices."""
 
 import os
+import queue
 import random
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 
+import process_groups
 import pytest
 from checkpoint_states import abstract, assert_equal, make_state
 
@@ -24,14 +26,26 @@ from checkpoint_states import abstract, assert_equal, make_state
 from vishwam_t5x.checkpointing.manager import Checkpoints
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 
-def checkpoints(model_dir, keep=None):
-    return Checkpoints(os.path.join(model_dir, "checkpoints"), CheckpointConfig(1, keep=keep))
+def checkpoints(model_dir, keep=None, **options):
+    return Checkpoints(os.path.join(model_dir, "checkpoints"), CheckpointConfig(1, keep=keep),
+                       **options)
 
 """
 
-# Saves without pause; what it restores must be exactly what its step says.
+# Saves without pause; what it restores must be exactly what its step says. Of the save that argv
+# names it says that all is written and nothing committed, and stays there.
 ENDLESS = PRELUDE + """
-with checkpoints(sys.argv[1], keep=2) as run:
+import time
+saves, stays = 0, int(sys.argv[2])
+
+def stay():
+    global saves
+    saves += 1
+    if saves == stays:
+        print("inside", 0, flush=True)
+        time.sleep(1000)
+
+with checkpoints(sys.argv[1], keep=2, before_commit=stay) as run:
     state = run.restore(abstract(make_state(0, width=256)))
     step = 0
     if state is not None:
@@ -46,32 +60,69 @@ with checkpoints(sys.argv[1], keep=2) as run:
 """
 
 
+class Saving:
+    """A process that runs ENDLESS, and what it says."""
+
+    def __init__(self, folder, stays):
+        self._log = folder / "stderr.txt"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", ENDLESS, str(folder), str(stays)],
+                env=helpers.environment(), cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=log,
+                text=True)
+        self._lines = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.saved = 0
+
+    def _read(self):
+        for line in self.process.stdout:
+            self._lines.put(line.split())
+        self._lines.put(None)
+
+    def _next(self):
+        line = self._lines.get(timeout=240)
+        if line is not None and line[0] == "saved" and len(line) == 2:
+            self.saved = int(line[1])
+        return line
+
+    def until(self, word, above=-1):
+        while (line := self._next()) is not None:
+            if line[0] == word and int(line[1]) > above:
+                return int(line[1])
+        raise AssertionError(self._log.read_text())
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        while self._next() is not None:
+            pass
+
+
 def checkpoints(model_dir):
     return Checkpoints(model_dir / "checkpoints", CheckpointConfig(1, keep=None))
 
 
 def kill_in_the_middle(tmp_path, kills, seed):
+    """By turns within a save, when all is written and nothing committed, and anywhere."""
     chance = random.Random(seed)
-    seen, inside, known = [], 0, 0
-    for _ in range(kills + 1):
-        process = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS, str(tmp_path)], env=helpers.environment(),
-            cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        first = process.stdout.readline().split()
-        assert first and first[0] == "restored", process.communicate()[1]
-        restored = int(first[1])
+    seen, known = [], 0
+    for number in range(kills + 1):
+        within = number % 2 == 0
+        saving = Saving(tmp_path, 3 if within else 0)
+        seen.append(saving.until("restored"))
         # Nothing that was seen on disk before the kill is lost.
-        assert restored >= known, (restored, known)
-        seen.append(restored)
-        known = int(process.stdout.readline().split()[1])
-        time.sleep(chance.uniform(0.0, 0.7))
-        process.send_signal(signal.SIGKILL)
-        output = process.communicate()[0].split()
-        known = max(known, *(int(word) for word in output[1::2] if word.isdigit())) if (
-            len(output) > 1) else known
-        inside += any("orbax-checkpoint-tmp" in name
-                      for name in os.listdir(tmp_path / "checkpoints"))
-    assert inside > 0, "no kill fell inside a save: the test shows nothing"
+        assert seen[-1] >= known, (seen, known)
+        saving.until("saved", above=seen[-1])
+        if within:
+            saving.until("inside")
+        else:
+            time.sleep(chance.uniform(0.0, 0.7))  # for the variety: whenever it falls will do
+        saving.kill()
+        known = max(known, saving.saved)
+        if within:
+            assert any("orbax-checkpoint-tmp" in name
+                       for name in os.listdir(tmp_path / "checkpoints"))
     assert seen[-1] > seen[1] > 0
 
 
@@ -289,9 +340,7 @@ with checkpoints(folder) as run:
 
 
 def test_two_processes_then_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = process_groups.free_port()
     running = [subprocess.Popen(
         [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), str(port), str(number)],
         env=helpers.environment(2), cwd=helpers.ROOT, stdout=subprocess.PIPE,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
+import process_groups
 import pytest
 from data.small_data import HideSome, small_spec, small_tasks
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import helpers
 from vishwam_t5x.core.batch import DataPosition
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import prefetch
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing import PackedBatches
 from vishwam_t5x.data.prefetch import Prefetcher
@@ -94,44 +96,45 @@ def test_an_error_comes_at_its_batch_with_its_type():
 
 
 class Counting(PackedBatches):
-    built = 0
+    built = taken = most_ahead = 0
 
     def batch(self, position, rows=None):
         self.built += 1
+        self.most_ahead = max(self.most_ahead, self.built - self.taken)
         return super().batch(position, rows)
 
 
 def test_no_more_than_depth_batches_are_made_ahead():
     builder = stream(cls=Counting)
     with Prefetcher(builder, one_device(), depth=2) as batches:
-        next(batches)
-        deadline = time.monotonic() + 20
-        while builder.built < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        assert builder.built == 3
+        for _ in range(10):
+            builder.taken += 1
+            next(batches)
+            deadline = time.monotonic() + 60
+            while builder.built < builder.taken + 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    assert builder.most_ahead == 2
 
 
 def test_close_ends_the_threads():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     batches = Prefetcher(stream(read_threads=2), one_device())
     next(batches)
-    assert threading.active_count() > before
+    begun = set(threading.enumerate()) - before
+    assert begun
     batches.close()
     batches.close()
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in begun)
     with pytest.raises(AssertionError, match="closed"):
         next(batches)
 
 
-def test_waiting_is_measured():
-    class Slow(PackedBatches):
-        def batch(self, position, rows=None):
-            time.sleep(0.2)
-            return super().batch(position, rows)
-
-    with Prefetcher(stream(cls=Slow), one_device()) as batches:
-        assert next(batches).info.wait_seconds >= 0.1
+def test_waiting_is_measured(monkeypatch):
+    clock = iter([10.0, 13.0])
+    monkeypatch.setattr(prefetch, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+    with Prefetcher(stream(), one_device()) as batches:
+        assert next(batches).info.wait_seconds == 3.0
 
 
 def test_depth_must_be_positive():
@@ -209,9 +212,7 @@ print(asked[0])
 
 
 def test_two_processes_read_their_own_rows_and_hold_one_batch():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = process_groups.free_port()
     tests = str(helpers.ROOT / "tests")
     processes = [subprocess.Popen(
         [sys.executable, "-c", HOST.format(tests=tests, port=port, process=process)],

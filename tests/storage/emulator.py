@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pathlib
 import random
 import select
@@ -48,7 +49,7 @@ def variables(port: int, **more: str) -> dict[str, str | None]:
 
 
 class FaultyLine:
-    """A TCP line to a server: a share of the connections fail, in a seeded order.
+    """A TCP line to a server: a share of the connections, seeded, fail in all ways by turns.
 
     Attributes:
         port: where it listens.
@@ -58,6 +59,7 @@ class FaultyLine:
     def __init__(self, target: int, seed: int, share: float, stall_seconds: float) -> None:
         self._target = target
         self._random, self._share, self._stall = random.Random(seed), share, stall_seconds
+        self._ways = itertools.cycle(["503", "reset", "stall", "cut"])
         self.faults = {"none": 0, "503": 0, "reset": 0, "stall": 0, "cut": 0}
         self.cut_off = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -76,7 +78,7 @@ class FaultyLine:
                 return
             fault = "none"
             if self._random.random() < self._share:
-                fault = self._random.choice(["503", "reset", "stall", "cut"])
+                fault = next(self._ways)
             if self.cut_off.is_set():
                 fault = "reset"
             self.faults[fault] += 1
