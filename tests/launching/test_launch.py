@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import shlex
-import stat
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from helpers import ROOT, environment, run, vishwam
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import regenerate
+from fake_tools import calls, launched, tools
 from launch_cases import CASES, COPIED
 from started import started
 
@@ -155,39 +155,6 @@ def test_nothing_heavy_is_imported():
 NASTY = ["a'b", 'c"d', "$(touch pwned)", "`touch pwned`", "; touch pwned", "x\ny", "-n", "*", "ü"]
 
 
-def tools(folder: pathlib.Path, *names: str, body: str = "") -> dict[str, str]:
-    """Fake programs that write their arguments down, alone on the PATH with the usual ones."""
-    # All of them, whichever is meant: the real ones must not be within reach.
-    for name in (*names, "gcloud", "kubectl", "xpk", "sky", "docker", "sbatch", "srun", "python3"):
-        path = folder / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!{sys.executable}\nimport json, os, sys\n"
-                        f"with open({str(folder / 'calls')!r}, 'a') as file:\n"
-                        "    file.write(json.dumps([os.path.basename(sys.argv[0]), "
-                        "*sys.argv[1:]]) + '\\n')\n" + body)
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return {"PATH": f"{folder / 'bin'}:/usr/bin:/bin"}
-
-
-# As `python -m vishwam_t5x launch`, where no library for buckets is installed: with it, a run would
-# look for the tester's own credentials, and ask a real cloud for a bucket.
-NO_CLOUD = """
-import sys
-sys.modules["google.cloud.storage"] = None
-from vishwam_t5x.__main__ import main
-sys.exit(main(["launch", *sys.argv[1:]]))
-"""
-
-
-def launched(*words: str, cwd: pathlib.Path, env: dict[str, str]):
-    """A real run of `vishwam launch` with fake tools."""
-    return run(["-c", NO_CLOUD, *words], cwd=cwd, env=env)
-
-
-def calls(folder: pathlib.Path) -> list[list[str]]:
-    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
-
-
 def test_nothing_a_user_gives_is_taken_for_shell(tmp_path):
     env = tools(tmp_path, "python3")
     words = list(NASTY)
@@ -286,44 +253,6 @@ def test_the_remote_command_runs_in_a_shell(tmp_path):
     assert call[-1] == "--gin_file=gin/hardware/tpu_v4_32.gin"
     assert not (tmp_path / "vishwam" / "pwned").exists()
     assert int((tmp_path / "vishwam" / "pid").read_text()) > 0
-
-
-def test_the_batch_script_passes_the_signal_on_and_requeues(tmp_path):
-    env = {**os.environ, **tools(tmp_path, "scontrol"), "SLURM_JOB_ID": "17"}
-    python = tmp_path / "bin" / "python3"
-    python.write_text("#!/usr/bin/env bash\ntrap 'touch saved; exit 75' TERM\ntouch ready\n"
-                      "while true; do sleep 0.05; done\n")
-    python.chmod(0o755)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").write_text("")
-    batch = tmp_path / "job.sh"
-    batch.write_text((ROOT / "launch" / "slurm.sbatch").read_text())
-    with started(["bash", str(batch)], cwd=tmp_path, env=env) as process:
-        process.until_there(tmp_path / "ready")
-        process.process.terminate()
-        assert process.wait() == 75 and (tmp_path / "saved").exists()
-    assert calls(tmp_path) == [["scontrol", "requeue", "17"]]
-
-
-@pytest.mark.parametrize("ends, code, times", [
-    ((76,), 70, 3), ((75, 76, 76, 76), 70, 4), ((76, 1), 1, 2), ((76, 0), 0, 2)])
-def test_a_job_without_hope_is_not_queued_again(tmp_path, ends, code, times):
-    """The batch script with the real supervisor; what srun ends with is the test's."""
-    env = {**os.environ, **tools(tmp_path, "scontrol"), "SLURM_JOB_ID": "17"}
-    log = tmp_path / "calls"
-    (tmp_path / "bin" / "srun").write_text(
-        f"#!/usr/bin/env bash\nends=({' '.join(map(str, ends))})\necho '[\"srun\"]' >> {log}\n"
-        f"n=$(wc -l < {log}); exit ${{ends[$((n < ${{#ends[@]}} ? n - 1 : -1))]}}\n")
-    (tmp_path / "bin" / "python3").write_text(
-        f"#!/usr/bin/env bash\nshift 2\nexec {sys.executable} {ROOT}/launch/supervise.py "
-        "--backoff=0.01 --max-backoff=0.02 \"$@\"\n")
-    (tmp_path / "bin" / "python3").chmod(0o755)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").write_text("")
-    with started(["bash", str(ROOT / "launch" / "slurm.sbatch")], cwd=tmp_path, env=env) as job:
-        assert job.wait() == code, job.said
-    assert calls(tmp_path) == [["srun"]] * times  # And no scontrol.
-    assert ("given up" in job.said) == (code == 70)
 
 
 class Buckets:
