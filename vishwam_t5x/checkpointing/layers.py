@@ -10,6 +10,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+from vishwam_t5x.core.errors import UserError
+
 _STACKED = re.compile(r"(?P<head>(?:.*/)?)(?P<stack>encoder|decoder)/(?P=stack)/(?P<rest>.+)")
 _UNROLLED = re.compile(
     r"(?P<head>(?:.*/)?)(?P<stack>encoder|decoder)/layers_(?P<number>\d+)/(?P<rest>.+)")
@@ -151,3 +153,19 @@ def _related(name: str, available: Mapping[str, Shape]) -> str:
     if name not in available and (match := _STACKED.fullmatch(name)):
         return f"{match['head']}{match['stack']}/layers_0/{match['rest']}"
     return name
+
+
+def refuse_other_model(place: object, plan: Plan) -> None:
+    """Raises `UserError` with the first differences if a checkpoint and the model differ."""
+    if not (plan.missing or plan.mismatched or plan.extra):
+        return
+    lines = [f"{name}: {model} wanted, {found} in the checkpoint"
+             for name, model, found in plan.mismatched[:8]]
+    lines += [f"{name}: not in the checkpoint" for name in plan.missing[:8]]
+    lines += [f"{name}: only in the checkpoint" for name in plan.extra[:8]]
+    count = len(plan.missing) + len(plan.mismatched) + len(plan.extra)
+    raise UserError(
+        f"the checkpoint {place} is of another model or optimizer ({count} arrays differ)",
+        got="\n       ".join(lines),
+        fix="resume with the config it was saved with, choose another MODEL_DIR, or take only its "
+            "parameters: INITIAL_CHECKPOINT_PATH")

@@ -1,7 +1,8 @@
 """Checkpoints of a run: saved in the background, verified when restored, kept by rule.
 
 A save holds the training loop for as long as it takes to order the copy from device to host.
-A write that fails is reported and forgotten: training goes on and the next save tries again.
+A write that fails is reported, and the next save tries again. Of several processes it ends all, to
+be resumed: the others are somewhere in the middle of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from etils import epath
 
 from vishwam_t5x.checkpointing import directory as directories
 from vishwam_t5x.checkpointing import manifest as manifests
-from vishwam_t5x.checkpointing.layers import Plan, make_plan
+from vishwam_t5x.checkpointing.layers import make_plan, refuse_other_model
 from vishwam_t5x.checkpointing.local_tier import LocalTier, run_id
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
@@ -230,7 +231,8 @@ class Checkpoints:
 
     def _report_failure(self, step: int, error: Exception) -> None:
         self.failed_saves += 1
-        if jax.process_count() > 1 and not isinstance(error, NotBegun):
+        ends = jax.process_count() > 1 and not isinstance(error, NotBegun)
+        if ends:
             # The others are somewhere in Orbax's barriers, whose numbers do not agree any more.
             coordination.put("lost", f"{process_name(jax.process_index())} could not write the "
                              f"checkpoint of step {step}: {error}"[:500])
@@ -241,10 +243,11 @@ class Checkpoints:
             steps = [known for known in directories.steps_in(self.folder) if known != step]
             older, listed = steps[-1] if steps else "none", True
         log.error(
-            "CHECKPOINT NOT SAVED at step %d: %s: %s\n  training goes on; the last checkpoint on "
-            "disk is %s; the next save will try again", step, type(error).__name__, error,
-            older, exc_info=error)
-        if is_primary() and listed:  # the next save sweeps too
+            "CHECKPOINT NOT SAVED at step %d: %s: %s\n  %s; the last checkpoint on disk is %s",
+            step, type(error).__name__, error, "all processes end and can be resumed" if ends else
+            "training goes on and the next save will try again", older, exc_info=error)
+        # The next save sweeps too; a bucket that was away might be another process's by now.
+        if is_primary() and listed and not storage.is_remote(self.folder):
             try:
                 directories.sweep(self.folder)
             except OSError as left:
@@ -363,7 +366,7 @@ class Checkpoints:
         wanted = flatten_names(abstract_state)
         plan = make_plan({name: tuple(leaf.shape) for name, leaf in wanted.items()},
                          {name: leaf.shape for name, leaf in manifest.leaves.items()})
-        _refuse_other_model(place, plan)
+        refuse_other_model(place, plan)
         arrays = assemble(CheckpointSource(place, manifest), plan.recipes,
                           {name: request_of(leaf) for name, leaf in wanted.items()})
         return jax.tree.unflatten(jax.tree.structure(abstract_state),
@@ -383,18 +386,3 @@ class Checkpoints:
             log.warning("checkpoint %d is newer than the one restored: it is %s now, which will be "
                         "deleted after the next save", step, name)
         barrier("newer checkpoints set aside")
-
-
-def _refuse_other_model(place: epath.Path, plan: Plan) -> None:
-    if not (plan.missing or plan.mismatched or plan.extra):
-        return
-    lines = [f"{name}: {model} wanted, {found} in the checkpoint"
-             for name, model, found in plan.mismatched[:8]]
-    lines += [f"{name}: not in the checkpoint" for name in plan.missing[:8]]
-    lines += [f"{name}: only in the checkpoint" for name in plan.extra[:8]]
-    count = len(plan.missing) + len(plan.mismatched) + len(plan.extra)
-    raise UserError(
-        f"the checkpoint {place} is of another model or optimizer ({count} arrays differ)",
-        got="\n       ".join(lines),
-        fix="resume with the config it was saved with, choose another MODEL_DIR, or take only its "
-            "parameters: INITIAL_CHECKPOINT_PATH")
