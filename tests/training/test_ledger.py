@@ -38,8 +38,8 @@ def test_time_is_counted_once_by_the_innermost_phase(tmp_path):
     book.close("finished")
     book.close("said twice")
     (session,) = ledger.read(tmp_path / "ledger.jsonl")
-    assert session.seconds == {"init": 2, "compile": 0, "data_wait": 0, "step": 0, "host": 0.5,
-                               "eval": 4, "save": 5}
+    assert session.seconds == {"init": 2, "cache": 0, "compile": 0, "data_wait": 0,
+                               "step": 0, "host": 0.5, "eval": 4, "save": 5}
     assert session.why == "finished"
 
 

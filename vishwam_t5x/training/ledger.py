@@ -20,9 +20,10 @@ from absl import logging
 
 from vishwam_t5x.core.coordination import exchange, process_name
 
-PHASES = ("init", "compile", "data_wait", "step", "host", "eval", "save")
-"""init: until the first state; step: dispatching and waiting for the devices; host: the rest of the
-loop. Compiling counts as far as the loop waits for it."""
+PHASES = ("init", "cache", "compile", "data_wait", "step", "host", "eval", "save")
+"""init: until the first state; cache: writing examples that were missing; step:
+dispatching and waiting for the devices; host: the rest of the loop. Compiling counts as far as the
+loop waits for it."""
 
 _WRITE_EVERY = 30.0  # seconds between lines of a running process, at least
 _SLOW = 0.2  # share of the time that one process may keep the others waiting before it is named

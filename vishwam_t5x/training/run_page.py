@@ -13,9 +13,9 @@ from vishwam_t5x.training import ledger
 from vishwam_t5x.training.run_dir import RunDir
 from vishwam_t5x.training.writers import read_records
 
-_COLOURS = {"init": "#b0b0b0", "compile": "#8c6bb1", "data_wait": "#e6772e", "step": "#2b8a3e",
-            "host": "#1c7ed6", "eval": "#e0b000", "save": "#0b7285", "down": "#343a40",
-            "lost": "#c92a2a"}
+_COLOURS = {"init": "#b0b0b0", "cache": "#795548", "compile": "#8c6bb1", "data_wait": "#e6772e",
+            "step": "#2b8a3e", "host": "#1c7ed6", "eval": "#e0b000", "save": "#0b7285",
+            "down": "#343a40", "lost": "#c92a2a"}
 _CURVES = re.compile(r"(eval/)?loss(/[^/]+)?")
 
 

@@ -7,6 +7,7 @@ writes the stacks of all threads, so that a hang can be understood afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import jax
@@ -31,9 +32,45 @@ _LOOK = 0.25  # seconds between looks at the clock
 _LAST_WORDS = 10.0  # seconds for stacks and ledger to be written
 
 
+def _end_process(why: str, last: Callable[[], None] = lambda: None) -> None:
+    """Says why, dumps all stacks, does the last thing, and ends the process.
+
+    Nothing may keep it from ending: not a closed stderr, not the file system that hangs and that
+    the last thing writes to.
+    """
+    threading.Thread(target=_end_after, args=(_LAST_WORDS,), daemon=True).start()
+    try:
+        print(f"vishwam: aborted by the watchdog: {why}\n  run the same command to resume; "
+              "what each thread was doing:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        sys.stderr.flush()
+    except (OSError, ValueError, RuntimeError):
+        pass  # nobody reads it
+    try:
+        last()
+    finally:
+        os._exit(EXIT_ABORTED)
+
+
 def _end_after(seconds: float) -> None:
     time.sleep(seconds)
     os._exit(EXIT_ABORTED)
+
+
+@contextlib.contextmanager
+def limited(what: str, seconds: float) -> Iterator[None]:
+    """Ends the process if what is inside takes longer; for what comes before a `Watchdog` can."""
+    done = threading.Event()
+
+    def watch() -> None:
+        if not done.wait(seconds):
+            _end_process(f"{what}: not done in {seconds:g} s")
+
+    threading.Thread(target=watch, daemon=True, name="vishwam-watchdog").start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +79,11 @@ class WatchdogConfig:
 
     Attributes:
         step_seconds: in the loop, from one step to the next; None: no limit.
-        phase_seconds: while compiling, evaluating or saving; None: no limit.
+        phase_seconds: until the first state is there, and while compiling, evaluating or saving;
+            None: no limit. Filling a cache has none.
         peer_seconds: how long another process may be silent. Less than 100: then jax gives it up.
+        held_seconds: how long to wait for a MODEL_DIR that another process holds: where it ran on
+            another host, that may be gone and its lock not yet.
         metadata_server: asked whether this machine is about to be taken away, e.g.
             'http://metadata.google.internal'; None: only SIGTERM says so.
     """
@@ -51,12 +91,13 @@ class WatchdogConfig:
     step_seconds: float | None = 1800.0
     phase_seconds: float | None = 4 * 3600.0
     peer_seconds: float = 60.0
+    held_seconds: float = 100.0
     metadata_server: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("step_seconds", "phase_seconds", "peer_seconds"):
+        for name in ("step_seconds", "phase_seconds", "peer_seconds", "held_seconds"):
             value = getattr(self, name)
-            if value is None and name != "peer_seconds":
+            if value is None and name in ("step_seconds", "phase_seconds"):
                 continue
             if not value > 0:
                 raise UserError(f"WatchdogConfig.{name} must be more than 0 seconds", got=value)
@@ -68,12 +109,16 @@ class WatchdogConfig:
 class Watchdog:
     """Watches from `with` to its end; see `WatchdogConfig`."""
 
-    def __init__(self, config: WatchdogConfig, ledger: Ledger) -> None:
+    def __init__(self, config: WatchdogConfig, ledger: Ledger,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         """Args:
             config: how long nothing may happen.
             ledger: says what this process is doing, and since when; told how it ended.
+            clock: seconds, as the ledger counts them.
         """
-        self._config, self._ledger = config, ledger
+        self._config, self._ledger, self._clock = config, ledger, clock
+        # When `hung` was last asked, of which time it counts, and how much of that was no time.
+        self._looked, self._since, self._frozen = clock(), ledger.since, 0.0
         self._several = jax.process_count() > 1
         self._ended = threading.Event()
         self._once = threading.Lock()
@@ -103,7 +148,8 @@ class Watchdog:
 
     def _judge(self, error: BaseException) -> None:
         """A step or a barrier failed: if another process is gone, this one ends too."""
-        traceback.print_exception(error)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+            traceback.print_exception(error)
         if isinstance(error, PeersLost):
             self._abort(str(error))
         if (lost := self._verdict()) is not None:
@@ -119,47 +165,34 @@ class Watchdog:
     # --- this process ---
 
     def _watch(self) -> None:
-        looked = time.monotonic()
-        frozen = 0.0
-        since = self._ledger.since
         while not self._ended.wait(_LOOK):
-            now = time.monotonic()
-            if self._ledger.since != since:
-                since, frozen = self._ledger.since, 0.0
-            # Time in which this whole process was stopped (Ctrl-Z, a debugger) is no hang.
-            frozen += max(now - looked - 20 * _LOOK, 0.0)
-            looked = now
-            if (lost := self._who_is_lost()) is not None:
-                self._abort(lost)
-            phase, limit = self._ledger.phase, self._limit(self._ledger.phase)
-            if limit is not None and now - self._ledger.since - frozen > limit:
-                self._abort(f"nothing has happened for {limit:g} s (in phase '{phase}')")
+            if (why := self._who_is_lost() or self.hung()) is not None:
+                self._abort(why)
+
+    def hung(self) -> str | None:
+        """Returns what has taken too long, or None; asked every so often."""
+        now, since = self._clock(), self._ledger.since
+        if since != self._since:
+            self._since, self._frozen = since, 0.0
+        # Time in which this whole process was stopped (Ctrl-Z, a debugger) is no hang.
+        self._frozen += max(now - self._looked - 20 * _LOOK, 0.0)
+        self._looked = now
+        phase, limit = self._ledger.phase, self._limit(self._ledger.phase)
+        if limit is None or now - since - self._frozen <= limit:
+            return None
+        return f"nothing has happened for {limit:g} s (in phase '{phase}')"
 
     def _limit(self, phase: str) -> float | None:
-        if phase == "init":  # may write a cache for hours; compares and restores under deadlines
+        if phase == "cache":
             return None
-        if phase in ("compile", "eval", "save"):
+        if phase in ("init", "compile", "eval", "save"):
             return self._config.phase_seconds
         return self._config.step_seconds
 
     def _abort(self, why: str) -> None:
-        """Says why, dumps all stacks, and ends the process."""
         if not self._once.acquire(blocking=False):
             time.sleep(60.0)  # another thread is at it
-        # Nothing may keep the process from ending: not a closed stderr, not the file system that
-        # hangs and in which the ledger is.
-        threading.Thread(target=_end_after, args=(_LAST_WORDS,), daemon=True).start()
-        try:
-            print(f"vishwam: aborted by the watchdog: {why}\n  run the same command to resume; "
-                  "what each thread was doing:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(all_threads=True)
-            sys.stderr.flush()
-        except (OSError, ValueError, RuntimeError):
-            pass  # nobody reads it
-        try:
-            self._ledger.close(f"watchdog: {why}")
-        finally:
-            os._exit(EXIT_ABORTED)
+        _end_process(why, lambda: self._ledger.close(f"watchdog: {why}"))
 
     # --- the other processes ---
 
