@@ -19,6 +19,9 @@ SMALL = ("--gin_file=gin/recipes/quickstart_cpu.gin", "--gin.BATCH_SIZE=8",
          "--gin.EVAL_PERIOD=1000", "--gin.train.train_eval_dataset_cfg=None",
          "--gin.train.use_tensorboard=False")
 
+ENDLESS = "--gin.train.total_steps=100000"
+"""For a run that is to be disturbed: it must not end before, however slow the one who disturbs it."""
+
 
 def command(model_dir: pathlib.Path, steps: int, *more: str) -> list[str]:
     """Arguments of `vishwam` for a small quickstart run."""
@@ -74,6 +77,16 @@ def kill(process: subprocess.Popen) -> None:
 def column(model_dir: pathlib.Path, name: str) -> dict[int, Any]:
     """{step: value} of one metric."""
     return {record["step"]: record[name] for record in records(model_dir) if name in record}
+
+
+def assert_same(one: pathlib.Path, other: pathlib.Path, names: Sequence[str]) -> None:
+    """Two runs logged the very same of all steps that both have taken, and these are not few."""
+    for name in names:
+        first, second = column(one, name), column(other, name)
+        common = first.keys() & second.keys()
+        assert len(common) == min(len(first), len(second)) > 0, name
+        assert {step: first[step] for step in common} == {
+            step: second[step] for step in common}, name
 
 
 def random_pause(seed: Any, seconds: Sequence[float]) -> None:

@@ -38,25 +38,25 @@ from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism import show
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
-from vishwam_t5x.training import compilation, elastic, hooks, same_data, setup
+from vishwam_t5x.training import beginning, compilation, elastic, hooks, same_data, setup
 from vishwam_t5x.training.ledger import Ledger
 from vishwam_t5x.training.loop import Loop, LoopConfig
 from vishwam_t5x.training.optimizers import Optimizer
 from vishwam_t5x.training.run_dir import RunDir
 from vishwam_t5x.training.signals import StopRequest
-from vishwam_t5x.training.stability import CulpritBatches, StabilityConfig
+from vishwam_t5x.training.stability import StabilityConfig
 from vishwam_t5x.training.state import StateFactory, TrainState
 from vishwam_t5x.training.step import StepConfig
-from vishwam_t5x.training.watchdog import Watchdog, WatchdogConfig
+from vishwam_t5x.training.watchdog import Watchdog, WatchdogConfig, limited
 from vishwam_t5x.training.writers import (
     JsonlWriter,
     TensorBoardWriter,
     TerminalWriter,
     Writers,
-    read_records,
 )
 
 FLAGS = ("coordinator_address", "process_count", "process_index", "roll_call_seconds")
+_DEVICES_STARTED = 1800.0  # seconds that a driver, or the other hosts of a slice, may need
 _CACHE_FILLED = 24 * 3600.0  # seconds that a process waits for the slowest to have its data
 
 
@@ -86,7 +86,8 @@ def train(model: Trainable, model_dir: str, objective: Objective,
           max_rows_per_device: int | None = None, watchdog: WatchdogConfig = WatchdogConfig(),
           stability: StabilityConfig = StabilityConfig(), random_seed: int = 0,
           compilation_cache_dir: str | None = None, use_tensorboard: bool = True,
-          profile_steps: int = 0, profile_start: int = 10) -> TrainState:
+          profile_steps: int = 0, profile_start: int = 10,
+          check_run: Callable[[RunDir], object] | None = None) -> TrainState:
     """Trains a model from wherever MODEL_DIR is to `total_steps`.
 
     Args:
@@ -120,6 +121,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         use_tensorboard: whether TensorBoard files are written too.
         profile_steps: steps to profile, written to MODEL_DIR/profile; 0 for none.
         profile_start: steps of this process before the profile begins, so that it shows no warm-up.
+        check_run: called in process 0 once it holds MODEL_DIR, before anything is done there.
 
     Returns:
         The last state, which has been saved.
@@ -129,18 +131,19 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         Preempted: asked to stop; the state has been saved.
     """
     _check(profile_steps, profile_start, early_stop, train_eval_dataset_cfg)
+    patience = watchdog.phase_seconds or _CACHE_FILLED
     cut_into = elastic.microbatches(num_microbatches, train_dataset_cfg.batch_size,
                                     max_rows_per_device)
     compilation.enable_compilation_cache(compilation_cache_dir)
-    run_dir = RunDir.open(model_dir)
+    run_dir = beginning.opened(model_dir)
     with contextlib.closing(run_dir), contextlib.ExitStack() as stack:
         stop = StopRequest().install()
         stack.callback(stop.restore)
         ledger = Ledger(run_dir.ledger if distributed.is_primary() else None)
         stack.enter_context(Watchdog(watchdog, ledger))
-        _hold(stack, run_dir)
+        beginning.hold(stack, run_dir, watchdog.held_seconds, check_run)
         saver_ready = setup.in_background(lambda: _checkpoints(run_dir, checkpoint_cfg))
-        open_dataset = _dataset_opener(train_dataset_cfg, objective, model)
+        filling, open_dataset = _dataset_opener(train_dataset_cfg, objective, model)
         devices = mesh_lib.make_mesh(mesh)
         logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
         parts = setup.Parts(
@@ -161,30 +164,27 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         step_ready = setup.in_background(lambda: None if (saver.latest_step() or 0) >= total_steps
                                          else parts.compile(factory, batch_shardings))
         state = state_ready.result()
-        first_step = int(state.step)
-        ledger.start(first_step, read_records(run_dir.metrics))
-        if _is_over(run_dir, first_step, total_steps, early_stop):
+        first_step = beginning.begin(ledger, run_dir, state, parts)
+        if beginning.is_over(run_dir, first_step, total_steps, early_stop):
             return state
-        dataset = _opened_by_all(open_dataset)
-        same_data.check(run_dir, dataset.examples, first_step > 0, distributed.is_primary())
+        dataset = _opened_by_all(open_dataset, filling, ledger, patience)
+        beginning.check_examples(run_dir, dataset.examples, first_step)
         batches = stack.enter_context(dataset.prefetch(batch_shardings, state.data_position))
-        writers = _writers(run_dir, first_step, total_steps, use_tensorboard)
-        stack.callback(writers.close)
+        writers = _writers(stack, run_dir, first_step, total_steps, use_tensorboard)
         each_step: list[hooks.Hook] = []
         if train_eval_dataset_cfg is not None:
             each_step.append(hooks.EvaluateHook(
                 _evaluator(parts, objective, train_eval_dataset_cfg, eval_examples, early_stop),
                 eval_period, early_stop))
         if profile_steps:
-            each_step.append(stack.enter_context(contextlib.closing(hooks.ProfileHook(
-                run_dir.profile, first_step + profile_start, profile_steps))))
+            each_step.append(_profile(stack, run_dir, first_step + profile_start, profile_steps))
         ledger.enter("compile")
         step_fn = step_ready.result() or parts.compile(factory, batch_shardings)
-        distributed.barrier("first step", watchdog.phase_seconds or distributed.DEADLINE)
+        distributed.barrier("first step", patience)  # a collective waits far less long
         loop = Loop(
             LoopConfig(total_steps, stats_period, stability), step_fn, batches, saver,
-            each_step, writers, CulpritBatches(run_dir.path, run_dir.url), parts.throughput(),
-            factory.abstract, setup.describe_metrics(optimizer), stop, ledger)
+            each_step, writers, beginning.culprits(run_dir), parts.throughput(), factory.abstract,
+            setup.describe_metrics(optimizer), stop, ledger)
         logging.info("training from step %d to %d", first_step, total_steps)
         stop.wait_for_steps()
         state = loop.run(state)
@@ -202,24 +202,6 @@ def _check(profile_steps: int, profile_start: int, early_stop: hooks.EarlyStop |
                         fix="bind train.train_eval_dataset_cfg, or leave early_stop out")
 
 
-def _hold(stack: contextlib.ExitStack, run_dir: RunDir) -> None:
-    """Process 0 holds the directory for all; if it cannot, all refuse."""
-    distributed.refuse_together("MODEL_DIR held", lambda: stack.enter_context(
-        run_dir.held() if distributed.is_primary() else contextlib.nullcontext()))
-
-
-def _is_over(run_dir: RunDir, step: int, total_steps: int, early_stop: hooks.EarlyStop | None
-             ) -> bool:
-    if step >= total_steps:
-        logging.info("the run is at step %d of %d: nothing is left to do", step, total_steps)
-        return True
-    # A run that ended early stays ended: going on would learn what it was not to learn.
-    if early_stop and (ended := early_stop.replay(run_dir.metrics, step)):
-        logging.info("the run had ended at step %d: %s", step, ended)
-        return True
-    return False
-
-
 def _checkpoints(run_dir: RunDir, config: CheckpointConfig) -> Any:
     # Imported in a thread: orbax takes a second, during which the step is traced.
     from vishwam_t5x.checkpointing.manager import Checkpoints
@@ -228,25 +210,35 @@ def _checkpoints(run_dir: RunDir, config: CheckpointConfig) -> Any:
 
 
 def _dataset_opener(config: source.DatasetConfig, objective: Objective, model: Trainable
-                    ) -> Callable[[], source.Dataset]:
-    """Begins to open the dataset and returns the function that waits for it.
+                    ) -> tuple[bool, Callable[[], source.Dataset]]:
+    """Begins to open the dataset; returns whether a cache is missing, and what waits for it all.
 
     Writing a cache may take hours: where it is missing, that begins when the function is called,
     once everything else is known to be right, and in the main thread, where Ctrl-C ends it.
     """
     if config.use_cached and source.missing_tasks(config):
-        return lambda: _dataset(config, objective, model)
-    return setup.in_background(lambda: _dataset(config, objective, model)).result
+        return True, lambda: _dataset(config, objective, model)
+    return False, setup.in_background(lambda: _dataset(config, objective, model)).result
 
 
-def _opened_by_all(open_dataset: Callable[[], source.Dataset]) -> source.Dataset:
+def _opened_by_all(open_dataset: Callable[[], source.Dataset], filling: bool, ledger: Ledger,
+                   seconds: float) -> source.Dataset:
     """Waits for the dataset of every process, and that all have the same examples.
+
+    Args:
+        open_dataset: waits for that of this one.
+        filling: whether that writes a cache, for which there is no limit.
+        ledger: of the run.
+        seconds: how long to wait otherwise.
 
     Raises:
         UserError: on every process, what is the matter on one of them.
     """
     opened: list[source.Dataset] = []
-    distributed.refuse_together("data", lambda: opened.append(open_dataset()), _CACHE_FILLED)
+    filling = distributed.any_process(filling, "missing caches")
+    with ledger.spend("cache" if filling else ledger.phase):
+        distributed.refuse_together("data", lambda: opened.append(open_dataset()),
+                                    _CACHE_FILLED if filling else seconds)
     distributed.compare(
         "the data", {"data": json.dumps(same_data.order(opened[0].examples), indent=1)},
         fix="give every host the same cache (a shared cache_dir, or a copy of it)")
@@ -297,14 +289,21 @@ def _evaluator(parts: setup.Parts, objective: Objective, config: source.DatasetC
     return evaluator
 
 
-def _writers(run_dir: RunDir, first_step: int, total_steps: int, tensorboard: bool) -> Writers:
+def _profile(stack: contextlib.ExitStack, run_dir: RunDir, first: int, steps: int) -> hooks.Hook:
+    return stack.enter_context(contextlib.closing(hooks.ProfileHook(run_dir.profile, first, steps)))
+
+
+def _writers(stack: contextlib.ExitStack, run_dir: RunDir, first_step: int, total_steps: int,
+             tensorboard: bool) -> Writers:
     if not distributed.is_primary():
         return Writers([])
     kinds: list[Any] = [JsonlWriter(run_dir.metrics, first_step),
                         TerminalWriter(total_steps, first_step)]
     if tensorboard:
         kinds.append(TensorBoardWriter(run_dir.tensorboard, first_step))
-    return Writers(kinds)
+    writers = Writers(kinds)
+    stack.callback(writers.close)
+    return writers
 
 
 def _write_model_info(run_dir: RunDir, factory: StateFactory, mesh: jax.sharding.Mesh,
@@ -320,17 +319,12 @@ def check_config(run_dir: RunDir, config: gin_config.ParsedConfig) -> None:
     Raises:
         UserError: it changes the mathematics of a run that has begun.
     """
-    def check() -> None:
-        if not (run_dir.config.exists() and storage.exists(run_dir.checkpoints)):
-            return
+    if run_dir.config.exists() and storage.exists(run_dir.checkpoints):
         for change in gin_differences.math_differences(
                 run_dir.config.read_text(), config.text(), config.allowed):
             logging.warning("changed since the run began: %s%s", change,
                             f" ({change.reason})" if change.reason else "")
-
-    distributed.refuse_together("configuration of the run", check)
-    if distributed.is_primary():
-        run_dir.write(run_dir.config, config.text())
+    run_dir.write(run_dir.config, config.text())
 
 
 def main(argv: Sequence[str]) -> int:
@@ -340,12 +334,12 @@ def main(argv: Sequence[str]) -> int:
     screen.show_messages()
     distributed.initialize(config.flags.get("coordinator_address"), numbers["process_count"],
                            numbers["process_index"], numbers["roll_call_seconds"] or 300)
+    with limited("starting the devices", _DEVICES_STARTED):
+        jax.devices()
     distributed.compare(
         "configuration or code", {"config": config.text(), "code": distributed.code_version()},
         fix="start the same command with the same version of everything on every host")
-    if "model_dir" in (given := config.arguments(train)):
-        check_config(RunDir.open(given["model_dir"]), config)
-    config.call(train)
+    config.call(train, check_run=lambda run_dir: check_config(run_dir, config))
     return EXIT_OK
 
 

@@ -27,12 +27,12 @@ def mixture(rate=1.0, **changes):
 @pytest.fixture
 def run_dir(tmp_path):
     run_dir = RunDir.open(tmp_path)
-    same_data.check(run_dir, mixture(), resuming=False, write=True)
+    same_data.check(run_dir, mixture(), resuming=False)
     return run_dir
 
 
 def test_the_same(run_dir, caplog):
-    same_data.check(run_dir, mixture(), resuming=True, write=True)
+    same_data.check(run_dir, mixture(), resuming=True)
     assert not caplog.records
 
 
@@ -43,19 +43,19 @@ def test_the_same(run_dir, caplog):
 ])
 def test_another_order_is_refused(run_dir, changes, words):
     with pytest.raises(UserError, match=words):
-        same_data.check(run_dir, mixture(**changes), resuming=True, write=True)
-    same_data.check(run_dir, mixture(), resuming=True, write=True)  # the old record is still there
-    same_data.check(run_dir, mixture(**changes), resuming=False, write=True)
-    same_data.check(run_dir, mixture(**changes), resuming=True, write=True)
+        same_data.check(run_dir, mixture(**changes), resuming=True)
+    same_data.check(run_dir, mixture(), resuming=True)  # the old record is still there
+    same_data.check(run_dir, mixture(**changes), resuming=False)
+    same_data.check(run_dir, mixture(**changes), resuming=True)
 
 
 def test_other_bits_are_said(run_dir, caplog):
     written_again = mixture(shards=(ShardInfo("shard", 3, 10, "abd"),))
-    same_data.check(run_dir, written_again, resuming=True, write=True)
+    same_data.check(run_dir, written_again, resuming=True)
     assert "cache of a was written again" in caplog.text
 
 
 def test_a_live_stream_has_no_record(tmp_path):
     run_dir = RunDir.open(tmp_path)
-    same_data.check(run_dir, object(), resuming=True, write=True)
+    same_data.check(run_dir, object(), resuming=True)
     assert run_dir.data.read_text() == "{}\n"

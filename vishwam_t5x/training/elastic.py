@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from absl import logging
 from jax.sharding import Mesh
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.parallelism.sharding import batch_parts
+from vishwam_t5x.training import ledger
 
 
 def microbatches(at_least: int, batch_size: int, max_rows: int | None
@@ -32,6 +35,21 @@ def microbatches(at_least: int, batch_size: int, max_rows: int | None
     if max_rows < 1:
         raise UserError("max_rows_per_device must be at least 1 row", got=max_rows)
     return lambda mesh, rules: _cut(at_least, batch_size, max_rows, mesh, rules)
+
+
+def say_if_masks_change(path: pathlib.Path, now: int, model: Any) -> None:
+    """Says so if a resumed run draws other dropout masks, since it is cut into other microbatches.
+
+    Args:
+        path: ledger of the run, which says how the last session was cut.
+        now: microbatches of this one.
+        model: configuration of the model; without dropout there is nothing to say.
+    """
+    before = next((session.microbatches for session in reversed(ledger.read(path))
+                   if session.microbatches is not None), now)
+    if before != now and getattr(model, "dropout_rate", None):
+        logging.warning("%d microbatches instead of %d: from here on the dropout masks are not "
+                        "those that the run would have had, though the batches are", now, before)
 
 
 def _cut(at_least: int, batch_size: int, max_rows: int, mesh: Mesh,

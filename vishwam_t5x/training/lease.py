@@ -12,8 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import pathlib
-import socket
 import threading
 import time
 import uuid
@@ -24,6 +22,7 @@ from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import EXIT_ABORTED, Resumable, UserError
 from vishwam_t5x.core.generations import Changed, GuardedObject
 from vishwam_t5x.core.patience import patiently
+from vishwam_t5x.training import holder
 
 FILE_NAME = "holder.json"
 RENEWED, EXPIRES = 10.0, 45.0  # seconds
@@ -94,9 +93,8 @@ class Lease:
             elif not said:
                 said = True
                 log.warning(
-                    "%s was last held by process %s on %s: waiting up to %.0f s to see whether it "
-                    "is gone or ends", self._url, found.get("process"), found.get("host"),
-                    max(waits, self._expires))
+                    "%s was last held by %s: waiting up to %.0f s to see whether it is gone or "
+                    "ends", self._url, holder.name(found), max(waits, self._expires))
             time.sleep(min(_LOOK, self._expires / 10))
             latest, number = self._look()
             if number != generation:
@@ -148,8 +146,7 @@ class Lease:
                 found = _parsed(data)
                 # What is not there, or cannot be read, is nobody's.
                 if found and not self._is_mine(found):
-                    log.critical("%s was taken over by process %s on %s", self._path,
-                                 found.get("process"), found.get("host"))
+                    log.critical("%s was taken over by %s", self._path, holder.name(found))
                     self._gone = True
                     self._lost()
                     return
@@ -187,25 +184,7 @@ class Lease:
 
 
 def _self() -> dict[str, Any]:
-    return {"token": uuid.uuid4().hex, "host": socket.gethostname(), "boot": _boot(),
-            "process": os.getpid(), "began": _began(os.getpid())}
-
-
-def _boot() -> str:
-    """Tells machines apart, and containers that share a name: '' where it is not known."""
-    try:
-        return (pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-                + os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        return ""
-
-
-def _began(process: int) -> str:
-    """When a process of this machine began, so that a number used again is another one."""
-    try:
-        return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    return {"token": uuid.uuid4().hex, **holder.sign()}
 
 
 def _parsed(data: bytes | None) -> dict[str, Any] | None:
@@ -219,18 +198,13 @@ def _parsed(data: bytes | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and "token" in found else {}
 
 
-def _is_of_here(holder: dict[str, Any]) -> bool:
-    boot = _boot()
-    return bool(boot) and holder.get("boot") == boot and bool(holder.get("began"))
+def _died_here(found: dict[str, Any]) -> bool:
+    return holder.is_of_here(found) and not holder.lives_here(found)
 
 
-def _died_here(holder: dict[str, Any]) -> bool:
-    return _is_of_here(holder) and _began(int(holder["process"])) != holder["began"]
-
-
-def _refusal(holder: dict[str, Any], url: str) -> Exception:
-    who = f"{url}, held by process {holder.get('process')} on {holder.get('host')}"
-    if _is_of_here(holder):
+def _refusal(found: dict[str, Any], url: str) -> Exception:
+    who = f"{url}, held by {holder.name(found)}"
+    if holder.is_of_here(found):
         return UserError("another process is training into this MODEL_DIR", got=who,
                          fix="wait for it, stop it, or choose another MODEL_DIR")
     # Perhaps an attempt before this one, which nobody has told to stop.

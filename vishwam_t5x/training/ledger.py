@@ -63,13 +63,15 @@ class Ledger:
         finally:
             self.enter(before)
 
-    def start(self, step: int, records: Sequence[Mapping[str, Any]] = ()) -> None:
+    def start(self, step: int, records: Sequence[Mapping[str, Any]] = (),
+              microbatches: int | None = None) -> None:
         """Writes that this process begins at `step`.
 
         Args:
             step: what was restored, or 0.
             records: of `metrics.jsonl`, before those after `step` are dropped: work that was done
                 and must be done again.
+            microbatches: parts that each batch is cut into.
         """
         self._step, self._started = step, True
         again = [record for record in records if record["step"] > step]
@@ -77,7 +79,8 @@ class Ledger:
             each = [record["seconds_per_step"] for record in again if "seconds_per_step" in record]
             self.lost(max(record["step"] for record in again) - step,
                       sum(each) / len(each) if each else 0.0)
-        self._write("start", processes=jax.process_count(), devices=jax.device_count())
+        self._write("start", processes=jax.process_count(), devices=jax.device_count(),
+                    microbatches=microbatches)
 
     def lost(self, steps: int, seconds_each: float) -> None:
         """Counts steps that were taken and are to be taken again."""
@@ -149,6 +152,7 @@ class Session:
         lost_steps: steps of earlier work that it had to take again.
         lost_seconds: how long those had taken.
         why: how it ended; 'killed' if it could not say.
+        microbatches: parts that each batch was cut into; None where that is not known.
     """
 
     start: float
@@ -161,6 +165,7 @@ class Session:
     lost_steps: int
     lost_seconds: float
     why: str = "killed"
+    microbatches: int | None = None
 
 
 def read(path: str | pathlib.Path) -> list[Session]:
@@ -174,7 +179,8 @@ def read(path: str | pathlib.Path) -> list[Session]:
             if record["event"] == "start":
                 sessions[key] = Session(
                     record["time"], record["time"], record["step"], record["step"],
-                    record["processes"], record["devices"], {}, 0, 0.0)
+                    record["processes"], record["devices"], {}, 0, 0.0,
+                    microbatches=record.get("microbatches"))
             session = sessions[key]
             session.end, session.last_step = record["time"], record["step"]
             session.seconds = dict(record["seconds"])

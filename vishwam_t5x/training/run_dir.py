@@ -9,19 +9,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import pathlib
+import time
 import weakref
 from collections.abc import Iterator
+from typing import IO, Any
 
 from absl import logging
 from etils import epath
 
 from vishwam_t5x.core import storage
-from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.training import lease, scratch
+from vishwam_t5x.core.errors import Resumable, UserError
+from vishwam_t5x.training import holder, lease, scratch
 from vishwam_t5x.training.mirror import Mirror
 
+_ENDING = 5.0  # seconds for a process of this machine that is just ending
 # What a resumed run reads.
 _READ_BACK = ("config.gin", "data.json", "metrics.jsonl", "ledger.jsonl", "skipped_batches.jsonl")
 
@@ -78,32 +82,58 @@ class RunDir:
         return found
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, wait: float) -> Iterator[None]:
         """Holds the directory for one process: two that train into it would undo each other's work.
 
         The lock dies with its process, however that ends. A file system without locks has none.
         A bucket has none either: there see `lease`. While it is held, the mirror runs.
 
+        Args:
+            wait: seconds to wait for a holder; at most a few where it is alive on this machine.
+
         Raises:
-            UserError: another process holds it.
+            UserError: another process of this machine holds it.
+            Resumable: one of another machine does, or did: its lock may outlive it.
         """
         if self.url is not None:
             assert self.mirror is not None
-            with lease.held(self.url) as holding:
+            with lease.held(self.url, waits=wait) as holding:
                 _read_back(self.url, self.path)  # the last holder may have gone on until now
                 with self.mirror.guarded(holding.check), self.mirror:
                     yield
             return
-        with (self.path / ".lock").open("a") as lock:
+        with (self.path / ".lock").open("a+") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    "another process is training into this MODEL_DIR", got=str(self.path),
-                    fix="wait for it, stop it, or choose another MODEL_DIR") from None
+                self._take(lock, wait)
+                lock.truncate(0)
+                lock.write(json.dumps(holder.sign()))
+                lock.flush()
             except OSError as error:
                 logging.info("%s cannot be locked: %s", self.path, error)
             yield
+
+    def _take(self, lock: IO[str], wait: float) -> None:
+        begin, said = time.monotonic(), False
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            found = _signed(lock)
+            here = holder.lives_here(found)
+            limit = min(wait, _ENDING) if here else wait
+            if time.monotonic() - begin >= limit:
+                break
+            if not said:
+                said = True
+                logging.warning("%s is held by %s: waiting up to %g s for it", self.path,
+                                holder.name(found), limit)
+            time.sleep(min(0.5, limit))
+        if here:
+            raise UserError("another process is training into this MODEL_DIR",
+                            got=f"{self.path}, held by {holder.name(found)}",
+                            fix="wait for it, stop it, or choose another MODEL_DIR")
+        raise Resumable(f"{self.path} is still held after {limit:g} s, by {holder.name(found)}: if "
+                        "it is training, stop one of the two; if it is gone, its lock will go too")
 
     @property
     def place(self) -> str:
@@ -175,6 +205,15 @@ class RunDir:
         """As `keep`, without raising: for what is written while a run is being closed."""
         if self.mirror is not None:
             self.mirror.try_flush()
+
+
+def _signed(lock: IO[str]) -> dict[str, Any]:
+    try:
+        lock.seek(0)
+        found = json.loads(lock.read(4096))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_back(url: str, folder: pathlib.Path) -> None:

@@ -47,14 +47,15 @@ def order(examples: Any) -> dict[str, dict[str, Any]]:
             for task, facts in describe(examples).items()}
 
 
-def check(run_dir: RunDir, examples: Any, resuming: bool, write: bool) -> None:
+def check(run_dir: RunDir, examples: Any, resuming: bool) -> None:
     """Compares the examples with those of the run so far, and writes down what they are.
+
+    In process 0 alone: of what it writes another may see nothing, or half, or what was before.
 
     Args:
         run_dir: of the run.
         examples: `Dataset.examples`.
         resuming: whether the run has taken steps.
-        write: true in process 0 only.
 
     Raises:
         UserError: other tasks, rates, or records than those the run has read.
@@ -74,8 +75,7 @@ def check(run_dir: RunDir, examples: Any, resuming: bool, write: bool) -> None:
             if _value(before, task, "content") != now[task]["content"]:
                 logging.warning("the cache of %s was written again since the run began: the same "
                                 "examples in the same order, not the same bits", task)
-    if write:
-        run_dir.write(run_dir.data, json.dumps(now, indent=1) + "\n")
+    run_dir.write(run_dir.data, json.dumps(now, indent=1) + "\n")
 
 
 def _value(tasks: dict[str, dict[str, Any]], task: str, name: str) -> Any:

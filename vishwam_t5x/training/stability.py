@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -121,12 +122,15 @@ def judge(state: StabilityState, config: StabilityConfig, loss: jax.Array, finit
 class CulpritBatches:
     """The batches that a rollback steps over, remembered in `MODEL_DIR/skipped_batches.jsonl`."""
 
-    def __init__(self, model_dir: str | pathlib.Path, url: str | None = None) -> None:
+    def __init__(self, model_dir: str | pathlib.Path, url: str | None = None,
+                 share: Callable[[str], str] = lambda starts: starts) -> None:
         """Reads what is remembered.
 
         Args:
             model_dir: where the file is.
             url: of the bucket's folder that `model_dir` stands for, for messages.
+            share: takes what this process has read and returns what process 0 has: all must step
+                over the same batches.
         """
         self.shown = f"{url or model_dir}/skipped_batches.jsonl"
         self.path = pathlib.Path(model_dir) / "skipped_batches.jsonl"
@@ -139,6 +143,8 @@ class CulpritBatches:
                 except (ValueError, KeyError) as error:
                     # A killed writer leaves at most its last line half-written.
                     logging.warning("%s: unreadable line ignored (%s)", self.path, error)
+        self._starts = {(start, tuple(carried)) for start, carried in json.loads(
+            share(json.dumps(sorted(self._starts))))}
 
     def __contains__(self, start: DataPosition) -> bool:
         return (start.next_example, start.carried) in self._starts
