@@ -20,7 +20,7 @@ SMALL = ("--gin_file=gin/recipes/quickstart_cpu.gin", "--gin.BATCH_SIZE=8",
          "--gin.train.use_tensorboard=False")
 
 ENDLESS = "--gin.train.total_steps=100000"
-"""For a run that is to be disturbed: it must not end before, however slow the one who disturbs it."""
+"""For a run that is to be disturbed: it must not end before, however late that comes."""
 
 
 def command(model_dir: pathlib.Path, steps: int, *more: str) -> list[str]:
