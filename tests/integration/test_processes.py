@@ -43,7 +43,8 @@ def test_two_stop_together_and_four_devices_go_on_bit_equal(straight, tmp_path, 
 
 
 @pytest.mark.parametrize(("name", "lost"), [
-    ("SIGKILL", 0), ("SIGSTOP", 1), pytest.param("SIGKILL", 1, marks=pytest.mark.slow)])
+    ("SIGSTOP", 1), pytest.param("SIGKILL", 0, marks=pytest.mark.slow),
+    pytest.param("SIGKILL", 1, marks=pytest.mark.slow)])
 def test_a_lost_process_ends_the_others_resumably(name, lost, tmp_path, quickstart_cache):
     model_dir = tmp_path / "run"
     group = groups.start(model_dir, 10_000, SAVE_NEVER, SOON, count=2, env=quickstart_cache)

@@ -119,6 +119,7 @@ def test_figures_are_remembered(tmp_path):
     assert again["compile_seconds"] == first["compile_seconds"]
 
 
+@pytest.mark.slow
 def test_a_search_ends_with_lines_to_paste(tmp_path):
     done = plan("--target=cpu:8", "--search=2", "--watch", "--no_cache", "--json=false",
                 home=tmp_path)
