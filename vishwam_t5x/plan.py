@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")
     from vishwam_t5x import plan_worker
-    from vishwam_t5x.launching.request import packaged
+    from vishwam_t5x.launching.presets import packaged
     from vishwam_t5x.planning import report, targets
     from vishwam_t5x.planning.estimate import Predictor
     from vishwam_t5x.planning.program import Choice

@@ -78,10 +78,13 @@ def _for_want_of_a_token(error: BaseException | None) -> bool:
 
 
 def _code(error: Exception) -> int | None:
+    """The status of the answer, as the libraries name it: a number, or one in a string."""
     for name in ("status", "code"):
         value = getattr(error, name, None)
-        if str(int(value) if isinstance(value, int) else value).isdigit():
-            return int(value)  # type: ignore[arg-type]
+        if isinstance(value, int):  # an `http.HTTPStatus` too
+            return int(value)
+        if isinstance(value, str) and value.isdigit():
+            return int(value)
     return None
 
 

@@ -89,7 +89,6 @@ class StopRequest:
 
     def restore(self) -> None:
         """Gives SIGTERM back to whoever had it."""
-        self._ended.set()
         if self._installed:
             signal.signal(signal.SIGTERM, self._previous)
             self._installed = False
@@ -97,10 +96,19 @@ class StopRequest:
                 signal.set_wakeup_fd(self._wakeup)
                 os.close(self._pipe[1])
             logging.debug("SIGTERM handler removed")
+        self._ended.set()
 
     # --- several processes: what the thread does ---
 
     def _carry(self) -> None:
+        try:
+            self._listen()
+        finally:
+            if self._pipe is not None:
+                self._ended.wait()  # until then a signal is written to it
+                os.close(self._pipe[0])
+
+    def _listen(self) -> None:
         while not self._ended.is_set():
             try:
                 if self._was_asked():
