@@ -122,6 +122,12 @@ def test_tensorflow_and_seqio_only_in_their_rooms():
             assert not roots & TENSORFLOW, name(path)
 
 
+def test_grain_is_never_imported():
+    """Its import replaces `__import__` for a moment, under which another thread's import breaks."""
+    assert not [name(path) for path in LIBRARY
+                if "grain" in {module.partition(".")[0] for module in imports(path)}]
+
+
 def test_only_gin_config_imports_gin():
     importers = [name(path) for path in SOURCES
                  if "gin" in {module.partition(".")[0] for module in imports(path)}]

@@ -34,7 +34,7 @@ from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 
 OK, ADVICE, PROBLEM = "ok", "advice", "problem"
 _MARKS = {OK: " ", ADVICE: "~", PROBLEM: "!"}
-_NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain",
+_NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore",
            "array-record", "gin-config", "numpy", "jmp", "msgpack", "tensorboardX",
            "sentencepiece", "Pillow", "psutil", "tqdm", "jaxtyping", "typeguard", "fsspec")
 _OPTIONAL = {"seqio": "seqio", "tensorflow": "seqio", "tensorflow-text": "seqio",

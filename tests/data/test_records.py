@@ -312,10 +312,10 @@ def test_names_and_rates(tmp_path):
         cache_directory.read_rates(tmp_path, "both")
 
 
-def test_reading_needs_neither_tensorflow_nor_seqio(cache):
+def test_reading_needs_neither_tensorflow_nor_seqio_nor_grain(cache):
     out = helpers.run_python(f"""
         import sys
-        sys.modules["tensorflow"] = sys.modules["seqio"] = None
+        sys.modules["tensorflow"] = sys.modules["seqio"] = sys.modules["grain"] = None
         from vishwam_t5x.data.records import TaskCache
         print(int(TaskCache.open({str(cache)!r}).read(17)["meta_label"]))
         """)

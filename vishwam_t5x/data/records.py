@@ -362,11 +362,12 @@ class TaskCache:
     def _open_shards(self) -> Any:
         with self._lock:
             if self._source is None:
-                import grain  # 0.2 s and 30 MB on top of jax: only a process that reads pays.
+                # Not grain's: while that is imported, imports of other threads break (etils).
+                from array_record.python import array_record_data_source
 
                 paths = [str(self.directory / shard.file) for shard in self.manifest.shards]
                 try:
-                    self._source = grain.sources.ArrayRecordDataSource(paths)
+                    self._source = array_record_data_source.ArrayRecordDataSource(paths)
                 except RuntimeError as error:
                     raise _broken(self.directory, f"a shard cannot be opened: {error}") from error
             return self._source
