@@ -324,8 +324,7 @@ class TaskCache:
         """Returns the clean example of a record: read-only arrays, bytes for string features.
 
         Raises:
-            DamagedRecord: the bytes cannot be read or decoded, or hold something else than the
-                manifest says.
+            DamagedRecord: the bytes cannot be read, or hold other than what the manifest says.
         """
         if self._kept is not None and record in self._kept:
             return dict(self._kept[record])
@@ -362,12 +361,12 @@ class TaskCache:
     def _open_shards(self) -> Any:
         with self._lock:
             if self._source is None:
-                # Not grain's: while that is imported, imports of other threads break (etils).
-                from array_record.python import array_record_data_source
+                # Not through grain: its import breaks other threads' (tests/test_laws.py).
+                from array_record.python import array_record_data_source as array_records
 
                 paths = [str(self.directory / shard.file) for shard in self.manifest.shards]
                 try:
-                    self._source = array_record_data_source.ArrayRecordDataSource(paths)
+                    self._source = array_records.ArrayRecordDataSource(paths)
                 except RuntimeError as error:
                     raise _broken(self.directory, f"a shard cannot be opened: {error}") from error
             return self._source
@@ -388,8 +387,8 @@ def _check_files(directory: pathlib.Path, manifest: Manifest) -> None:
 
 def _broken(directory: pathlib.Path, why: str) -> UserError:
     task = directory.parent.name
-    return UserError(f"the cache of task '{task}' cannot be used: {why}", got=directory,
-                     fix=f"write it again: vishwam cache --task_or_mixture={task} --overwrite")
+    return UserError(f"the cache of task '{task}' cannot be used: {why}", directory,
+                     f"write it again: vishwam cache --task_or_mixture={task} --overwrite")
 
 
 def _decode(record: bytes) -> dict[str, Any]:
