@@ -11,17 +11,23 @@ from absl import logging
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.records import META_PREFIX, DamagedRecord, TaskRecords
-from vishwam_t5x.evaluation.generator import Generator, Request
+from vishwam_t5x.evaluation.answers import Answer, DecodeText, ids, only, score, write
+from vishwam_t5x.evaluation.generator import Generator
 from vishwam_t5x.evaluation.loss_evaluator import without_augmentation
 from vishwam_t5x.evaluation.predictions import Prediction
-from vishwam_t5x.evaluation.task_metrics import ModelOutputs, TaskMetrics
+from vishwam_t5x.evaluation.requests import Request
+from vishwam_t5x.evaluation.task_metrics import (
+    PREDICT,
+    PREDICT_WITH_AUX,
+    SCORE,
+    ModelOutputs,
+    TaskMetrics,
+)
 from vishwam_t5x.objectives.features import feature_roles
-from vishwam_t5x.objectives.vocabulary import CODE_OFFSET, EOS_ID
 
 PRETOKENIZED = META_PREFIX + "targets_pretokenized"
 """Feature that, where a task has it, is the reference instead of the detokenised target."""
 
-DecodeText = Callable[[np.ndarray], str]
 Progress = Callable[[str, int, int], None]
 
 
@@ -57,18 +63,6 @@ class TaskResult:
     metrics: dict[str, Any]
     predictions: list[Prediction] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class _Answer:
-    """What was written for one record, by modality."""
-
-    inputs: str
-    input_slots: dict[str, int]
-    targets: dict[str, np.ndarray]
-    tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    scores: dict[str, float] = dataclasses.field(default_factory=dict)
-    target_score: float = float("nan")
 
 
 class Evaluator:
@@ -110,7 +104,7 @@ class Evaluator:
         """
         limit = task.num_records if max_examples is None else min(max_examples, task.num_records)
         written = limit if metrics.needs_predictions or write_all else min(limit, num_samples)
-        answers: dict[int, _Answer] = {}
+        answers: dict[int, Answer] = {}
         damaged: dict[int, DamagedRecord] = {}
         self._write(params, task, range(written), answers, damaged)
         if metrics.needs_scores:
@@ -123,35 +117,60 @@ class Evaluator:
                             fix=f"vishwam cache --task_or_mixture={task.name} --overwrite")
         return self._judge(task, metrics, answers, num_samples, len(damaged))
 
+    def answer(self, params: Any, task: TaskRecords, records: Sequence[int], mode: str,
+               stream: int = 0, all_decodes: bool = False
+               ) -> tuple[list[Prediction], list[DamagedRecord]]:
+        """Answers some records, judging nothing.
+
+        Args:
+            params: of the model, on the devices.
+            task: the split.
+            records: numbers in it.
+            mode: one of `answers.MODES`.
+            stream: see `Generator.generate`.
+            all_decodes: record everything that was sampled, not the best alone.
+
+        Returns:
+            What was made of each record, in their order, and the records that cannot be read.
+        """
+        found: dict[int, Answer] = {}
+        damaged: dict[int, DamagedRecord] = {}
+        if mode == SCORE:
+            self._score(params, task, records, found, damaged)
+        else:
+            self._write(params, task, records, found, damaged, stream, mode == PREDICT_WITH_AUX)
+        return [found[record].prediction(task.name, record, mode, self._decode_text, all_decodes)
+                for record in sorted(found)], list(damaged.values())
+
     # -- writing -------------------------------------------------------------------------------
 
     def _write(self, params: Any, task: TaskRecords, records: Sequence[int],
-               answers: dict[int, _Answer], damaged: dict[int, DamagedRecord]) -> None:
+               answers: dict[int, Answer], damaged: dict[int, DamagedRecord], stream: int = 0,
+               token_scores: bool = False) -> None:
         by_modality: dict[str, list[int]] = {}
         for record in records:
             for modality in self._lengths(task, record).targets:
                 by_modality.setdefault(modality, []).append(record)
         total, written = sum(map(len, by_modality.values())), 0
+
+        def done() -> None:
+            nonlocal written
+            written += 1
+            if self._progress is not None:
+                self._progress(task.name, written, total)
+
         for modality, wanted in by_modality.items():
-            requests = self._requests(task, wanted, answers, damaged)
-            for done in self._generator.generate(params, requests, modality):
-                answer = answers[done.tag]
-                answer.tokens.update(done.tokens)
-                answer.scores.update(done.scores)
-                written += 1
-                if self._progress is not None:
-                    self._progress(task.name, written, total)
+            write(self._generator, params, self._requests(task, wanted, answers, damaged), modality,
+                  answers, stream, token_scores, done)
 
     def _score(self, params: Any, task: TaskRecords, records: Sequence[int],
-               answers: dict[int, _Answer], damaged: dict[int, DamagedRecord]) -> None:
-        requests = self._requests(task, records, answers, damaged)
-        for record, scores in self._generator.score(params, requests):
-            answers[record].target_score = sum(scores.values())
+               answers: dict[int, Answer], damaged: dict[int, DamagedRecord]) -> None:
+        score(self._generator, params, self._requests(task, records, answers, damaged), answers)
 
     def _lengths(self, task: TaskRecords, record: int) -> Any:
         return self._objective.lengths(task.clean_lengths(record), seed=self._seed, example=record)
 
-    def _requests(self, task: TaskRecords, records: Sequence[int], answers: dict[int, _Answer],
+    def _requests(self, task: TaskRecords, records: Sequence[int], answers: dict[int, Answer],
                   damaged: dict[int, DamagedRecord]) -> Iterator[Request]:
         """Reads records, notes what the encoder will see of each, and hands them on."""
         for record in records:
@@ -164,15 +183,13 @@ class Evaluator:
                 continue
             example = self._objective.apply(_for_model(clean), seed=self._seed, example=record)
             request = Request.from_example(example, record)
-            tokens = request.inputs.get("inputs/text/tokens", np.zeros((0,), np.int32))
-            answers.setdefault(record, _Answer(
-                self._decode_text(tokens), request.slots(),
-                {m: request.targets[f"targets/{m}/targets"] for m in request.target_slots()}))
+            answers.setdefault(record, Answer.to(request, self._decode_text,
+                                                 clean.get(PRETOKENIZED)))
             yield request
 
     # -- judging -------------------------------------------------------------------------------
 
-    def _judge(self, task: TaskRecords, metrics: TaskMetrics, answers: Mapping[int, _Answer],
+    def _judge(self, task: TaskRecords, metrics: TaskMetrics, answers: Mapping[int, Answer],
                num_samples: int, num_damaged: int) -> TaskResult:
         result = TaskResult(task.name, {})
         ordered = [answers[record] for record in sorted(answers)]
@@ -180,14 +197,12 @@ class Evaluator:
         for record, answer in zip(sorted(answers), ordered, strict=True):
             # Read again: holding every image of a split until the end would take its size.
             clean = task.read(record)
-            reference = self._reference(answer, clean)
+            reference = answer.reference(self._decode_text)
             targets.append(metrics.postprocess(reference, clean, is_target=True))
             if answer.tokens:
-                prediction = self._decoded(answer.tokens)
-                outputs.append(metrics.postprocess(prediction, clean, is_target=False))
-                result.predictions.append(Prediction(
-                    task.name, record, answer.inputs, answer.input_slots, reference, prediction,
-                    sum(answer.scores.values())))
+                line = answer.prediction(task.name, record, PREDICT, self._decode_text)
+                outputs.append(metrics.postprocess(line.prediction, clean, is_target=False))
+                result.predictions.append(line)
                 if len(result.samples) < num_samples:
                     result.samples.append(Sample(clean, result.predictions[-1], targets[-1],
                                                  outputs[-1]))
@@ -196,8 +211,8 @@ class Evaluator:
         if metrics.has_metrics:
             found = ModelOutputs()
             if metrics.needs_predictions:
-                found = ModelOutputs([_only(_ids(answer.tokens)) for answer in ordered],
-                                     [sum(answer.scores.values()) for answer in ordered])
+                found = ModelOutputs([only(ids(answer.tokens)) for answer in ordered],
+                                     [answer.score for answer in ordered])
             if metrics.needs_scores:
                 found = dataclasses.replace(
                     found, target_scores=[answer.target_score for answer in ordered])
@@ -209,17 +224,6 @@ class Evaluator:
             result.metrics["num_damaged"] = num_damaged
         return result
 
-    def _reference(self, answer: _Answer, clean: Mapping[str, Any]) -> Any:
-        if PRETOKENIZED in clean:
-            value = clean[PRETOKENIZED]
-            return value.decode("utf-8") if isinstance(value, bytes) else value
-        return self._decoded(answer.targets)
-
-    def _decoded(self, tokens: Mapping[str, np.ndarray]) -> Any:
-        """Text, or the codes of a grid; of several modalities a mapping."""
-        return _only({modality: self._decode_text(tokens[modality]) if modality == "text" else ids
-                      for modality, ids in _ids(tokens).items()})
-
     def _target_feature(self, task: TaskRecords) -> str:
         roles = feature_roles(task.features, self._objective.input_modalities,
                               self._objective.target_modalities,
@@ -229,15 +233,3 @@ class Evaluator:
 
 def _for_model(clean: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: value for name, value in clean.items() if not name.startswith(META_PREFIX)}
-
-
-def _ids(tokens: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Ids as vocabularies and codebooks number them: text without its end, codes from 0."""
-    return {modality: (values[values != EOS_ID] if modality == "text" else values - CODE_OFFSET)
-            for modality, values in tokens.items()}
-
-
-def _only(by_modality: Mapping[str, Any]) -> Any:
-    """The value of the one modality, or the mapping of several."""
-    return next(iter(by_modality.values())) if len(by_modality) == 1 else dict(by_modality)
-

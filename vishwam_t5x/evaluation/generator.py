@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vishwam_t5x.core.batch import BatchSpec, ModalityLengths, modality_order
+from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
 from vishwam_t5x.core.errors import UserError, one_of
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data.assembly import PlacedExample, assemble
 from vishwam_t5x.evaluation.placement import Placement
+from vishwam_t5x.evaluation.requests import Generated, Request, Scored
 from vishwam_t5x.models import beam_search, decoding
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 
@@ -39,6 +40,8 @@ class DecodingConfig:
         max_length: most tokens of a text, its end included; None: those of a decoder row. A grid of
             codes always has all its codes.
         seed: of 'sample'.
+        prompt_with_targets: begin every text with the target of its example, as T5X does; the score
+            counts the prompt. Not for 'beam'.
 
     Raises:
         UserError: a value out of its range, or one that the method does not use.
@@ -52,10 +55,13 @@ class DecodingConfig:
     alpha: float = 0.6
     max_length: int | None = None
     seed: int = 0
+    prompt_with_targets: bool = False
 
     def __post_init__(self) -> None:
         one_of(self.method, METHODS, "method of decoding")
-        used = {"greedy": (), "sample": ("temperature", "top_k", "top_p", "num_decodes", "seed"),
+        used = {"greedy": ("prompt_with_targets",),
+                "sample": ("temperature", "top_k", "top_p", "num_decodes", "seed",
+                           "prompt_with_targets"),
                 "beam": ("num_decodes", "alpha")}[self.method]
         for field in dataclasses.fields(self):
             if field.name in ("method", "max_length") or field.name in used:
@@ -75,58 +81,6 @@ class DecodingConfig:
                             got=f"top_k {self.top_k}, top_p {self.top_p}, num_decodes "
                                 f"{self.num_decodes}, alpha {self.alpha}",
                             fix="top_k >= 0, 0 < top_p <= 1, num_decodes >= 1, alpha >= 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One example to write something for.
-
-    Attributes:
-        inputs: its part of a batch: 'inputs/text/tokens' [n], 'inputs/image/input' [n, p], ….
-        targets: the same of the targets, 'targets/text/targets' [m]; {} where there are none. Used
-            for scoring only.
-        tag: handed back with the result, untouched.
-    """
-
-    inputs: Mapping[str, np.ndarray]
-    targets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    tag: Any = None
-
-    @classmethod
-    def from_example(cls, example: Mapping[str, np.ndarray], tag: Any = None) -> Request:
-        """Splits what an objective made of a clean example."""
-        return cls({key: value for key, value in example.items() if key.startswith("inputs/")},
-                   {key: value for key, value in example.items() if key.startswith("targets/")},
-                   tag)
-
-    def slots(self) -> dict[str, int]:
-        """Returns the slots of each input modality, in row order; those without any are left out.
-        """
-        found = {key.split("/")[1]: len(value) for key, value in self.inputs.items()
-                 if key.endswith(("/tokens", "/input")) and len(value)}
-        return {modality: found[modality] for modality in modality_order(found)}
-
-    def target_slots(self) -> dict[str, int]:
-        """The same of the target modalities."""
-        found = {key.split("/")[1]: len(value) for key, value in self.targets.items()
-                 if key.endswith("/targets") and len(value)}
-        return {modality: found[modality] for modality in modality_order(found)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """What was written for a request.
-
-    Attributes:
-        tag: the request's.
-        tokens: {modality: int32 [n]}: ids of the table, text without its end and padding.
-        scores: {modality: log-probability in nats}; of a beam that has ended, over the length
-            penalty.
-    """
-
-    tag: Any
-    tokens: dict[str, np.ndarray]
-    scores: dict[str, float]
 
 
 def bucket(length: int, most: int | None = None) -> int:
@@ -168,6 +122,9 @@ class Generator:
             if self._num_codes(modality) and config.max_length is not None:
                 raise UserError(f"modality '{modality}' is always written whole",
                                 got=f"max_length {config.max_length}", fix="leave max_length out")
+            if self._num_codes(modality) and config.prompt_with_targets:
+                raise UserError("only text can be prompted", got=f"modality '{modality}'",
+                                fix="leave prompt_with_targets out")
         self._configs = {modality: decoding_cfg.get(modality, DecodingConfig())
                          for modality in model.config.target_modalities}
         replicated = self._placement.replicated
@@ -180,32 +137,86 @@ class Generator:
         """How many programs were compiled so far, for writing and for scoring."""
         return self._decode._cache_size() + self._score._cache_size()
 
-    def generate(self, params: Any, requests: Iterable[Request], modality: str
-                 ) -> Iterator[Generated]:
-        """Writes `modality` for each request; results come batch by batch, not in order."""
+    def generate(self, params: Any, requests: Iterable[Request], modality: str, stream: int = 0,
+                 token_scores: bool = False) -> Iterator[Generated]:
+        """Writes `modality` for each request; results come batch by batch, not in order.
+
+        Args:
+            params: of the model, on the devices.
+            requests: what to write something for.
+            modality: what to write.
+            stream: number that sampling draws from, beside the seed: another one for other examples
+                of the same job.
+            token_scores: give the log-probability of each token of a text, by one more pass.
+
+        Raises:
+            UserError: a prompt leaves no room for what is to be written.
+        """
         config = self._configs[modality]
-        for number, rows in enumerate(self._grouped(requests, with_targets=False)):
-            key = key_for(config.seed, modality, number)
-            arrays = self._arrays(rows, with_targets=False)
+        prompted = config.prompt_with_targets
+        if prompted:
+            requests = self._prompts(requests, modality)
+        for number, rows in enumerate(self._grouped(requests, prompted)):
+            key = key_for(config.seed, modality, stream, number)
+            arrays = self._arrays(rows, prompted)
             with self._placement.context():
                 found = self._decode(params, self._placement.put(arrays), key, modality)
             found = jax.device_get(found)
-            for request, tokens, score in zip(rows, found.tokens[:, -1], found.scores[:, -1],
-                                              strict=False):
-                yield Generated(request.tag, {modality: self._written(modality, tokens)},
-                                {modality: float(score)})
+            whole = [self._written(modality, tokens[-1], with_end=True)
+                     for tokens in found.tokens[:len(rows)]]
+            each = self._token_scores(params, rows, modality, whole) if token_scores else []
+            for index, (request, ids) in enumerate(zip(rows, whole, strict=True)):
+                decodes = [(self._written(modality, tokens), float(score)) for tokens, score in
+                           zip(found.tokens[index], found.scores[index], strict=True)]
+                yield Generated(
+                    request.tag, {modality: decodes[-1][0]}, {modality: decodes[-1][1]},
+                    {modality: ids}, {modality: decodes},
+                    {modality: each[index][:len(ids)]} if len(each) else {})
 
-    def score(self, params: Any, requests: Iterable[Request]
-              ) -> Iterator[tuple[Any, dict[str, float]]]:
-        """Yields (tag, {modality: log-probability of its targets, in nats}) of each request."""
+    def score(self, params: Any, requests: Iterable[Request]) -> Iterator[Scored]:
+        """Yields the log-probabilities of each request's targets, in another order."""
         for rows in self._grouped(requests, with_targets=True):
             arrays = self._arrays(rows, with_targets=True)
             with self._placement.context():
                 found = self._score(params, self._placement.put(arrays))
             found = jax.device_get(found)
             for index, request in enumerate(rows):
-                yield request.tag, {modality: float(scores[index])
-                                    for modality, scores in found.items()}
+                lengths = request.target_slots()
+                yield Scored(
+                    request.tag, {name: float(sums[index]) for name, (sums, _) in found.items()},
+                    {name: each[index, :lengths.get(name, 0)]
+                     for name, (_, each) in found.items()})
+
+    def _token_scores(self, params: Any, rows: Sequence[Request], modality: str,
+                      whole: Sequence[np.ndarray]) -> Any:
+        """Log-probabilities [rows, n] of the tokens written; [] of a grid, whose other tokens were
+        forbidden."""
+        if self._num_codes(modality):
+            return []
+        targets = {modality: bucket(max(1, *map(len, whole)))}
+        written = [dataclasses.replace(request, targets={f"targets/{modality}/targets": ids})
+                   for request, ids in zip(rows, whole, strict=True)]
+        arrays = self._arrays(written, True, targets)
+        with self._placement.context():
+            found = self._score(params, self._placement.put(arrays))
+        return jax.device_get(found[modality][1])
+
+    def _length(self, modality: str) -> int:
+        """Most tokens of what is written, its end included."""
+        return (self._num_codes(modality) or self._configs[modality].max_length
+                or self._max_text_length)
+
+    def _prompts(self, requests: Iterable[Request], modality: str) -> Iterator[Request]:
+        """Leaves of the targets what is a prompt: those of one modality, without their end."""
+        key, most = f"targets/{modality}/targets", self._length(modality)
+        for request in requests:
+            prompt = request.targets.get(key, np.zeros((0,), np.int32))
+            prompt = prompt[prompt != decoding.EOS_ID]
+            if len(prompt) >= most:
+                raise UserError("a prompt leaves no room for what is to be written",
+                                got=f"a prompt of {len(prompt)} tokens, at most {most} in all",
+                                fix="DecodingConfig.max_length, or shorter prompts")
+            yield dataclasses.replace(request, targets={key: prompt})
 
     # -- batches -------------------------------------------------------------------------------
 
@@ -226,8 +237,10 @@ class Generator:
         inputs = tuple((m, bucket(size, self._largest.get(m))) for m, size in sides[0].items())
         return inputs, tuple((m, bucket(size)) for m, size in sides[1].items())
 
-    def _arrays(self, rows: Sequence[Request], with_targets: bool) -> dict[str, np.ndarray]:
-        inputs, targets = map(dict, self._shape(rows[0], with_targets))
+    def _arrays(self, rows: Sequence[Request], with_targets: bool,
+                targets: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+        inputs, shape = map(dict, self._shape(rows[0], with_targets))
+        targets = dict(shape if targets is None else targets)
         # A spec has targets; where none are wanted, one slot that is thrown away below.
         spec = BatchSpec(self._batch_size, sum(inputs.values()), sum(targets.values()) or 1,
                          inputs, targets or {"text": 1}, self._model.config.patch_dims,
@@ -243,12 +256,13 @@ class Generator:
         return {key: value for key, value in arrays.items()
                 if with_targets or key.startswith("inputs/")}
 
-    def _written(self, modality: str, tokens: np.ndarray) -> np.ndarray:
+    def _written(self, modality: str, tokens: np.ndarray, with_end: bool = False) -> np.ndarray:
         if self._num_codes(modality):
             return tokens
         ends = np.flatnonzero(tokens == decoding.EOS_ID)
-        return tokens[:ends[0]] if ends.size else tokens[:np.max(np.flatnonzero(tokens), initial=-1)
-                                                         + 1]
+        if ends.size:
+            return tokens[:ends[0] + with_end]
+        return tokens[:np.max(np.flatnonzero(tokens), initial=-1) + 1]
 
     # -- what is compiled ----------------------------------------------------------------------
 
@@ -256,7 +270,7 @@ class Generator:
                       modality: str) -> decoding.Decoded:
         model, config, variables = self._model, self._configs[modality], {"params": params}
         codes = self._num_codes(modality)
-        length = codes or config.max_length or self._max_text_length
+        length = self._length(modality)
         encoded = model.apply(variables, batch, method="encode")
         cache = model.apply(variables, encoded, length, config.num_decodes, method="init_cache")
 
@@ -269,14 +283,16 @@ class Generator:
             return beam_search.beam_search(
                 step, cache, lambda cache, rows: cache.reorder(rows), num_beams=config.num_decodes,
                 alpha=config.alpha, eos_id=_NO_TOKEN if codes else decoding.EOS_ID, **shared)
-        eos_id = None if codes else decoding.EOS_ID
+        shared |= {"eos_id": None if codes else decoding.EOS_ID,
+                   "prompt": batch.get(f"targets/{modality}/targets")}
         if config.method == "greedy":
-            return decoding.greedy(step, cache, eos_id=eos_id, **shared)
+            return decoding.greedy(step, cache, **shared)
         return decoding.sample(step, cache, key, num_decodes=config.num_decodes,
                                temperature=config.temperature, top_k=config.top_k,
-                               top_p=config.top_p, eos_id=eos_id, **shared)
+                               top_p=config.top_p, **shared)
 
-    def _score_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def _score_batch(self, params: Any, batch: Mapping[str, jax.Array]
+                     ) -> dict[str, tuple[jax.Array, jax.Array]]:
         logits = self._model.apply({"params": params}, batch, method="logits")
         scores = {}
         for modality, values in logits.items():
@@ -284,7 +300,8 @@ class Generator:
             targets = batch[f"targets/{modality}/targets"]
             gained = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
             weights = batch[f"targets/{modality}/loss_mask"]
-            scores[modality] = jnp.sum(jnp.where(weights > 0, gained * weights, 0.0), axis=-1)
+            counted = jnp.where(weights > 0, gained * weights, 0.0)
+            scores[modality] = jnp.sum(counted, axis=-1), counted
         return scores
 
     def _num_codes(self, modality: str) -> int:

@@ -25,7 +25,9 @@ class Prediction:
         input_slots: slots of each input modality, tokens or patches.
         target: the reference: text, or codes of an image; None where there is none.
         prediction: text, or a list of codes; {modality: that} if several modalities were written.
-        score: log-probability of what was written, in nats, summed over its tokens.
+            None where only the target was scored: then the line has none.
+        score: log-probability of what was written (or of the target), in nats, summed over its
+            tokens.
         extra: further JSON values, e.g. the file a picture was written to.
     """
 
@@ -42,6 +44,8 @@ class Prediction:
         """Returns one line, without its end."""
         values = dataclasses.asdict(self)
         extra = values.pop("extra")
+        if self.prediction is None:
+            del values["prediction"]
         return json.dumps(plain({**values, **extra}), ensure_ascii=False)
 
 
