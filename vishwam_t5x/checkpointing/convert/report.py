@@ -60,7 +60,9 @@ def parts_of(shape: Sequence[int], itemsize: int, most: int = PART_BYTES,
         rest = int(np.prod(size, dtype=np.int64)) // max(1, size[axis]) * itemsize
         fitting = max(1, most // max(1, rest))
         size[axis] = min(size[axis], max(step, fitting // step * step))
-    starts = [range(0, length, max(1, part)) for length, part in zip(shape, size, strict=True)]
+    # An empty array has one part, which is empty.
+    starts = [range(0, max(1, length), max(1, part))
+              for length, part in zip(shape, size, strict=True)]
     for corner in itertools.product(*starts):
         yield tuple(slice(first, min(first + part, length))
                     for first, part, length in zip(corner, size, shape, strict=True))
