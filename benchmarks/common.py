@@ -65,11 +65,19 @@ class Figures:
               f"{max(values):.4g}{verdict}", flush=True)
         return median
 
-    def write(self) -> None:
-        """Writes results/BENCHMARK.jsonl."""
+    def write(self, keep_others: bool = False) -> None:
+        """Writes results/BENCHMARK.jsonl.
+
+        Args:
+            keep_others: keep figures of an earlier run that this one has not measured.
+        """
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{self.benchmark}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+        lines = {}
+        if keep_others and path.exists():
+            lines = {json.loads(line)["figure"]: line for line in path.read_text().splitlines()}
+        lines.update((line["figure"], json.dumps(line)) for line in self._lines)
+        path.write_text("".join(f"{line}\n" for line in lines.values()))
 
 
 def _rounded(value: float) -> float:
