@@ -19,7 +19,7 @@ FLOORS = {
     "models": 2, "data": 2, "checkpointing": 2,
     "peft": 3, "serving": 3, "evaluation": 3,
     "training": 4,
-    "planning": 5, "launching": 5,
+    "planning": 5, "launching": 5, "compat": 5,
 }
 TOP = 6
 TENSORFLOW = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "clu", "t5"}

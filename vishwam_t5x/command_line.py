@@ -6,16 +6,29 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.compat.names import CHOICES
+from vishwam_t5x.core.errors import UserError, did_you_mean, one_of
 
-COMMON = ("gin_file", "gin_bindings", "gin_search_paths", "allow_config_change")
+COMMON = ("gin_file", "gin_bindings", "gin_search_paths", "allow_config_change", "t5x")
+# T5X's flags that no verb has, and what does what they did there.
+T5X_FLAGS = {
+    "run_mode": "the verb says it: vishwam train, vishwam evaluate, vishwam infer",
+    "tfds_data_dir": "set the environment variable TFDS_DATA_DIR, which the tasks' sources read",
+    "seqio_additional_cache_dirs": "tasks are cached by vishwam itself, when first read, in "
+                                   "$VISHWAM_CACHE_DIR; SeqIO's own caches are not read",
+    "dry_run": "vishwam config show --verb=train prints the configuration and runs nothing",
+    "multiprocess_gpu": "several processes are found, or named by --coordinator_address=HOST:PORT "
+                        "--process_count=N --process_index=I",
+    "initialization_timeout": "--roll_call_seconds=S says how long to wait for other processes",
+}
 HELP = """\
 Flags of every verb that reads gin files:
   --gin_file=FILE                  a gin file; repeatable, later files win
   --gin.NAME=VALUE                 binds a macro or a parameter; a string: --gin.NAME='"text"'
   --gin_bindings="NAME = VALUE"    the same, as T5X also spells it
   --gin_search_paths=A,B           folders to look in before the current one and the installed gin/
-  --allow_config_change=NAME,...   changes of the mathematics that a resume may make"""
+  --allow_config_change=NAME,...   changes of the mathematics that a resume may make
+  --t5x=compat|installed           who runs gin files of T5X's: we (the default), or T5X itself"""
 
 
 @dataclasses.dataclass
@@ -28,6 +41,7 @@ class CommandLine:
         search_paths: folders of --gin_search_paths.
         allowed: names of --allow_config_change.
         flags: the verb's own flags, without dashes; "" for one given without a value.
+        t5x: value of --t5x; "" if it was not given.
         positional: the arguments that are no flags.
     """
 
@@ -36,6 +50,7 @@ class CommandLine:
     search_paths: list[str] = dataclasses.field(default_factory=list)
     allowed: list[str] = dataclasses.field(default_factory=list)
     flags: dict[str, str] = dataclasses.field(default_factory=dict)
+    t5x: str = ""
     positional: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -63,6 +78,9 @@ class CommandLine:
             if name.startswith("gin."):
                 line._bind(word, name.removeprefix("gin."), equals, value)
                 continue
+            if name in T5X_FLAGS and name not in known:
+                raise UserError(f"--{name} is a flag of T5X's that vishwam does not have",
+                                got=word, fix=T5X_FLAGS[name])
             if name not in known:
                 raise UserError(
                     f"vishwam {verb} has no flag --{name}", got=word,
@@ -90,6 +108,8 @@ class CommandLine:
             self.search_paths += [path for path in value.split(",") if path]
         elif name == "allow_config_change":
             self.allowed += [path for path in value.split(",") if path]
+        elif name == "t5x":
+            self.t5x = one_of(value, CHOICES, "value of --t5x")
         else:
             self.flags[name] = value
 

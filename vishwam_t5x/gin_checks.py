@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import types
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import typeguard
@@ -20,6 +20,7 @@ import typeguard
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.gin_graph import (
     UNKNOWN,
+    Bound,
     Constant,
     Graph,
     Key,
@@ -54,20 +55,31 @@ def raise_all(mistakes: Sequence[UserError]) -> None:
     raise UserError("\n".join(lines))
 
 
-def unread(graph: Graph, read: Reach) -> list[UserError]:
-    """Returns a mistake for every macro and binding that nothing in `read` reads."""
+def unread(graph: Graph, read: Reach, forgiven: Callable[[str], bool] | None = None
+           ) -> list[UserError]:
+    """Returns a mistake for every macro and binding that nothing in `read` reads.
+
+    Args:
+        graph: the configuration.
+        read: what is read.
+        forgiven: says of a place whether what was bound there first need not be read.
+    """
+    def pardons(name: str | Key, bound: Bound) -> bool:
+        first = [*graph.superseded.get(name, ()), bound][0]
+        return forgiven is not None and forgiven(first.where)
+
     referenced = {name for bound in [*graph.macros.values(), *graph.bindings.values()]
                   for name in macros_in(bound.value)}
     mistakes = []
     for name, bound in graph.macros.items():
-        if name not in read.macros:
+        if name not in read.macros and not pardons(name, bound):
             near = did_you_mean(name, (referenced | read.macros) - {name})
             mistakes.append(UserError(
                 f"nothing reads the macro {name} ({bound.where})", got=f"{name} = {bound.value!r}",
                 fix=near or f"delete the line, or refer to it as %{name}"))
     reached = {name_of(target) for target in read.targets}
     for key, bound in graph.bindings.items():
-        if key in read.bindings:
+        if key in read.bindings or pardons(key, bound):
             continue
         target = name_of(key.target)
         if target in reached:

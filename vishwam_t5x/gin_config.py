@@ -7,11 +7,10 @@ set raise `UserError`. Values are gin's literals and references; none is ever ev
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import gin
 from gin import config as gin_internals
@@ -20,74 +19,19 @@ from gin import config_parser
 import vishwam_t5x
 from vishwam_t5x import gin_checks, gin_files, gin_graph, gin_messages
 from vishwam_t5x.command_line import CommandLine
-from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.compat import installed
+from vishwam_t5x.compat import names as t5x
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.gin_parsed import ParsedConfig as ParsedConfig
 
-T = TypeVar("T")
 # The functions that a configuration is for: a binding is read if one of them reaches it, whichever
 # verb is running, so that one recipe serves train, evaluate and infer.
 VERBS = ("train", "evaluate", "infer", "cache", "inspect", "forward")
 _ROOTS = {f"vishwam_t5x.{verb}.{verb}" for verb in VERBS}
+_ROOTS |= {f"{t5x.MAIN}.{verb}" for verb in VERBS}
+_OF_GIN = ("gin.macro", "gin.constant")
 # Macros a verb looks up itself, besides those its parameters refer to.
 READ_BY_NAME = {"forward": {"MODEL"}}  # it builds the model of a bare model file
-
-
-@dataclasses.dataclass
-class ParsedConfig:
-    """A parsed and checked configuration.
-
-    Attributes:
-        verb: the verb it was parsed for.
-        files: the gin files named on the command line, as found on disk.
-        flags: the verb's own flags that were given, without their dashes; a flag without "=" is "".
-        positional: the arguments that are no flags.
-        allowed: names given to --allow_config_change.
-        graph: macros and bindings as plain data.
-    """
-
-    verb: str
-    files: list[str]
-    flags: dict[str, str]
-    positional: list[str]
-    allowed: frozenset[str]
-    graph: gin_graph.Graph
-    _text: str
-    _state: tuple[dict, set]
-
-    def text(self) -> str:
-        """Returns the whole configuration as one gin file, sorted; `parse` reads it again."""
-        return self._text
-
-    def flat(self) -> dict[str, str]:
-        """Returns {name: value as gin writes it} with macros resolved; macros, then bindings."""
-        tables = (self.graph.macros, self.graph.bindings)
-        return {name: value for table in tables for name, value in sorted(
-            (str(key), repr(self.graph.resolve(bound.value))) for key, bound in table.items())}
-
-    def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """Returns what is bound to the parameters of `function`, references evaluated."""
-        _restore(self._state)
-        with _parts_kept_apart():
-            return gin.get_bindings(function)
-
-    def call(self, function: Callable[..., T], **overrides: Any) -> T:
-        """Calls `function` with its bound parameters; `overrides` win.
-
-        Raises:
-            UserError: a parameter has neither value nor default, or a value was refused.
-        """
-        arguments = self.arguments(function) | overrides
-        gin_checks.raise_all(gin_checks.lacking(function, arguments, f"vishwam {self.verb}"))
-        return function(**arguments)
-
-    def macro(self, name: str, default: Any = None) -> Any:
-        """Returns the value of a macro, references evaluated; `default` if it is not bound."""
-        if self.graph.macro(name) is None:
-            return default
-        _restore(self._state)
-        with _context(gin_internals.ParseContext()), _parts_kept_apart():
-            reference = gin_internals.ConfigurableReference(f"{name}/gin.macro", True)
-            return reference.scoped_configurable_fn()
-
 
 def parse(argv: Sequence[str], verb: str, *, flags: Sequence[str] = (), positional: int = 0,
           roots: Sequence[Callable[..., Any]] | None = None) -> ParsedConfig:
@@ -105,27 +49,41 @@ def parse(argv: Sequence[str], verb: str, *, flags: Sequence[str] = (), position
         UserError: any mistake of the user; all that can be found at once are listed.
     """
     line = CommandLine.split(argv, verb, flags, positional)
-    if roots is not None:
-        running = every = list(roots)
-    else:
-        running = [root] if (root := _root(verb)) else []
-        every = None
-    reader = _read(line, running)
+    mine = list(roots) if roots is not None else [root] if (root := _root(verb)) else []
+    reader = _read(line, mine, verb)
     gin_checks.raise_all(reader.mistakes)
     graph = reader.graph
-    if every is None:
-        every = [found.wrapped for found in reader.used.values()
-                 if gin_graph.name_of(found.wrapped) in _ROOTS]
+    every = roots if roots is not None else [
+        found.wrapped for found in reader.used.values()
+        if gin_graph.name_of(found.wrapped) in _ROOTS]
+    entry = t5x.entry(verb, every) if reader.t5x and mine else None
+    running = [entry] if entry else mine
     by_name = set().union(*READ_BY_NAME.values())
     wanted = gin_graph.Reach(graph, running, READ_BY_NAME.get(verb, ()), shadowed=False).missing
     absent = {found.name: found for found in [*gin_checks.undefined(graph), *wanted.values()]}
     gin_checks.raise_all([
-        *gin_checks.unread(graph, gin_graph.Reach(graph, every, by_name, history=True)),
+        *gin_checks.unread(graph, gin_graph.Reach(graph, every, by_name, history=True),
+                           t5x.is_theirs if reader.t5x else None),
         *gin_checks.missing(graph, list(absent.values()))])
     reader.keep_only(gin_graph.Reach(graph, every, by_name))
     gin_checks.raise_all(gin_checks.wrong_types(graph))
+    state = _state()
+
+    def bound(function: Callable[..., Any]) -> dict[str, Any]:
+        _restore(state)
+        if gin_internals._inverse_lookup(function) is None:
+            return {}  # No file names it.
+        with _parts_kept_apart():
+            return gin.get_bindings(function)
+
+    def value_of(name: str) -> Any:
+        _restore(state)
+        with _context(gin_internals.ParseContext()), _parts_kept_apart():
+            reference = gin_internals.ConfigurableReference(f"{name}/gin.macro", True)
+            return reference.scoped_configurable_fn()
+
     return ParsedConfig(verb, reader.files, line.flags, line.positional, frozenset(line.allowed),
-                        graph, reader.text(), _state())
+                        graph, reader.text(), bound, value_of, entry, reader.tasks())
 
 
 def read_text(text: str, source: str) -> gin_graph.Graph:
@@ -144,11 +102,15 @@ def read_text(text: str, source: str) -> gin_graph.Graph:
         _restore(state)
 
 
-def _read(line: CommandLine, roots: Sequence[Callable[..., Any]]) -> _Reader:
+def _read(line: CommandLine, roots: Sequence[Callable[..., Any]], verb: str = "") -> _Reader:
     """Clears the live configuration and reads files, then bindings; checks nothing but names."""
     _restore(({}, set()))
     reader = _Reader(gin_files.search_paths(line.search_paths))
-    for root in roots:
+    reader.t5x = any(t5x.speaks(gin_files.find(name, reader.paths).read_text(encoding="utf-8"))
+                     for name in line.files)
+    if reader.t5x:
+        installed.choose(line, verb)
+    for root in roots if not reader.t5x else ():  # else `train` is T5X's
         reader.register(root)
     for name in line.files:
         reader.read_file(name)
@@ -206,6 +168,8 @@ class _Reader(gin_internals.ParserDelegate):
         self.contexts: list[_FileContext] = []
         self._selectors: dict[gin_graph.Key, str] = {}
         self._where, self._open, self._reading, self._not_imported = "", [], [], set()
+        self.t5x = False  # whether the files are T5X's, or follow its ways
+        self.deferred: list[t5x.Deferred] = []
 
     def register(self, root: Callable[..., Any]) -> None:
         """Makes the parameters of `root` bindable, whether or not a file imports its module."""
@@ -229,6 +193,7 @@ class _Reader(gin_internals.ParserDelegate):
     def read(self, text: str, source: str, context: gin_internals.ParseContext | None = None
              ) -> None:
         context = context or _FileContext(self)
+        self.t5x = self.t5x or t5x.speaks(text)
         self.contexts.append(context)
         with _context(context):
             try:
@@ -254,6 +219,9 @@ class _Reader(gin_internals.ParserDelegate):
                 self._not_imported.add(statement.bound_name())
                 self.mistakes.append(gin_messages.no_import(
                     statement.format(), statement.module, error, self._where))
+            except UserError as error:
+                self._not_imported.add(statement.bound_name())
+                self.mistakes.append(gin_messages.at(error, self._where))
         elif isinstance(statement, config_parser.BlockDeclaration):
             self._find(statement.selector)
         else:
@@ -288,9 +256,9 @@ class _Reader(gin_internals.ParserDelegate):
         try:
             return context.get_configurable(selector)
         except UserError as error:
-            problem = f"{error.problem} ({self._where})"
-            if all(problem != mistake.problem for mistake in self.mistakes):
-                self.mistakes.append(UserError(problem, error.got, error.fix))
+            mistake = gin_messages.at(error, self._where)
+            if all(mistake.problem != other.problem for other in self.mistakes):
+                self.mistakes.append(mistake)
         return None
 
     def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
@@ -314,8 +282,37 @@ class _Reader(gin_internals.ParserDelegate):
 
     def text(self) -> str:
         """Returns the live configuration as gin text."""
+        written = gin.config_str(max_line_length=100).replace(
+            "\n", "\n" + "".join(f"import {name}\n" for name in self.tasks()), 1)
         return (f"# Written by vishwam_t5x {vishwam_t5x.__version__}: everything the run was given."
-                f"\n{gin.config_str(max_line_length=100)}")
+                f"\n{written}")
+
+    def tasks(self) -> list[str]:
+        """Returns what T5X's files import and name nothing of: modules of tasks."""
+        return sorted({module.name for module in self.deferred if not module.used})
+
+    def lookup(self, selector: str) -> gin_internals.Configurable:
+        """Finds a name by what the files use: for the command line, which imports nothing."""
+        found = [known for name, known in self.used.items()
+                 if name == selector or name.endswith(f".{selector}")]
+        if not found:
+            found = list(self._by_imports(selector))
+        if len(found) == 1:
+            return found[0]
+        raise gin_messages.not_one(selector, found, self.used, self.t5x)
+
+    def _by_imports(self, selector: str) -> Iterator[gin_internals.Configurable]:
+        """Yields what `selector` is in the files' imports, or in a module that they import."""
+        seen = set()
+        for context in [known for known in self.contexts if known._symbol_table]:
+            for name in [selector, *(f"{symbol}.{selector}" for symbol, module
+                                     in context._symbol_table.items()
+                                     if not isinstance(module, t5x.Deferred))]:
+                with contextlib.suppress(UserError):  # Not there; the caller says what is.
+                    found = context.find(name)
+                    if found.selector not in seen:
+                        seen.add(found.selector)
+                        yield found
 
 
 class _FileContext(gin_internals.ParseContext):
@@ -325,13 +322,39 @@ class _FileContext(gin_internals.ParseContext):
         self._reader = reader
         super().__init__()
 
+    def process_import(self, statement: config_parser.ImportStatement) -> None:
+        module = t5x.ours(statement.module) if self._reader.t5x else statement.module
+        if module != statement.module:
+            name = statement.bound_name()
+            statement = statement._replace(
+                module=module, is_from=True, alias=None if module.endswith(f".{name}") else name)
+        elif self._reader.t5x and t5x.may_wait(module):
+            self._symbol_table[statement.bound_name()] = later = t5x.Deferred(
+                module, statement.is_from or bool(statement.alias))
+            self._symbol_source[statement.bound_name()] = statement
+            self._reader.deferred.append(later)
+            return
+        super().process_import(statement)
+        if self._reader.t5x and not self._dynamic_registration:
+            self._symbol_table[statement.bound_name()] = importlib.import_module(module)
+            self._symbol_source[statement.bound_name()] = statement
+
     def get_configurable(self, selector: str) -> gin_internals.Configurable:
+        if self._reader.t5x and not self._dynamic_registration:
+            if selector in _OF_GIN:
+                return gin_internals._REGISTRY.get_match(selector)
+            return self._reader.lookup(selector)
+        return self.find(selector)
+
+    def find(self, selector: str) -> gin_internals.Configurable:
+        """Resolves a name by this file's imports alone."""
         try:
             names, values = self._resolve_selector(selector)
         except NameError:
             return self._unimported(selector)
         except AttributeError:
-            raise gin_messages.no_attribute(selector, self._symbol_table) from None
+            raise t5x.absent(selector, self._symbol_table) or gin_messages.no_attribute(
+                selector, self._symbol_table) from None
         if not callable(values[-1]):
             raise UserError(f"{selector} is not a function or a class",
                             got=type(values[-1]).__name__, fix="name something in it")
@@ -353,33 +376,9 @@ class _CommandLineContext(gin_internals.ParseContext):
         super().__init__()
 
     def get_configurable(self, selector: str) -> gin_internals.Configurable:
-        if selector in ("gin.macro", "gin.constant"):
+        if selector in _OF_GIN:
             return gin_internals._REGISTRY.get_match(selector)
-        found = [known for name, known in self._reader.used.items()
-                 if name == selector or name.endswith(f".{selector}")]
-        if not found:
-            found = list(self._by_imports(selector))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(gin_graph.name_of(known.wrapped) for known in found)
-            raise UserError(f"{selector!r} can be several things", got=names,
-                            fix="write more of its name")
-        short = {name.rpartition(".")[2]: name for name in self._reader.used}
-        raise UserError(f"the files refer to nothing called {selector!r}",
-                        fix=did_you_mean(selector.rpartition(".")[2], short)
-                        or "name a function or class that one of the gin files uses")
-
-    def _by_imports(self, selector: str) -> Iterator[gin_internals.Configurable]:
-        """Yields what `selector` is in the files' imports, or in a module that they import."""
-        seen = set()
-        for context in [known for known in self._reader.contexts if known._dynamic_registration]:
-            for name in [selector, *(f"{module}.{selector}" for module in context._symbol_table)]:
-                with contextlib.suppress(UserError):  # Not there; the caller says what is.
-                    found = context.get_configurable(name)
-                    if found.selector not in seen:
-                        seen.add(found.selector)
-                        yield found
+        return self._reader.lookup(selector)
 
 
 def _plain(value: Any) -> Any:

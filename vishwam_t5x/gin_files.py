@@ -56,6 +56,11 @@ def find(name: str | os.PathLike, paths: Sequence[pathlib.Path]) -> pathlib.Path
     for candidate in [wanted] if wanted.is_absolute() else _candidates(wanted, paths):
         if candidate.is_file():
             return candidate
+    if wanted.parts[:1] == ("t5x",):  # T5X's own, in our words, where T5X itself is not at hand
+        theirs = pathlib.Path("gin") / wanted
+        for candidate in _candidates(theirs, [checkout() or INSTALLED]):
+            if candidate.is_file():
+                return candidate
     looked_in = "\n       ".join(map(str, paths))
     hint = _near(wanted, paths)
     raise UserError(

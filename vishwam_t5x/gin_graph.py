@@ -209,12 +209,21 @@ class Reach:
             for key, bound in found if self._shadowed else found[-1:]:
                 for each in [bound, *self._history.get(key, ())]:
                     self._walk(each.value, scope, each.where, annotation, str(key))
+        for method in self._methods(target):
+            self._visit(method, scope, "")
         if called_at:
             for name in required_parameters(target):
                 if name not in effective:
                     key = Key((), target, name)
                     self.missing.setdefault(str(key), Missing(
                         str(key), called_at, annotation_of(target, name), "parameter"))
+
+    def _methods(self, target: Target) -> Iterator[Target]:
+        """Yields the methods of a class that have bindings of their own."""
+        if inspect.isclass(target):
+            yield from {bound for _, bound in self._index
+                        if inspect.isfunction(bound) and bound.__module__ == target.__module__
+                        and bound.__qualname__.rpartition(".")[0] == target.__qualname__}
 
     def _walk(self, value: Any, scope: Scope, where: str, annotation: Any,
               name: str = "") -> None:
@@ -247,8 +256,12 @@ class Reach:
 
 
 def name_of(target: Target) -> str:
-    """Returns the full name of a function or class, e.g. `vishwam_t5x.train.train`."""
-    return f"{target.__module__}.{target.__qualname__}"
+    """Returns the full name of a function or class, e.g. `vishwam_t5x.train.train`.
+
+    What stands for a part of another library has the name that it has there (`STANDS_FOR`).
+    """
+    module = getattr(sys.modules.get(target.__module__), "STANDS_FOR", target.__module__)
+    return f"{module}.{target.__qualname__}"
 
 
 def leaves(value: Any) -> Iterator[Any]:

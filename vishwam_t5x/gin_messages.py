@@ -6,9 +6,11 @@ import pkgutil
 import re
 import sys
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vishwam_t5x import gin_graph
+from vishwam_t5x.compat import refused
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.core.storage import StorageAway
 
@@ -25,6 +27,24 @@ def anew(error: UserError) -> UserError:
     """Returns the same error without what gin has added to it."""
     kind = StorageAway if isinstance(error, StorageAway) else UserError
     return kind(error.problem, error.got, error.fix)
+
+
+def at(error: UserError, where: str) -> UserError:
+    """Returns the error with the place in the gin file that it is about."""
+    return UserError(f"{error.problem} ({where})", error.got, error.fix)
+
+
+def not_one(selector: str, found: Sequence[Any], used: Mapping[str, Any], t5x: bool) -> UserError:
+    """Says that a name without import is that of several things in `found`, or of nothing."""
+    if found:
+        names = ", ".join(gin_graph.name_of(known.wrapped) for known in found)
+        return UserError(f"{selector!r} can be several things", got=names,
+                         fix="write more of its name")
+    short = {name.rpartition(".")[2]: name for name in used}
+    absent = t5x and refused.whatever(selector)
+    return absent or UserError(f"the files refer to nothing called {selector!r}",
+                     fix=did_you_mean(selector.rpartition(".")[2], short)
+                     or "name a function or class that one of the gin files uses")
 
 
 def unreadable(error: SyntaxError | tokenize.TokenError, source: str, text: str) -> UserError:
@@ -70,10 +90,6 @@ def no_attribute(selector: str, symbols: Mapping[str, Any]) -> UserError:
     """Says which part of a dotted name is not there; `symbols` are the modules imported."""
     first, *rest = selector.split(".")
     value, path = symbols[first], first
-    if value is sys.modules["__main__"]:
-        return UserError(
-            f"{first!r} is T5X's `import __main__`", got=selector,
-            fix=f"write 'from vishwam_t5x import {rest[0]}', then {rest[0]}.{'.'.join(rest)}")
     for name in rest:
         if not hasattr(value, name):
             public = [other for other in dir(value) if not other.startswith("_")]

@@ -21,6 +21,8 @@ from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.objectives.vocabulary import EOS_ID, PAD_ID, VocabularyLayout
 
+_OF_T5 = ("inputs", "targets")  # what T5's own tasks call their text
+
 
 class TextCodec(Protocol):
     """Text to ids and back; extra tokens by their names."""
@@ -131,6 +133,8 @@ def text_codec(tasks: Sequence[TaskCache], config: DatasetConfig,
 
     vocabulary = metrics.text_vocabulary(_with_text(tasks))
     path = getattr(vocabulary, "sentencepiece_model_file", None)
+    if layout is None and any(name in task.features for task in tasks for name in _OF_T5):
+        path = None  # Its sentinels are not where our layout has them.
     return tokenizer(path, layout) if path else VocabularyCodec(vocabulary, layout)
 
 
@@ -143,7 +147,7 @@ def tokenizer(path: str, layout: VocabularyLayout | None) -> TextCodec:
 
 def _with_text(tasks: Sequence[TaskCache]) -> str:
     for task in tasks:
-        if any(name == "text" or name.startswith("text_") for name in task.features):
+        if any(name in ("text", *_OF_T5) or name.startswith("text_") for name in task.features):
             return task.name
     raise UserError("none of the tasks has text", got=", ".join(task.name for task in tasks))
 

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from vishwam_t5x.core.batch import modality_order
 from vishwam_t5x.core.errors import UserError, did_you_mean
 
-SUPERVISED_INPUTS = {"text_inputs": "text", "image_inputs": "image", "audio_inputs": "audio"}
+SUPERVISED_INPUTS = {"text_inputs": "text", "image_inputs": "image", "audio_inputs": "audio",
+                     "inputs": "text"}
 SUPERVISED_TARGETS = {"text_targets": "text", "image_target_codes": "image",
-                      "audio_target_codes": "audio"}
+                      "audio_target_codes": "audio", "targets": "text"}
+"""Features by modality; `inputs` and `targets` are what T5's own tasks call their text."""
 SUPERVISED_SOURCES = {"image_targets": "image_target_codes", "audio_targets": "audio_target_codes"}
 """Pixels kept beside their codes, for people to look at; the trainer reads the codes."""
 NEUTRAL_INPUTS = {"text": "text", "image": "image", "audio": "audio"}

@@ -112,7 +112,7 @@ def text_vocabulary(name: str) -> seqio.Vocabulary:
                         fix=did_you_mean(name, seqio.TaskRegistry.names())
                         or "import the module that registers it")
     features = seqio.TaskRegistry.get(name).output_features
-    for feature in ("text_targets", "text_inputs", "text"):
+    for feature in ("text_targets", "text_inputs", "text", "targets", "inputs"):
         if feature in features:
             return features[feature].vocabulary
     raise UserError(f"task '{name}' has no text", got=", ".join(features))

@@ -1,0 +1,1 @@
+"""T5X's names for what we have: its gin files run here as they are."""
