@@ -193,28 +193,19 @@ def all_damaged(folder: epath.Path, faults: list[str]) -> UserError:
 def find(path: str | os.PathLike) -> epath.Path:
     """Returns the folder of checkpoints, the single checkpoint, or the file that `path` means.
 
+    What it is, or whether there is anything, is not asked.
+
     Args:
         path: MODEL_DIR, MODEL_DIR/checkpoints, either with '/latest', a checkpoint, or a file.
-
-    Raises:
-        UserError: nothing is there; the checkpoints that are near by are named.
     """
     place = absolute(path)
     if place.name == "latest" and not storage.exists(place):
         place = place.parent
-    if storage.exists(place) and not storage.is_file(place):
-        if manifests.exists(place):
-            return place
-        if storage.names(place / FOLDER):
-            return place / FOLDER
-        if steps_in(place) or place.name == FOLDER:
-            return place
-        raise UserError("this folder holds no checkpoint", got=str(path),
-                        fix="give MODEL_DIR, MODEL_DIR/checkpoints/STEP or a flat .npz")
-    if storage.is_file(place):
-        return place
-    known = steps_in(place.parent)
-    raise UserError(
-        "there is no checkpoint", got=str(path),
-        fix=f"steps in {place.parent}: {', '.join(map(str, known))}" if known else
-        "give MODEL_DIR, MODEL_DIR/checkpoints/STEP or a flat .npz")
+    if not manifests.exists(place) and storage.names(place / FOLDER):
+        return place / FOLDER
+    return place
+
+
+def is_ours(place: epath.Path) -> bool:
+    """Whether a folder that was found is a checkpoint of ours, or one of checkpoints."""
+    return manifests.exists(place) or place.name == FOLDER or bool(steps_in(place))

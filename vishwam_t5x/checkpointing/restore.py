@@ -13,6 +13,7 @@ from etils import epath
 
 from vishwam_t5x.checkpointing import directory as directories
 from vishwam_t5x.checkpointing import manifest as manifests
+from vishwam_t5x.checkpointing.convert import names as t5x_names
 from vishwam_t5x.checkpointing.layers import Plan, make_plan
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.sources import (
@@ -88,14 +89,21 @@ def _listed(what: str, names: Sequence[str]) -> list[str]:
 def open_source(path: str | os.PathLike, checksums: bool = True) -> tuple[Source, int | None, str]:
     """Opens what `path` means and returns (parameters in it, its step, its full path).
 
-    Of a folder of checkpoints the newest undamaged one is taken, and said.
+    Of a folder of checkpoints the newest undamaged one is taken, and said. One of T5X or Hugging
+    Face is known by what lies in it; its parameters have our names.
 
     Raises:
-        UserError: nothing is there, or it is damaged.
+        UserError: nothing is there that is known, or it is damaged.
     """
     place = directories.find(path)
     if storage.is_file(place):
         return NpzSource(place), None, str(place)
+    if not directories.is_ours(place):
+        from vishwam_t5x.checkpointing.convert import foreign
+
+        if (theirs := foreign.open_foreign(place)) is not None:
+            return theirs
+        raise foreign.unknown(path, place)
     if manifests.exists(place):
         return _open_one(place, checksums)
     found = directories.newest_good(place, checksums)
@@ -132,8 +140,8 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, *,
             '/'-joined names.
         abstract_params: the model's parameters: `jax.ShapeDtypeStruct`s with shardings, or arrays.
         assignment_map: T5X's: (pattern, replacement) pairs; the first pattern that matches a whole
-            parameter name gives the name looked for in the checkpoint (with '\\1' …), or leaves
-            the parameter out where the replacement is None.
+            parameter name, ours or T5X's, gives the name looked for in the checkpoint (with
+            '\\1' …), or leaves the parameter out where the replacement is None.
         dtype: floating-point parameters are cast to it; None: to the model's own dtypes.
         allow_missing: leave what the checkpoint has not as it is in `abstract_params`.
         checksums: compare every byte of a checkpoint with what was written.
@@ -147,9 +155,9 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, *,
     """
     source, step, where = open_source(path, checksums)
     wanted = flatten_names(abstract_params)
-    renamed, dropped = _assign(list(wanted), assignment_map or ())
-    shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items() if name not in dropped}
     available = {name: leaf.shape for name, leaf in source.leaves.items()}
+    renamed, dropped = _assign(list(wanted), assignment_map or (), available)
+    shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items() if name not in dropped}
     plan = make_plan(shapes, available, renamed)
     report = RestoreReport(
         where, step, tuple(plan.recipes), plan.missing, dropped, plan.mismatched, plan.extra,
@@ -164,17 +172,18 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, *,
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), report
 
 
-def _assign(names: Sequence[str], assignment_map: AssignmentMap
+def _assign(names: Sequence[str], assignment_map: AssignmentMap, available: Mapping[str, Any]
             ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Returns {parameter: name in the checkpoint} where it differs, and parameters left out."""
     renamed, dropped = {}, []
-    # T5X's patterns begin with 'target/', the root of its parameters.
-    pairs = [(_ROOT.sub("", pattern), None if new is None else _ROOT.sub("", new))
-             for pattern, new in assignment_map]
     for name in names:
-        for pattern, new in pairs:
+        # T5X's maps know its own names only, with the root of its parameters.
+        known = (name, *sorted(t5x_names.spellings(name)))
+        for pattern, new in assignment_map:
             try:
-                match = re.fullmatch(pattern, name)
+                match = next((match for word in known for match in (
+                    re.fullmatch(_ROOT.sub("", pattern), word),
+                    re.fullmatch(pattern, f"target/{word}")) if match), None)
                 target = match.expand(new) if match and new is not None else None
             except re.error as error:
                 raise UserError("the assignment map has a bad regular expression",
@@ -182,8 +191,12 @@ def _assign(names: Sequence[str], assignment_map: AssignmentMap
             if match:
                 if target is None:
                     dropped.append(name)
-                elif target != name:
-                    renamed[name] = target
+                else:
+                    target = _ROOT.sub("", target)
+                    if target not in available:
+                        target = t5x_names.parameter_from_t5x(target)
+                    if target != name:
+                        renamed[name] = target
                 break
     return renamed, tuple(dropped)
 

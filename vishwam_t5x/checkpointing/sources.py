@@ -153,12 +153,12 @@ class NpzSource:
     def read(self, requests: Mapping[str, Request]) -> dict[str, Any]:
         """See `Source.read`."""
         arrays = {}
-        with storage.as_local(self._path) as place, np.load(place, allow_pickle=False) as file:
+        with storage.as_local(self._path) as local, np.load(local, allow_pickle=False) as file:
             for name, request in requests.items():
                 array = file[self._keys[name]]
                 if _is_raw_bfloat16(array.dtype):
                     array = array.view(jnp.bfloat16)
-                arrays[name] = _place(array.astype(request.dtype), request.sharding)
+                arrays[name] = place(array.astype(request.dtype), request.sharding)
         return arrays
 
 
@@ -192,7 +192,8 @@ def _without_root(keys: list[str]) -> dict[str, str]:
     return {key: key for key in keys}
 
 
-def _place(array: np.ndarray, sharding: Sharding | None) -> Any:
+def place(array: np.ndarray, sharding: Sharding | None) -> Any:
+    """Returns an array where it is wanted: on devices, or on the host if there is no sharding."""
     if sharding is None:
         return array
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

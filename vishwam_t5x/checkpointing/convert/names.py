@@ -49,6 +49,12 @@ def parameter_to_t5x(name: str, decoder_only: bool = False) -> str | None:
     return name if _T5_PARAMETER.fullmatch(name) else None
 
 
+def spellings(name: str) -> set[str]:
+    """Returns what one of our parameters is called in T5X, with and without an encoder."""
+    found = {parameter_to_t5x(name, decoder_only) for decoder_only in (False, True)}
+    return {theirs for theirs in found if theirs is not None}
+
+
 def from_t5x(name: str) -> tuple[str, ...]:
     """Returns what an array of a T5X checkpoint is called in ours: two names of the step, else one;
     none if it has no place.

@@ -18,9 +18,9 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from vishwam_t5x.checkpointing.convert.report import Slices
+from vishwam_t5x.checkpointing.convert.report import Slices, read_part
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Leaf
-from vishwam_t5x.checkpointing.sources import Request
+from vishwam_t5x.checkpointing.sources import Request, Source, place
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.distributed import any_process
 
@@ -208,42 +208,58 @@ def _short(error: Exception) -> str:
 
 
 class Renamed:
-    """A source under other names.
+    """A source under other names, and with a few arrays more.
 
     Attributes:
         source: where the arrays are.
         names: our name -> its own; names left out are not there.
+        held: further arrays by our name.
     """
 
-    def __init__(self, source: Any, names: Mapping[str, str]) -> None:
-        self.source, self.names = source, dict(names)
+    def __init__(self, source: Source, names: Mapping[str, str],
+                 held: Mapping[str, np.ndarray] | None = None) -> None:
+        self.source, self.names, self.held = source, dict(names), dict(held or {})
+        own = source.leaves
+        self._leaves = {name: own[there] for name, there in self.names.items()}
+        self._leaves.update((name, Leaf(array.shape, array.dtype.name))
+                            for name, array in self.held.items())
 
     @property
     def leaves(self) -> Mapping[str, Leaf]:
         """See `Source.leaves`."""
-        return {name: self.source.leaves[own] for name, own in self.names.items()}
+        return self._leaves
 
     def read(self, requests: Mapping[str, Request]) -> dict[str, Any]:
         """See `Source.read`."""
         # One array may be asked for under two names, to be placed in two ways.
-        again, first = {}, {}
-        for name, request in requests.items():
-            own = self.names[name]
-            (again if own in first else first).setdefault(own, (name, request))
+        groups: list[dict[str, str]] = []
+        for name in requests:
+            if (own := self.names.get(name)) is None:
+                continue
+            group = next((group for group in groups if own not in group), None)
+            if group is None:
+                groups.append(group := {})
+            group[own] = name
         arrays: dict[str, Any] = {}
-        for group in (first, again):
-            found = self.source.read({own: request for own, (_, request) in group.items()})
-            arrays.update({name: found[own] for own, (name, _) in group.items()})
+        for group in groups:
+            found = self.source.read({own: requests[name] for own, name in group.items()})
+            arrays.update({name: found[own] for own, name in group.items()})
+        for name in set(requests) & set(self.held):
+            arrays[name] = place(self.held[name].astype(requests[name].dtype),
+                                 requests[name].sharding)
         return {name: arrays[name] for name in requests}
 
     def read_part(self, name: str, part: Slices) -> np.ndarray:
         """See `PartSource.read_part`."""
-        return self.source.read_part(self.names[name], part)
+        if name in self.held:
+            return self.held[name][part]
+        return read_part(self.source, self.names[name], part)
 
 
-def scalar(source: Any, name: str) -> int:
+def scalar(source: Source, name: str) -> int:
     """Returns a number of a source, such as its step."""
-    return int(np.asarray(source.read_part(name, ())).reshape(-1)[0])
+    whole = tuple(slice(0, length) for length in source.leaves[name].shape)
+    return int(np.asarray(read_part(source, name, whole)).reshape(-1)[0])
 
 
 def json_of(path: epath.Path) -> Any:
