@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -97,14 +98,18 @@ def checkpoint_name(report: RestoreReport) -> str:
     return str(report.step) if report.step is not None else pathlib.Path(report.path).stem
 
 
-def overrides(flags: Mapping[str, str]) -> dict[str, Any]:
+def overrides(flags: Mapping[str, str], switches: Collection[str] = ()) -> dict[str, Any]:
     """Returns the arguments that the flags --checkpoint, --split and --tasks stand for.
 
+    Args:
+        flags: as given.
+        switches: flags that need no value.
+
     Raises:
-        UserError: a flag, any flag, has no value.
+        UserError: a flag, any other flag, has no value.
     """
     for name in flags:
-        if not flags[name]:
+        if not flags[name] and name not in switches:
             raise UserError(f"--{name} needs a value", fix=f"write --{name}=VALUE")
     given: dict[str, Any] = {}
     if "checkpoint" in flags:
@@ -114,6 +119,23 @@ def overrides(flags: Mapping[str, str]) -> dict[str, Any]:
     if "tasks" in flags:
         given["tasks"] = tuple(filter(None, flags["tasks"].split(",")))
     return given
+
+
+def number(flags: Mapping[str, str], name: str) -> int:
+    """Returns the whole number that a flag was given.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return int(flags[name])
+    except ValueError:
+        raise UserError(f"--{name} must be a whole number", got=repr(flags[name])) from None
+
+
+def described(value: Any) -> str:
+    """Returns a configuration in words that are the same in another process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 class Progress:

@@ -1,20 +1,30 @@
-"""Predictions of a checkpoint for a split of tasks, or for a file of inputs.
+"""What a checkpoint makes of a split of tasks, or of a file of inputs: predictions and scores.
 
 usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=latest|STEP|PATH]
-                     [--split=SPLIT] [--tasks=A,B] [--output_file=FILE.jsonl]
-       vishwam infer --gin_file=RECIPE --input_file=FILE.jsonl [--target=text|image]
-                     [--output_file=FILE.jsonl] [--checkpoint=latest|STEP|PATH]
+                     [--mode=predict|score|predict_with_aux] [--split=SPLIT] [--tasks=A,B]
+                     [--output_file=FILE.jsonl] [--shard_id=I --num_shards=N]
+       vishwam infer --gin_file=RECIPE --input_file=FILE.jsonl [--target=text|image] [...]
 
+--mode=M          predict (the default): what the model writes and its log-probability in nats;
+                  score: the log-probability of each example's target, teacher-forced;
+                  predict_with_aux: predict, with the log-probability of every token of a text
 --input_file=F    lines {"text": "what is this?", "image": "a.png", "audio": "b.wav"}, each with one
-                  or more of the three; paths are relative to F. Lines that cannot be used are named
-                  and left out; too long an input is refused, never cut
+                  or more of the three, and "target": the text to score, or to begin with where
+                  DecodingConfig.prompt_with_targets is set; paths are relative to F. Lines that
+                  cannot be used are named and left out; too long an input is refused, never cut
 --target=M        what to write for the lines of --input_file; default: text
---output_file=F   default: MODEL_DIR/inference/STEP/NAME.jsonl
+--output_file=F   default: MODEL_DIR/inference/STEP/NAME.jsonl; NAME-MODE.jsonl unless predicting
 --checkpoint=C    latest (the default) or a step of MODEL_DIR's checkpoints; or a path
 --split, --tasks  which examples; default: EVAL_SPLIT of all tasks of the mixture
+--num_decodes=N   sequences sampled, or beams, per example; the recipe's DECODING says how
+--return_all_decodes   write all of them, by rising score, and not the best alone
+--shard_id=I --num_shards=N   this is job I (from 0) of N that share the work; the last puts the
+                  file together, which is the same however many jobs there were
+--overwrite       begin anew what another command with other settings has begun
 
-Each output line has the task (or file), example (or line), inputs, prediction and its score, the
-log-probability in nats. Pictures are written as PNG files beside the output.
+Each output line has the task (or file), example (or line), inputs, prediction and its score.
+Pictures are written as PNG files beside the output. Lines are written in chunks to FILE.jsonl.parts
+as they are made; a job that is killed goes on there when the same command is run again.
 """
 
 from __future__ import annotations
@@ -22,54 +32,64 @@ from __future__ import annotations
 import dataclasses
 import io
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from vishwam_t5x import evaluation_setup, screen, task_lookup
 from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError, one_of
 from vishwam_t5x.data.source import DatasetConfig
+from vishwam_t5x.evaluation import chunks, inference
 from vishwam_t5x.evaluation import input_file as input_files
-from vishwam_t5x.evaluation import predictions
+from vishwam_t5x.evaluation.answers import MODES
+from vishwam_t5x.evaluation.chunks import ChunkedFile, Summary
 from vishwam_t5x.evaluation.evaluator import Evaluator
-from vishwam_t5x.evaluation.generator import DecodingConfig, Generator, Request
+from vishwam_t5x.evaluation.generator import DecodingConfig
+from vishwam_t5x.evaluation.inference import How, LinesSource, TaskSource
 from vishwam_t5x.evaluation.predictions import Prediction
-from vishwam_t5x.evaluation.task_metrics import TaskMetrics
+from vishwam_t5x.evaluation.task_metrics import PREDICT, SCORE
 from vishwam_t5x.evaluation_setup import Progress
-from vishwam_t5x.objectives.vocabulary import CODE_OFFSET
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 
-FLAGS = ("checkpoint", "split", "tasks", "input_file", "output_file", "target")
+FLAGS = ("checkpoint", "mode", "split", "tasks", "input_file", "output_file", "target",
+         "num_decodes", "return_all_decodes", "shard_id", "num_shards", "overwrite")
+SWITCHES = ("return_all_decodes", "overwrite")
+_SHOWN = 20  # lines named that could not be used
 DecodeImage = Callable[[np.ndarray], np.ndarray]
 """Codes [n] from 0 -> pixels [height, width, channels] in [0, 1]."""
 
 
 @dataclasses.dataclass
 class Inference:
-    """What was predicted.
+    """What was made.
 
     Attributes:
-        path: the file of predictions.
-        num_predictions: lines in it.
+        path: the file of predictions or scores.
+        num_predictions: lines in it; 0 while chunks of other jobs are missing.
         bad_lines: lines of the input file that could not be used.
+        num_damaged: records of tasks that could not be read.
+        missing_chunks: that other jobs have not written yet; the file is there when it is 0.
     """
 
     path: pathlib.PurePath
     num_predictions: int
     bad_lines: list[input_files.BadLine] = dataclasses.field(default_factory=list)
+    num_damaged: int = 0
+    missing_chunks: int = 0
 
 
 def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig,
-          checkpoint_path: str | None = None, split: str | None = None,
+          checkpoint_path: str | None = None, mode: str = PREDICT, split: str | None = None,
           tasks: Sequence[str] = (), input_file: str | None = None,
           output_file: str | None = None, target: str = "text",
           decoding: Mapping[str, DecodingConfig] | None = None, decode_batch_size: int = 64,
+          num_decodes: int | None = None, return_all_decodes: bool = False,
           max_examples: int | None = None, vocabulary: str | None = None,
           decode_image: DecodeImage | None = None, log_mel: Any = None,
+          shard_id: int = 0, num_shards: int = 1, chunk_size: int = 1024, overwrite: bool = False,
           mesh: mesh_lib.MeshConfig | None = None,
           logical_axis_rules: LogicalAxisRules = LogicalAxisRules(),
           compilation_cache_dir: str | None = None) -> Inference:
@@ -81,24 +101,34 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         objective: what it was trained with; augmentation is left out.
         dataset_cfg: mixture, split, and the longest inputs and targets.
         checkpoint_path: 'latest', a step, or a path.
+        mode: 'predict', 'score' (the target, teacher-forced), or 'predict_with_aux'.
         split: instead of that of `dataset_cfg`.
         tasks: only these; (): all.
-        input_file: lines of inputs; None: the split is predicted.
-        output_file: where predictions go; None: a file in MODEL_DIR/inference/STEP.
+        input_file: lines of inputs; None: the split is read.
+        output_file: where the lines go; None: a file in MODEL_DIR/inference/STEP.
         target: modality written for the lines of `input_file`.
         decoding: how each modality is written; greedily those not named.
         decode_batch_size: examples written together.
+        num_decodes: instead of that of each modality that is sampled or searched by beam.
+        return_all_decodes: record all of them, not the best alone.
         max_examples: at most so many of each task.
         vocabulary: SentencePiece model for `input_file`; None: that of the cached tasks.
         decode_image: turns codes into a picture; None: codes are written as numbers.
         log_mel: `data.tf.audio.LogMelConfig` for recordings of `input_file`.
+        shard_id: number of this job among `num_shards`.
+        num_shards: jobs that share the work.
+        chunk_size: examples written in one piece, and lost at most when a job is killed.
+        overwrite: begin anew.
         mesh: devices along each axis; None: what suits the devices at hand.
         logical_axis_rules: which dimension is split over which mesh axis.
         compilation_cache_dir: as for `train`.
 
     Raises:
-        UserError: the parts do not fit together, or no line of the file can be used.
+        UserError: the parts do not fit together, no example can be used, or the output was begun
+            with other settings.
     """
+    decoding = _decoding(decoding or {}, num_decodes, return_all_decodes, one_of(
+        mode, MODES, "mode of inference"))
     ready = evaluation_setup.prepare(model, objective, dataset_cfg, split, decoding,
                                      decode_batch_size, mesh, logical_axis_rules,
                                      compilation_cache_dir)
@@ -109,25 +139,88 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         codec = task_lookup.text_codec(caches, ready.config, layout)
     else:
         codec = task_lookup.tokenizer(vocabulary, layout)
-    reader = None if input_file is None else _reader(ready, codec, target, decode_image, log_mel)
-
+    sources, bar = _sources(ready, caches, codec, max_examples), Progress()
+    if input_file is not None:
+        reader = _reader(ready, codec, target, decode_image, log_mel, mode)
+        sources = [LinesSource(ready.generator, reader, codec.decode, str(input_file))]
     params, restored = ready.load(checkpoint_path, model_dir)
-    bad: list[input_files.BadLine] = []
-    if reader is not None:
-        found = _of_lines(ready.generator, params, reader, codec, str(input_file), bad)
-    else:
-        found = _of_tasks(ready, params, caches, codec, max_examples)
     stem = ready.config.split if input_file is None else pathlib.Path(input_file).stem
     path = storage.place(output_file or storage.join(
-        model_dir, "inference", evaluation_setup.checkpoint_name(restored), f"{stem}.jsonl"))
-    if distributed.is_primary():
-        found = [_with_picture(line, path, decode_image) for line in found]
-        predictions.write_lines(path, [line.to_json() for line in found])
-    return Inference(path, len(found), bad)
+        model_dir, "inference", evaluation_setup.checkpoint_name(restored),
+        f"{stem}.jsonl" if mode == PREDICT else f"{stem}-{mode}.jsonl"))
+    settings = _settings(ready, restored, decoding, sources) | {
+        "mode": mode, "all_decodes": return_all_decodes, "decode_batch_size": decode_batch_size,
+        "chunk_size": chunk_size, "vocabulary": vocabulary, "pictures": decode_image is not None,
+        "target": None if input_file is None else target}
+    plan = chunks.plan([source.size for source in sources], chunk_size)
+    file = ChunkedFile(path, settings, plan, shard_id, num_shards)
+    summary = inference.run(
+        params, sources, file, file.begin(overwrite), How(mode, return_all_decodes),
+        lambda line: _with_picture(line, path, decode_image), bar)
+    bar.close()
+    if summary is None:
+        return Inference(path, 0, missing_chunks=file.missing())
+    return _checked(path, summary, sources, input_file)
+
+
+def _decoding(decoding: Mapping[str, DecodingConfig], num_decodes: int | None, return_all: bool,
+              mode: str) -> dict[str, DecodingConfig]:
+    """Returns how each modality is written, with `num_decodes` where more than one can be."""
+    several = [name for name, config in decoding.items() if config.method != "greedy"]
+    if mode == SCORE and (num_decodes is not None or return_all):
+        raise UserError("scoring writes nothing", got="num_decodes or return_all_decodes",
+                        fix="leave them out, or --mode=predict")
+    if (num_decodes not in (None, 1) or return_all) and not several:
+        raise UserError("greedy decoding gives one sequence", got=f"num_decodes {num_decodes}",
+                        fix="DECODING = {'text': @generator.DecodingConfig()} and "
+                            "generator.DecodingConfig.method = 'beam' or 'sample'")
+    return {name: dataclasses.replace(config, num_decodes=num_decodes)
+            if name in several and num_decodes is not None else config
+            for name, config in decoding.items()}
+
+
+def _settings(ready: evaluation_setup.Prepared, restored: Any,
+              decoding: Mapping[str, DecodingConfig], sources: Sequence[inference.Source]
+              ) -> dict[str, Any]:
+    """What the lines of a file depend on, beside the arguments that are plain values."""
+    return {"checkpoint": restored.path, "step": restored.step,
+            "examples": [source.facts() for source in sources], "split": ready.config.split,
+            "lengths": dict(ready.config.task_feature_lengths),
+            "decoding": evaluation_setup.described(dict(sorted(decoding.items()))),
+            "model": evaluation_setup.described(ready.model.config),
+            "objective": evaluation_setup.described(ready.objective)}
+
+
+def _sources(ready: evaluation_setup.Prepared, caches: Sequence[Any],
+             codec: task_lookup.TextCodec, max_examples: int | None) -> list[inference.Source]:
+    evaluator = Evaluator(ready.generator, ready.objective, codec.decode, ready.config.seed)
+    return [TaskSource(evaluator, task, max_examples) for task in caches]
+
+
+def _checked(path: pathlib.PurePath, summary: Summary, sources: Sequence[inference.Source],
+             input_file: str | None) -> Inference:
+    """Returns what a finished file holds.
+
+    Raises:
+        UserError: nothing, though there were examples.
+    """
+    why = str(summary.left_out[0]) if summary.left_out else "it is empty"
+    if input_file is None:
+        if summary.left_out and not summary.lines:
+            raise UserError("no record of the tasks can be read", got=why,
+                            fix="vishwam cache --task_or_mixture="
+                                f"{sources[0].name} --overwrite")
+        return Inference(path, summary.lines, num_damaged=len(summary.left_out))
+    bad = [input_files.BadLine(*item) for item in summary.left_out]
+    if not summary.lines:
+        raise UserError(f"no line of {input_file} can be used",
+                        got=str(bad[0]) if bad else why,
+                        fix='lines like {"text": "what is this?", "image": "a.png"}')
+    return Inference(path, summary.lines, bad)
 
 
 def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, target: str,
-            decode_image: DecodeImage | None, log_mel: Any) -> input_files.InputReader:
+            decode_image: DecodeImage | None, log_mel: Any, mode: str) -> input_files.InputReader:
     config = ready.model.config
     one_of(target, config.target_modalities, "target modality of this model")
     if target == "image" and decode_image is None:
@@ -135,62 +228,14 @@ def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, targ
                         fix="DECODE_IMAGE = @a function from codes to pixels")
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
     return input_files.InputReader(ready.objective, target, codec.encode, ready.spec, grids,
-                                   _spectrogram(log_mel))
-
-
-def _of_tasks(ready: evaluation_setup.Prepared, params: Any, caches: Sequence[Any],
-              codec: task_lookup.TextCodec, max_examples: int | None) -> list[Prediction]:
-    progress, found = Progress(), []
-    evaluator = Evaluator(ready.generator, ready.objective, codec.decode, ready.config.seed,
-                          progress)
-    for task in caches:
-        result = evaluator.evaluate(params, task, TaskMetrics(task.name), max_examples,
-                                    write_all=True)
-        found += result.predictions
-        progress.close()
-    return found
-
-
-def _of_lines(generator: Generator, params: Any, reader: input_files.InputReader,
-              codec: task_lookup.TextCodec, path: str, bad: list[input_files.BadLine]
-              ) -> list[Prediction]:
-    """Predicts for the lines of a file, in their order; `bad` gets those that cannot be used.
-
-    Raises:
-        UserError: no line can be.
-    """
-    progress, found = Progress(), []
-
-    def requests() -> Iterator[Request]:
-        for line in reader.read(path):
-            if isinstance(line, input_files.BadLine):
-                bad.append(line)
-                logging.warning("%s: %s", path, line)
-            else:
-                yield Request(line.example, tag=line)
-
-    for done in generator.generate(params, requests(), reader.target):
-        line, tokens = done.tag, done.tokens[reader.target]
-        prediction = (codec.decode(tokens) if reader.target == "text"
-                      else tokens - CODE_OFFSET)
-        found.append(Prediction(
-            path, line.number, codec.decode(line.example["inputs/text/tokens"]),
-            Request(line.example).slots(), None, prediction, done.scores[reader.target],
-            {name: value for name, value in line.fields.items() if name != "text"}))
-        progress(path, len(found), 0)
-    progress.close()
-    if not found:
-        raise UserError(f"no line of {path} can be used",
-                        got=str(bad[0]) if bad else "it is empty",
-                        fix='lines like {"text": "what is this?", "image": "a.png"}')
-    return sorted(found, key=lambda line: line.example)
+                                   _spectrogram(log_mel), mode == SCORE)
 
 
 def _with_picture(line: Prediction, path: pathlib.PurePath, decode_image: DecodeImage | None
                   ) -> Prediction:
     """Writes the picture of a line whose prediction is codes, and notes its file."""
     codes = line.prediction
-    if decode_image is None or not isinstance(codes, np.ndarray):
+    if decode_image is None or not isinstance(codes, np.ndarray) or not distributed.is_primary():
         return line
     from PIL import Image
 
@@ -229,9 +274,16 @@ def main(argv: Sequence[str]) -> int:
 
     config = gin_config.parse(argv, "infer", flags=FLAGS)
     screen.show_messages()
-    given = evaluation_setup.overrides(config.flags)
-    given.update({name: config.flags[name] for name in ("input_file", "output_file", "target")
-                  if name in config.flags})
+    given = evaluation_setup.overrides(config.flags, SWITCHES)
+    given.update({name: config.flags[name] for name in ("mode", "input_file", "output_file",
+                                                        "target") if name in config.flags})
+    given.update({name: evaluation_setup.number(config.flags, name)
+                  for name in ("num_decodes", "shard_id", "num_shards") if name in config.flags})
+    for name in SWITCHES:
+        if config.flags.get(name):
+            raise UserError(f"--{name} takes no value", got=config.flags[name])
+        if name in config.flags:
+            given[name] = True
     if "target" in given and "input_file" not in given:
         raise UserError("--target goes with --input_file", got=f"--target={given['target']}",
                         fix="tasks say themselves what is written")
@@ -239,7 +291,18 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--split and --tasks do not go with --input_file",
                         fix="give the one or the other")
     found = config.call(infer, **given)
-    print(f"{found.num_predictions} predictions: {found.path}")
+    if found.missing_chunks:
+        print(f"{found.missing_chunks} chunks of other shards are missing; the last shard puts "
+              f"{found.path} together")
+        return EXIT_OK
+    what = "scores" if given.get("mode") == SCORE else "predictions"
+    print(f"{found.num_predictions} {what}: {found.path}")
     if found.bad_lines:
-        print(f"{len(found.bad_lines)} lines could not be used; they are named above")
+        print(f"{len(found.bad_lines)} lines could not be used:")
+        for line in found.bad_lines[:_SHOWN]:
+            print(f"  {line}")
+        if len(found.bad_lines) > _SHOWN:
+            print(f"  … and {len(found.bad_lines) - _SHOWN} more")
+    if found.num_damaged:
+        print(f"{found.num_damaged} damaged records were left out")
     return EXIT_OK

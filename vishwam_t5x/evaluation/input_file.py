@@ -19,6 +19,8 @@ from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.objectives.masking import PatchSpec
 
 FIELDS = ("text", "image", "audio")
+TARGET = "target"
+"""Field of the text that is scored, or that what is written begins with."""
 Spectrogram = Callable[[Float[np.ndarray, "samples"], int, int], Float[np.ndarray, "frames mels"]]
 """(waveform in [-1, 1], samples per second, multiple of frames wanted) -> log-mel spectrogram."""
 
@@ -42,7 +44,8 @@ class InputLine(NamedTuple):
     Attributes:
         number: from 1.
         fields: what it said.
-        example: the model example, 'inputs/…' only.
+        example: the model example: 'inputs/…', and 'targets/text/targets' where the line has a
+            target.
     """
 
     number: int
@@ -61,6 +64,7 @@ class InputReader:
         spec: the longest inputs.
         grids: (rows, columns) of patches the model knows, by continuous modality.
         spectrogram: for recordings; None: they cannot be read.
+        needs_target: whether a line without a "target" cannot be used.
     """
 
     objective: Any
@@ -69,6 +73,7 @@ class InputReader:
     spec: BatchSpec
     grids: Mapping[str, tuple[int, int]]
     spectrogram: Spectrogram | None = None
+    needs_target: bool = False
 
     def read(self, path: str | os.PathLike) -> Iterator[InputLine | BadLine]:
         """Yields every line that is not blank: as inputs, or what is wrong with it.
@@ -79,24 +84,15 @@ class InputReader:
         Raises:
             UserError: the file itself cannot be read.
         """
-        try:
-            lines = io.BytesIO(storage.read_bytes(path)) if storage.is_remote(path) else (
-                storage.local(path).open("rb"))
-        except storage.StorageError:
-            raise
-        except OSError as error:
-            raise UserError("the file of inputs cannot be read",
-                            got=f"{path}: {error.strerror or 'there is none'}",
-                            fix='give a file of lines like {"text": "what is this?", '
-                                '"image": "a.png"}') from error
-        with lines:
-            for number, text in enumerate(lines, 1):
-                if text.strip():
-                    yield self._line(number, text, storage.parent(storage.expanded(path)))
+        for number, text in raw_lines(path):
+            if text.strip():
+                yield self.line(path, number, text)
 
-    def _line(self, number: int, text: bytes, folder: str) -> InputLine | BadLine:
+    def line(self, path: str | os.PathLike, number: int, text: bytes) -> InputLine | BadLine:
+        """Returns what one line of a file means, or what is wrong with it."""
         try:
             fields = _fields(text)
+            folder = storage.parent(storage.expanded(path))
             return InputLine(number, fields, self._example(fields, folder))
         except UserError as error:
             got = "" if error.got is None else f" ({error.got})"
@@ -105,6 +101,8 @@ class InputReader:
     def _example(self, fields: Mapping[str, str], folder: str) -> dict[str, np.ndarray]:
         clean: dict[str, np.ndarray] = {}
         for name, value in fields.items():
+            if name == TARGET:
+                continue
             if name not in self.objective.input_modalities:
                 raise UserError(f"the model reads no {name}")
             if name == "text":
@@ -114,12 +112,20 @@ class InputReader:
                     storage.join(folder, value), self.objective.image, self.grids["image"])
             else:
                 clean["audio_inputs"] = self._audio(storage.join(folder, value))
-        # The objective wants something to predict; what it makes of it is thrown away.
+        target = fields.get(TARGET)
+        if target is not None and self.target != "text":
+            raise UserError(f"a target is text, but what is to be written is {self.target}")
+        if self.needs_target and target is None:
+            raise UserError(f'there is no "{TARGET}" to score')
+        # The objective wants something to predict; if there is no target, what it makes of it is
+        # thrown away.
         wanted = "text_targets" if self.target == "text" else f"{self.target}_target_codes"
-        clean[wanted] = np.zeros((0 if self.target == "text" else 1,), np.int32)
+        clean[wanted] = (np.asarray(self.encode(target), np.int32) if target is not None else
+                         np.zeros((0 if self.target == "text" else 1,), np.int32))
         example = self.objective.apply(clean, seed=0, example=0)
         self._check_lengths(example)
-        return {key: value for key, value in example.items() if key.startswith("inputs/")}
+        kept = ("inputs/",) if target is None else ("inputs/", "targets/text/")
+        return {key: value for key, value in example.items() if key.startswith(kept)}
 
     def _audio(self, path: str) -> np.ndarray:
         if self.spectrogram is None:
@@ -152,17 +158,37 @@ class InputReader:
                             got=f"{total} tokens and patches, at most {self.spec.input_length}")
 
 
+def raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """Yields (number from 1, text) of every line of a file, blank ones too.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = io.BytesIO(storage.read_bytes(path)) if storage.is_remote(path) else (
+            storage.local(path).open("rb"))
+    except storage.StorageError:
+        raise
+    except OSError as error:
+        raise UserError("the file of inputs cannot be read",
+                        got=f"{path}: {error.strerror or 'there is none'}",
+                        fix='give a file of lines like {"text": "what is this?", '
+                            '"image": "a.png"}') from error
+    with lines:
+        yield from enumerate(lines, 1)
+
+
 def _fields(text: bytes) -> dict[str, str]:
     try:
         fields = json.loads(text.decode("utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one
         raise UserError("not JSON", got=str(error)) from error
-    if not isinstance(fields, dict) or not fields:
+    if not isinstance(fields, dict) or not set(fields) - {TARGET}:
         raise UserError('not an object with one of "text", "image", "audio"')
     for name, value in fields.items():
-        if name not in FIELDS:
+        if name not in (known := (*FIELDS, TARGET)):
             raise UserError(f"unknown field {name!r}",
-                            got=did_you_mean(name, FIELDS) or "fields: " + ", ".join(FIELDS))
+                            got=did_you_mean(name, known) or "fields: " + ", ".join(known))
         if not isinstance(value, str):
             raise UserError(f"the {name} is not a string", got=repr(value))
     return fields
