@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.evaluation.metrics.text import exact_match, unigram_loss
+from vishwam_t5x.evaluation.metrics.text import exact_match, unigram_loss, words_right
 
 
 def test_exact_match_counts():
     assert exact_match(["a", "b", "c"], ["a", "B", "c"]) == {"exact_match": pytest.approx(2 / 3)}
+
+
+def test_right_words_count_at_their_place():
+    assert words_right(["the cat sat", "on it"], ["the dog sat there", "on"]) == {
+        "words_right": pytest.approx(3 / 5)}
+    assert words_right(["a b"], ["b"]) == {"words_right": 0.0}
+    for targets, predictions in (([], []), (["a"], []), ([" "], ["a"])):
+        with pytest.raises(UserError, match="words_right needs"):
+            words_right(targets, predictions)
 
 
 def test_unigram_loss_by_hand():

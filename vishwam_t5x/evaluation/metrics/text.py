@@ -1,4 +1,4 @@
-"""Text metrics: exact match, and the loss of a unigram model to compare a language model with."""
+"""Text metrics: exact match, right words, and a unigram model's loss to compare with."""
 
 from __future__ import annotations
 
@@ -15,12 +15,33 @@ def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str,
     Raises:
         UserError: there are no examples, or not as many predictions as targets.
     """
-    if len(targets) != len(predictions) or not len(targets):
-        raise UserError("exact match needs as many predictions as targets, and at least one",
-                        got=f"{len(targets)} targets, {len(predictions)} predictions")
+    _check_pairs("exact match", targets, predictions)
     same = sum(target == prediction
                for target, prediction in zip(targets, predictions, strict=True))
     return {"exact_match": same / len(targets)}
+
+
+def words_right(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns {'words_right': share of the targets' words predicted at their place, in [0, 1]}.
+
+    Words are what white space parts; a word that is missing or put in moves all that follow.
+
+    Raises:
+        UserError: there are no examples, not as many predictions as targets, or no word.
+    """
+    _check_pairs("words_right", targets, predictions)
+    words = [target.split() for target in targets]
+    if not any(words):
+        raise UserError("words_right needs a target with a word")
+    same = sum(one == other for target, prediction in zip(words, predictions, strict=True)
+               for one, other in zip(target, prediction.split(), strict=False))
+    return {"words_right": same / sum(map(len, words))}
+
+
+def _check_pairs(metric: str, targets: Sequence[str], predictions: Sequence[str]) -> None:
+    if len(targets) != len(predictions) or not len(targets):
+        raise UserError(f"{metric} needs as many predictions as targets, and at least one",
+                        got=f"{len(targets)} targets, {len(predictions)} predictions")
 
 
 def unigram_loss(train_tokens: Iterable[np.ndarray] | np.ndarray,
