@@ -6,6 +6,7 @@ usage: vishwam VERB --gin_file=FILE [--gin.NAME=VALUE ...]
   evaluate   metrics and predictions of a checkpoint, by task
   infer      predictions for a split of a task or a file of inputs
   forward    logits and loss of a checkpoint on one batch (for porting)
+  convert    a checkpoint of T5X, Hugging Face or ours into another layout
   cache      prepare a task's examples once, for fast reading
   plan       compile for absent hardware: does it fit, how long is a step at best
   inspect    show a mixture: rates, lengths, packing, decoded examples
@@ -43,8 +44,8 @@ from vishwam_t5x.core.errors import (
     did_you_mean,
 )
 
-VERBS = ("train", "evaluate", "infer", "forward", "cache", "plan", "inspect", "config", "doctor",
-         "launch")
+VERBS = ("train", "evaluate", "infer", "forward", "convert", "cache", "plan", "inspect", "config",
+         "doctor", "launch")
 # The verbs that read no gin files: their help has no word about them.
 _WITHOUT_GIN = ("doctor", "launch")
 # The verbs that give XLA something to compile.
@@ -103,7 +104,7 @@ def _run(arguments: list[str]) -> int:
         return EXIT_ABORTED
     except UserError as error:
         # Built anew: gin hides the parts of an error raised while it calls something.
-        print(f"vishwam: {UserError(error.problem, error.got, error.fix)}", file=sys.stderr)
+        print(f"vishwam: {UserError(error.problem, error.got, _advised(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Preempted as stop:
         print(f"vishwam: {stop}", file=sys.stderr)
@@ -115,6 +116,16 @@ def _run(arguments: list[str]) -> int:
         # The reader of our output went away (`| head`); Python must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
+
+
+def _advised(error: UserError) -> str | None:
+    """The fix, with the model file that a checkpoint which does not fit the model would fit."""
+    leaves = getattr(error, "checkpoint_leaves", None)
+    if not leaves:
+        return error.fix
+    from vishwam_t5x import presets
+
+    return "\n       ".join(part for part in (presets.advice(leaves), error.fix) if part)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 DAMAGED, ABANDONED = "damaged", "abandoned"
+PINNED = "PINNED"
+"""A file of this name in a checkpoint, as in T5X, and no rule of keeping deletes it."""
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
@@ -110,6 +112,11 @@ def remove(directory: epath.Path) -> None:
         doomed.rmtree(missing_ok=True)
         directory.rename(doomed)
         doomed.rmtree(missing_ok=True)
+
+
+def is_pinned(directory: epath.Path) -> bool:
+    """Whether the user wants a checkpoint kept, whatever the rules of keeping say."""
+    return storage.exists(directory / PINNED)
 
 
 def set_aside(directory: epath.Path, reason: str) -> str:

@@ -259,7 +259,7 @@ class Checkpoints:
             steps = directories.steps_in(self.folder)
             kept = self._keep.kept({step: self._metrics_of(step) for step in steps})
             for step in steps:
-                if step not in kept:
+                if step not in kept and not directories.is_pinned(self.folder / str(step)):
                     directories.remove(self.folder / str(step))
             directories.remove_set_aside(self.folder)
         except Exception as error:  # noqa: BLE001 - the save itself went well

@@ -108,7 +108,7 @@ class AnyOf:
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay on disk; the newest always does.
+    """Which checkpoints stay on disk; the newest always does, and one with a file PINNED in it.
 
     Attributes:
         last: how many of the newest to keep; None: all.

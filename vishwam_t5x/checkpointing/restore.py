@@ -15,7 +15,7 @@ from vishwam_t5x.checkpointing import directory as directories
 from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.convert import names as t5x_names
 from vishwam_t5x.checkpointing.layers import Plan, make_plan
-from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
+from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Leaf
 from vishwam_t5x.checkpointing.sources import (
     CheckpointSource,
     NpzSource,
@@ -31,6 +31,22 @@ from vishwam_t5x.core.trees import flatten_names
 AssignmentMap = Sequence[tuple[str, str | None]]
 _SHOWN = 20  # names listed of each kind
 _ROOT = re.compile(r"^\^?(target|params)/")
+
+
+class OtherModel(UserError):
+    """A checkpoint does not fit the model.
+
+    Attributes:
+        checkpoint_leaves: what is in the checkpoint, so that who knows models can name another.
+    """
+
+    def __init__(self, problem: str, got: object = None, fix: str | None = None,
+                 checkpoint_leaves: Mapping[str, Leaf] | None = None) -> None:
+        self.checkpoint_leaves = dict(checkpoint_leaves or {})
+        super().__init__(problem, got, fix)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.problem, self.got, self.fix, self.checkpoint_leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +178,7 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, *,
     report = RestoreReport(
         where, step, tuple(plan.recipes), plan.missing, dropped, plan.mismatched, plan.extra,
         tuple(name for name, recipe in plan.recipes.items() if recipe.axis is not None))
-    _refuse(plan, report, available, allow_missing)
+    _refuse(plan, report, source.leaves, allow_missing)
     requests = {name: request_of(wanted[name], dtype) for name in plan.recipes}
     try:
         arrays = assemble(source, plan.recipes, requests)
@@ -201,19 +217,17 @@ def _assign(names: Sequence[str], assignment_map: AssignmentMap, available: Mapp
     return renamed, tuple(dropped)
 
 
-def _refuse(plan: Plan, report: RestoreReport, available: Mapping[str, Any], allow_missing: bool
+def _refuse(plan: Plan, report: RestoreReport, leaves: Mapping[str, Leaf], allow_missing: bool
             ) -> None:
     if plan.mismatched:
-        raise UserError("parameters of the checkpoint have other shapes than the model's",
-                        got=report.table(),
-                        fix="use the model's own gin file, or leave them out: assignment_map = "
-                            "[('NAME', None)]")
+        raise OtherModel("parameters of the checkpoint have other shapes than the model's",
+                         report.table(), "use the model's own gin file, or leave them out: "
+                         "assignment_map = [('NAME', None)]", leaves)
     if not plan.recipes and not report.dropped:
-        raise UserError("no parameter of the model is in the checkpoint", got=report.table(),
-                        fix="rename them with assignment_map = [('MODEL NAME', 'ITS NAME')]")
+        raise OtherModel("no parameter of the model is in the checkpoint", report.table(),
+                         "rename them with assignment_map = [('MODEL NAME', 'ITS NAME')]", leaves)
     if plan.missing and not allow_missing:
-        hint = did_you_mean(plan.missing[0], available)
-        raise UserError("parameters of the model are missing in the checkpoint",
-                        got=report.table(),
-                        fix="fallback_to_scratch = True starts them afresh"
-                            + (f"; {hint}" if hint else ""))
+        hint = did_you_mean(plan.missing[0], leaves)
+        raise OtherModel("parameters of the model are missing in the checkpoint", report.table(),
+                         "fallback_to_scratch = True starts them afresh"
+                         + (f"; {hint}" if hint else ""), leaves)

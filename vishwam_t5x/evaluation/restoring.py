@@ -57,7 +57,7 @@ def load_params(model: Any, path: str | os.PathLike, mesh: Mesh,
     """
     # Imported late: a training recipe that includes gin/runs/evaluate.gin imports this file, and
     # must not wait for orbax.
-    from vishwam_t5x.checkpointing.restore import restore_params
+    from vishwam_t5x.checkpointing.restore import OtherModel, restore_params
 
     wanted = abstract_params(model, mesh, rules)
     try:
@@ -68,9 +68,9 @@ def load_params(model: Any, path: str | os.PathLike, mesh: Mesh,
         differences = _differences(wanted, path)
         if not differences:
             raise
-        raise UserError(error.problem, differences,
-                        "give the gin file the checkpoint was trained with (its MODEL_DIR has it: "
-                        "config.gin)") from error
+        raise OtherModel(error.problem, differences,
+                         "give the gin file the checkpoint was trained with (its MODEL_DIR has "
+                         "it: config.gin)", getattr(error, "checkpoint_leaves", None)) from error
 
 
 def checkpoint_place(checkpoint: str | None, model_dir: str) -> str:

@@ -6,8 +6,10 @@ array without the rest has `read_part` as well (`PartSource`): then arrays large
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -17,7 +19,8 @@ from vishwam_t5x.checkpointing.sources import Request, Source
 
 PART_BYTES = 64 * 2**20
 """How much of an array is read at a time."""
-_SHOWN = 20  # names listed of each kind
+_LAYER = re.compile(r"layers_\d+|(?<=\.block\.)\d+")
+_MOMENT = re.compile(r"/(?:m|v|v_row|v_col)(?= ->|$)")
 
 Slices = tuple[slice, ...]
 
@@ -95,24 +98,25 @@ class ConversionReport:
     def __str__(self) -> str:
         return self.table()
 
-    def table(self, every: bool = False) -> str:
-        """Returns the report as lines of text: counts first, then names.
-
-        Args:
-            every: all names, not the first of each kind.
-        """
-        renamed = [f"{old} -> {new}" for old, new in self.matched if old != new]
-        rows = (("matched", [new for _, new in self.matched]), ("of these renamed", renamed),
-                ("missing in the source", list(self.missing)),
-                ("extra in the source, dropped as asked", list(self.extra)),
-                ("of the run alone, not carried over", list(self.bookkeeping)),
-                ("not in the source, begun anew", list(self.fresh)))
+    def table(self) -> str:
+        """Returns the report as lines of text: counts first, then names, of layers together."""
+        rows = (("matched", [old if old == new else f"{old} -> {new}"
+                             for old, new in self.matched]),
+                ("missing in the source", self.missing),
+                ("extra in the source, dropped as asked", self.extra),
+                ("of the run alone, not carried over", self.bookkeeping),
+                ("not in the source, begun anew", self.fresh))
         lines = [f"{self.source} -> {self.target}"]
         lines += [f"  {len(names):>6} {what}" for what, names in rows if names or what in (
             "matched", "missing in the source", "extra in the source, dropped as asked")]
-        for what, names in rows if every else rows[1:]:
+        for what, names in rows:
             if names:
-                shown = len(names) if every else _SHOWN
-                lines += [f"  {what}:", *(f"    {name}" for name in names[:shown])]
-                lines += [f"    … and {len(names) - shown} more"] if len(names) > shown else []
+                lines += [f"  {what}:", *(f"    {line}" for line in _together(names))]
         return "\n".join([*lines, *([self.note] if self.note else [])])
+
+
+def _together(names: Sequence[str]) -> list[str]:
+    """One line for what differs in the layer's number, or in the moment, alone."""
+    groups = collections.Counter(
+        _MOMENT.sub("/{m,v,v_row,v_col}", _LAYER.sub("layers_*", name)) for name in names)
+    return [f"{name}  ({count})" if count > 1 else name for name, count in groups.items()]
