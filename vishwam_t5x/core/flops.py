@@ -25,7 +25,7 @@ class EncoderDecoderShape:
         num_kv_heads: key and value heads (grouped-query attention).
         head_dim: features of a head.
         mlp_dim: hidden units of the MLP.
-        num_encoder_layers: encoder blocks.
+        num_encoder_layers: encoder blocks; 0: decoder-only, over inputs and targets in one row.
         num_decoder_layers: decoder blocks.
         gated_mlp: whether the MLP has a gate, and so three kernels instead of two.
     """
@@ -74,8 +74,11 @@ def forward_flops(shape: EncoderDecoderShape, input_length: int, target_length: 
         vocab_sizes: by target modality, (positions, size of the output table).
         projections: by input modality, (positions, features of a patch) of linear patch embeddings.
     """
-    flops = shape.num_encoder_layers * block_flops(shape, input_length)
-    flops += shape.num_decoder_layers * block_flops(shape, target_length, input_length)
+    if shape.num_encoder_layers:
+        flops = shape.num_encoder_layers * block_flops(shape, input_length)
+        flops += shape.num_decoder_layers * block_flops(shape, target_length, input_length)
+    else:
+        flops = shape.num_decoder_layers * block_flops(shape, input_length + target_length)
     for positions, size in (*(vocab_sizes or {}).values(), *(projections or {}).values()):
         flops += 2 * positions * shape.emb_dim * size
     return flops

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from absl import logging
 from jax.sharding import Mesh
 
@@ -23,7 +25,7 @@ from vishwam_t5x.objectives.metrics import drop_empty
 from vishwam_t5x.parallelism import sharding
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.training import compilation, step
-from vishwam_t5x.training.optimizers import Optimizer
+from vishwam_t5x.training.optimizer_base import Optimizer
 from vishwam_t5x.training.state import StateFactory, TrainState
 from vishwam_t5x.training.throughput import Throughput
 
@@ -50,8 +52,19 @@ class Parts:
 
     def factory(self) -> StateFactory:
         """Shapes and shardings of the train state."""
-        return StateFactory(lambda key: self.model.init(key)["params"], self.optimizer.build(),
+        return StateFactory(self._init_params, self.optimizer.build(self._logical_axes),
                             self.model.config.policy, self.mesh, self.rules)
+
+    def _init_params(self, key: Any) -> Any:
+        return self.model.init(key)["params"]
+
+    def _logical_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return self._cached_logical_axes
+
+    @functools.cached_property
+    def _cached_logical_axes(self) -> dict[str, tuple[str | None, ...]]:
+        boxed = jax.eval_shape(self._init_params, jax.random.key(0))
+        return sharding.logical_axes_by_name(boxed)
 
     def batch_shardings(self) -> dict[str, Any]:
         """Where each array of a batch lives."""
@@ -69,8 +82,8 @@ class Parts:
 
     def _step(self, factory: StateFactory, shardings: Mapping[str, Any]) -> tuple[Any, ...]:
         function = step.make_train_step(
-            step.model_loss(self.model, self.step.loss), self.optimizer.build(), self.step,
-            self.model.config.policy.accumulation_dtype)
+            step.model_loss(self.model, self.step.loss), self.optimizer.build(self._logical_axes),
+            self.step, self.model.config.policy.accumulation_dtype, self.optimizer.frozen)
         return function, factory, compilation.abstract_batch(self.spec, shardings)
 
     def throughput(self) -> Throughput:
@@ -122,7 +135,12 @@ def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:
     patches = {name: (spec.input_capacities[name], size)
                for name, size in spec.patch_dims.items()}
     whole = train_flops(shape, spec.input_length, spec.target_length, vocab, patches)
-    encoder = 3 * shape.num_encoder_layers * block_flops(shape, spec.input_length)
+    if shape.num_encoder_layers:
+        encoder = 3 * shape.num_encoder_layers * block_flops(shape, spec.input_length)
+    else:  # the decoder reads the inputs' share of the joint row
+        columns = spec.input_length + spec.target_length
+        encoder = (3 * shape.num_decoder_layers * block_flops(shape, columns)
+                   * spec.input_length / columns)
     return encoder / spec.input_length, (whole - encoder) / spec.target_length
 
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from vishwam_t5x.core.batch import Batch
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import key_for
+from vishwam_t5x.core.trees import flatten_names, unflatten_names
 from vishwam_t5x.objectives import losses
 from vishwam_t5x.objectives.metrics import loss_metrics
 from vishwam_t5x.precision.loss_scale import LossScaleState
@@ -120,19 +121,42 @@ def model_loss(model: Any, config: losses.LossConfig) -> LossFunction:
     return loss
 
 
+def split_frozen(params: Any, frozen: Callable[[str], bool]) -> tuple[Any, dict[str, Any]]:
+    """Returns the nested parameters that are trained, and {name: array} of the others."""
+    flat = flatten_names(params)
+    kept = {name: leaf for name, leaf in flat.items() if frozen(name)}
+    if not kept:
+        return params, kept
+    return unflatten_names({name: leaf for name, leaf in flat.items() if name not in kept}), kept
+
+
+def join_frozen(trained: Any, kept: dict[str, Any]) -> Any:
+    """The inverse of `split_frozen`."""
+    return unflatten_names(flatten_names(trained) | kept) if kept else trained
+
+
 def make_train_step(loss_fn: LossFunction, optimizer: optax.GradientTransformation,
-                    config: StepConfig, accumulation_dtype: DTypeLike = jnp.float32
+                    config: StepConfig, accumulation_dtype: DTypeLike = jnp.float32,
+                    frozen: Callable[[str], bool] = lambda name: False
                     ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) -> (state, metrics).
 
     Metrics are scalars: those of `objectives.metrics.loss_metrics`, and `grad_norm`, `param_norm`
     (global L2 norms), `update_applied` (bool), `bad_in_a_row`, `skipped_steps`, `loss_scale`.
+    Parameters that are `frozen` (told by '/'-joined name) are constants of the loss: they have no
+    gradient, no share in `grad_norm`, and the optimizer's update does not see them.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key_for(config.seed, "dropout"), state.step)
+        trained, kept = split_frozen(state.params, frozen)
+
+        def loss_of_trained(params: Any, part: Batch, *, dropout_key: jax.Array | None
+                            ) -> dict[str, losses.LossSums]:
+            return loss_fn(join_frozen(params, kept), part, dropout_key=dropout_key)
+
         grads, sums = accumulate_gradients(
-            loss_fn, state.params, batch, config, state.loss_scale.scale, key,
+            loss_of_trained, trained, batch, config, state.loss_scale.scale, key,
             accumulation_dtype)
         grads = state.loss_scale.unscale(grads)
         metrics = loss_metrics(sums, losses.normalizers(batch, config.loss), config.loss)
@@ -142,12 +166,13 @@ def make_train_step(loss_fn: LossFunction, optimizer: optax.GradientTransformati
         curable = jnp.isfinite(loss) & can_shrink(state.loss_scale)
         apply, stability = judge(state.stability, config.stability, loss,
                                  grads_finite & jnp.isfinite(loss), curable)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = optax.apply_updates(trained, updates)
         # A select fuses into the update; the old buffers are the donated ones.
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(apply, new, old), (params, opt_state),
-            (state.params, state.opt_state))
+            (trained, state.opt_state))
+        params = join_frozen(params, kept)
         new_state = state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, stability=stability,
             loss_scale=state.loss_scale.update(grads_finite))

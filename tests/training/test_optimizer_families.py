@@ -1,0 +1,119 @@
+"""Optax's optimizers by name: what they are equal to, where their state lies, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.trees import flatten_names
+from vishwam_t5x.training import optimizers
+from vishwam_t5x.training.optimizer_families import FAMILY, REFUSED, OptaxOptimizer
+
+PARAMS = {"mlp": {"wi": {"kernel": jnp.full((4, 6), 2.0)}}, "norm": {"scale": jnp.full((4,), 2.0)}}
+GRADS = jax.tree.map(lambda leaf: jnp.linspace(-1.0, 1.0, leaf.size).reshape(leaf.shape), PARAMS)
+SETTINGS = {"adam": {"b1": 0.8}, "lamb": {"weight_decay": 0.1}, "lars": {"weight_decay": 0.1},
+            "rmsprop": {"momentum": 0.9}, "noisy_sgd": {"eta": 0.1}, "sgd": {"momentum": 0.9}}
+
+
+def theirs(name, settings):
+    if name == "noisy_sgd":
+        return optax.noisy_sgd(0.1, key=0, **settings)
+    mask = {"mlp": {"wi": {"kernel": True}}, "norm": {"scale": False}}
+    masks = {"adamw": "mask", "lamb": "mask", "lion": "mask", "lars": "weight_decay_mask"}
+    return getattr(optax, name)(0.1, **settings, **({masks[name]: mask} if name in masks else {}))
+
+
+def two_updates(optimizer):
+    state = optimizer.init(PARAMS)
+    for _ in range(2):
+        updates, state = optimizer.update(GRADS, state, PARAMS)
+    return flatten_names(updates)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_is_optax_with_its_own_defaults_and_masks(name):
+    settings = SETTINGS.get(name, {})
+    got = two_updates(OptaxOptimizer(0.1, name=name, settings=settings).build())
+    want = two_updates(theirs(name, settings))
+    for key in want:
+        np.testing.assert_array_equal(got[key], want[key], err_msg=key)
+    assert any(np.abs(value).max() > 0 for value in got.values())
+
+
+def test_every_name_of_t5x_is_known():
+    names = {"adabelief", "adagrad", "adam", "adamw", "amos", "fromage", "lars", "lamb", "lion",
+             "noisy_sgd", "radam", "rmsprop", "sgd", "yogi", "dpsgd"}
+    assert {*FAMILY, *REFUSED} == names
+    assert optimizers.optimizer("Yogi", learning_rate=0.5, b1=0.8) == OptaxOptimizer(
+        0.5, name="yogi", settings={"b1": 0.8})
+
+
+@pytest.mark.parametrize(("name", "fields", "words"), [
+    ("amos", {}, "jestimator"), ("dpsgd", {}, "each example"), ("adm", {}, "adam"),
+    ("adam", {"settings": {"beta1": 0.9}}, "b1"),
+    ("adam", {"settings": {"learning_rate": 0.9}}, "setting of optax.adam"),
+    ("adam", {"no_decay": ("scale$",)}, "no_decay"),
+    ("adam", {"learning_rate": -1.0}, "learning_rate"),
+])
+def test_mistakes(name, fields, words):
+    with pytest.raises(UserError, match=words):
+        OptaxOptimizer(name=name, **fields)
+
+
+# All at once, one compiled program for the mesh and one for a single device.
+ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from flax import linen as nn
+from vishwam_t5x.core.trees import flatten_names
+from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
+from vishwam_t5x.parallelism.mesh import MeshConfig, make_mesh
+from vishwam_t5x.precision.policy import Policy
+from vishwam_t5x.training.optimizer_families import FAMILY, OptaxOptimizer
+from vishwam_t5x.training.optimizers import Adafactor
+from vishwam_t5x.training.state import StateFactory
+
+AXES = {"wi": ("embed", "mlp"), "wo": ("mlp", "embed"), "table": ("vocab", "embed")}
+SHAPES = {"wi": (8, 12), "wo": (12, 8), "table": (16, 8)}
+
+def init(key):
+    return {name: nn.LogicallyPartitioned(jax.random.normal(key, shape), AXES[name])
+            for name, shape in SHAPES.items()}
+
+plan = {name: OptaxOptimizer(0.1, name=name).build() for name in FAMILY}
+plan["adafactor"] = Adafactor(0.1, beta1=0.9, min_dim_size_to_factor=1).build()
+together = optax.GradientTransformation(
+    lambda params: {name: optimizer.init(params) for name, optimizer in plan.items()}, None)
+
+def step(params, state):
+    grads = jax.tree.map(lambda leaf: leaf - 1.0, params)
+    return {name: optimizer.update(grads, state[name], params) for name, optimizer in plan.items()}
+
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+factory = StateFactory(init, together, Policy(), mesh, LogicalAxisRules())
+state = factory.create(jax.random.key(0)).on_device()
+split = {leaf.shape: leaf.sharding.spec for leaf in state.params.values()}
+assert not any(leaf.sharding.is_fully_replicated for leaf in state.params.values())
+for name in plan:
+    like_parameters = 0
+    for path, leaf in flatten_names(state.opt_state[name]).items():
+        if leaf.shape in split:
+            assert leaf.sharding.spec == split[leaf.shape], (name, path, leaf.sharding)
+            like_parameters += 1
+        if path.endswith(("v_row", "v_col")):
+            assert not leaf.sharding.is_fully_replicated, (name, path)
+    assert (like_parameters > 0) == (name not in ("fromage", "noisy_sgd", "sgd")), name
+
+places = {name: (factory.shardings.params, factory.shardings.opt_state[name]) for name in plan}
+after = jax.jit(step, out_shardings=places)(state.params, state.opt_state)
+alone = jax.jit(step)(*jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)),
+                                    (state.params, state.opt_state)))
+for (path, found), want in zip(flatten_names(after).items(), jax.tree.leaves(alone), strict=True):
+    np.testing.assert_allclose(found, want, rtol=2e-5, atol=1e-6, err_msg=path)
+print("all", len(plan))
+"""
+
+
+def test_state_lies_with_its_parameters_on_a_mesh(eight_devices):
+    assert "all 14" in eight_devices(ON_A_MESH)

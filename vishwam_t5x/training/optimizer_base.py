@@ -1,0 +1,124 @@
+"""What every optimizer has: a schedule, an optax transformation, and what it leaves alone."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.trees import flatten_names
+
+LogicalAxes = Callable[[], Mapping[str, Sequence[str | None]]]
+"""Returns {'/'-joined parameter name: logical axis names}; asked only by who needs them."""
+
+NO_DECAY = (r"(^|/)scale$", r"(^|/)bias$", r"embedding$")
+"""Parameters whose weights do not decay unless asked: norm scales, biases, embedding tables."""
+
+
+def decay_mask(no_decay: Sequence[str] = NO_DECAY) -> Callable[[str], bool]:
+    """Returns the function that tells by '/'-joined name whether a parameter's weights decay.
+
+    Args:
+        no_decay: regular expressions, searched in the name, of those that do not.
+
+    Raises:
+        UserError: a pattern is not a regular expression.
+    """
+    compiled = []
+    for pattern in no_decay:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise UserError("a pattern of `no_decay` is not a regular expression",
+                            got=repr(pattern), fix=str(error)) from error
+    return lambda name: not any(pattern.search(name) for pattern in compiled)
+
+
+def tree_mask(decays: Callable[[str], bool]) -> Callable[[Any], Any]:
+    def mask(params: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(params),
+                                  [decays(name) for name in flatten_names(params)])
+
+    return mask
+
+
+class Optimizer(abc.ABC):
+    """What a training run asks of an optimizer's config."""
+
+    @abc.abstractmethod
+    def schedule(self, step: Any) -> Float[Array, ""]:
+        """Returns the learning rate of the update that follows `step` updates, float32 []."""
+
+    @abc.abstractmethod
+    def build(self, logical_axes: LogicalAxes | None = None) -> optax.GradientTransformation:
+        """Returns the optax transformation.
+
+        Args:
+            logical_axes: of the parameters; only Adafactor's `logical_factor_rules` need them.
+        """
+
+    def frozen(self, name: str) -> bool:
+        """Whether the parameter of this name is left as it is, without state or gradient."""
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleOptimizer(Optimizer):
+    """What all optimizers share that treat all parameters alike.
+
+    Attributes:
+        learning_rate: per update: a number, or a schedule (function of the step).
+        global_norm_clip: gradients are scaled down to this global norm first (T5X's
+            `global_norm_clip_threshold`); None: never.
+        no_decay: regular expressions of parameters ('/'-joined names) whose weights do not decay.
+    """
+
+    learning_rate: float | Callable[[Any], Any] = 1e-3
+    global_norm_clip: float | None = None
+    no_decay: Sequence[str] = NO_DECAY
+
+    def __post_init__(self) -> None:
+        if not callable(self.learning_rate) and not self.learning_rate > 0:
+            raise UserError("learning_rate must be positive, or a schedule",
+                            got=repr(self.learning_rate))
+        if self.global_norm_clip is not None and not self.global_norm_clip > 0:
+            raise UserError("global_norm_clip must be positive, or None for no clipping",
+                            got=repr(self.global_norm_clip))
+        if isinstance(self.no_decay, str):
+            raise UserError("no_decay must be a list of regular expressions",
+                            got=repr(self.no_decay), fix=f"no_decay = ({self.no_decay!r},)")
+        decay_mask(self.no_decay)
+
+    def schedule(self, step: Any) -> Float[Array, ""]:
+        rate = self.learning_rate
+        return jnp.asarray(rate(step) if callable(rate) else rate, jnp.float32)
+
+    def build(self, logical_axes: LogicalAxes | None = None) -> optax.GradientTransformation:
+        rule = self._rule(decay_mask(self.no_decay), logical_axes)
+        if self.global_norm_clip is None:
+            return rule
+        return optax.chain(optax.clip_by_global_norm(self.global_norm_clip), rule)
+
+    @abc.abstractmethod
+    def _rule(self, decays: Callable[[str], bool], logical_axes: LogicalAxes | None
+              ) -> optax.GradientTransformation:
+        """Returns the transformation without clipping by global norm."""
+
+    def _check_betas(self, **betas: float) -> None:
+        for name, value in betas.items():
+            if not 0 <= value < 1:
+                raise UserError(f"{type(self).__name__}: {name} must be in [0, 1)",
+                                got=repr(value))
+
+    def _check_decay(self, weight_decay: float) -> None:
+        if weight_decay < 0:
+            raise UserError(f"{type(self).__name__}: weight_decay must not be negative",
+                            got=repr(weight_decay))
