@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @struct.dataclass
@@ -52,12 +52,15 @@ class TargetSequence:
         angles: [B, M, head_dim / 2] float32, or None.
         segment_ids: [B, M] int32, as in `InputSequence`.
         modality: [B, M] int32, number of the modality; attention stays within it.
+        prefix: [B, M] bool, slots that all slots of the prefix of their example see, later ones
+            too (decoder-only models); None: causal throughout.
     """
 
     embeddings: Float[Array, "B M D"]
     angles: Float[Array, "B M P"] | None
     segment_ids: Int[Array, "B M"]
     modality: Int[Array, "B M"]
+    prefix: Bool[Array, "B M"] | None = None
 
     @staticmethod
     def concatenate(parts: Sequence[TargetSequence]) -> TargetSequence:

@@ -67,6 +67,40 @@ def attend(queries: Float[Array, "B H Q D"], keys_values: KeysValues,
     return (context.reshape(queries.shape) / total).astype(queries.dtype)
 
 
+def attend_after_prefix(queries: Float[Array, "R H 1 D"], prefix: KeysValues, own: KeysValues,
+                        bias: Float[Array, "B 1 1 K"], relative: Float[Array, "1 H 1 K"] | None,
+                        *, float32_logits: bool, scale: float) -> Float[Array, "R H 1 D"]:
+    """Softmax attention of one token of each decode to its example's prefix and its own tokens.
+
+    Args:
+        queries: [R, H, 1, D], R = B · decodes, those of one example next to each other.
+        prefix: [B, K, P, D], stored once for all decodes of an example.
+        own: [R, K, T, D].
+        bias: added to the logits of all P + T keys.
+        relative: added to them too, or None.
+        float32_logits: as in `attend`.
+        scale: multiplies the queries.
+    """
+    batch, kv_heads, prefix_length, head_dim = prefix.keys.shape
+    grouped = queries.reshape(batch, -1, kv_heads, queries.shape[1] // kv_heads, head_dim)
+    grouped = grouped * scale if scale != 1.0 else grouped
+    own = KeysValues(*(part.reshape(batch, -1, *part.shape[1:]) for part in own))
+    dtype = jnp.float32 if float32_logits else queries.dtype
+    logits = jnp.concatenate(
+        [jnp.einsum("bnkgd,bkpd->bnkgp", grouped, prefix.keys, preferred_element_type=dtype),
+         jnp.einsum("bnkgd,bnktd->bnkgt", grouped, own.keys, preferred_element_type=dtype)], -1)
+    logits = logits + bias[:, :, :, None, :]
+    if relative is not None:
+        logits = logits + relative.reshape(1, 1, kv_heads, -1, relative.shape[-1])
+    weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
+    total = jnp.sum(weights, -1, keepdims=True, dtype=jnp.float32)
+    before, after = jnp.split(weights.astype(queries.dtype), [prefix_length], axis=-1)
+    context = (
+        jnp.einsum("bnkgp,bkpd->bnkgd", before, prefix.values, preferred_element_type=jnp.float32)
+        + jnp.einsum("bnkgt,bnktd->bnkgd", after, own.values, preferred_element_type=jnp.float32))
+    return (context / total).astype(queries.dtype).reshape(queries.shape)
+
+
 def _drop(weights: jax.Array, values: jax.Array, key_dropout: nn.Dropout
           ) -> tuple[jax.Array, jax.Array]:
     """Drops keys of a head for all queries alike.
@@ -157,6 +191,16 @@ class Attention(nn.Module):
         context = checkpoint_name(context.reshape(*context.shape[:2], -1), ATTENTION_CONTEXT)
         context = constrain(context, ("batch", "length", "joined_kv"))
         return checkpoint_name(self.out(context), ATTENTION_OUT)
+
+    def attend_after_prefix(self, queries: Float[Array, "R H 1 C"], prefix: KeysValues,
+                            own: KeysValues, bias: Float[Array, "B 1 1 K"],
+                            relative: Float[Array, "1 H 1 K"] | None) -> Float[Array, "R 1 D"]:
+        """Returns what `attend_after_prefix` does, after the output projection."""
+        context = attend_after_prefix(
+            queries, prefix, own, bias, relative, float32_logits=self.float32_logits,
+            scale=1.0 / math.sqrt(self.head_dim) if self.scale_logits else 1.0)
+        context = context.swapaxes(1, 2)
+        return self.out(context.reshape(*context.shape[:2], -1))
 
     def __call__(self, x: Float[Array, "B Q D"], context: Float[Array, "B K E"],
                  rope: positions.Rope | None, context_rope: positions.Rope | None,

@@ -21,7 +21,8 @@ class LayerCache(NamedTuple):
 
     Attributes:
         own: self-attention keys and values, [R, K, T, head_dim], slots not yet decoded arbitrary.
-        cross: keys and values of the encoder's output, [B, K, L, head_dim].
+        cross: keys and values of the encoder's output, or of a decoder-only model's prefix,
+            [B, K, L, head_dim].
     """
 
     own: KeysValues
@@ -37,12 +38,15 @@ class DecodeCache:
     Attributes:
         index: scalar int32, tokens decoded so far and so the position of the next one.
         layers: a tuple of `LayerCache`, or one with all arrays stacked on axis 0 (scanned layers).
-        cross_bias: [B, 1, 1, L] additive mask of the encoder's slots.
+        cross_bias: [B, 1, 1, L] additive mask of the encoder's slots (of those of the prefix).
+        first: [B, 1, D], of a decoder-only model: the last slot of the prefix, which predicts the
+            first token in the place of BOS; None for others.
     """
 
     index: Int[Array, ""]
     layers: Any
     cross_bias: Float[Array, "B 1 1 L"]
+    first: Float[Array, "B 1 D"] | None = None
 
     @property
     def stacked(self) -> bool:

@@ -72,7 +72,8 @@ class EncoderDecoderConfig:
         mlp_dim: hidden units of the MLP.
         mlp_activations: activations whose product is the MLP's hidden layer, see
             `layers.ACTIVATIONS`; ('silu', 'linear') is a SiLU-gated MLP.
-        num_encoder_layers: encoder blocks.
+        num_encoder_layers: encoder blocks; 0: no encoder, a decoder-only prefix LM (see
+            `models.prefix`).
         num_decoder_layers: decoder blocks.
         inputs: input modalities, in the order of their slots in an encoder row.
         targets: target modalities, in the order of their slots in a decoder row.
@@ -120,8 +121,9 @@ class EncoderDecoderConfig:
                                 fix="e.g. mlp_activations = ('silu', 'linear'), "
                                 "inputs = (@config.TextInput(),)")
             object.__setattr__(self, name, tuple(value))
-        check_positive(self, ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_encoder_layers",
-                              "num_decoder_layers"))
+        check_positive(self, ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_decoder_layers"))
+        if self.num_encoder_layers != 0:
+            check_positive(self, ("num_encoder_layers",))
         self._check_attention()
         for activation in self.mlp_activations:
             one_of(activation, ACTIVATIONS, "activation in mlp_activations")
@@ -149,6 +151,10 @@ class EncoderDecoderConfig:
                             got=self.head_dim, fix=f"head_dim = {self.head_dim + 1}")
 
     def _check_modalities(self) -> None:
+        if self.decoder_only and len(self.targets) != 1:
+            raise UserError("a decoder-only model writes one modality",
+                            got=", ".join(module.modality for module in self.targets),
+                            fix="leave one of targets, or set num_encoder_layers")
         for side, modules in (("inputs", self.inputs), ("targets", self.targets)):
             names = [module.modality for module in modules]
             for name in names:
@@ -168,6 +174,11 @@ class EncoderDecoderConfig:
                     "differ in vocab_size",
                     got=f"{sizes[table.name].num_embeddings} and {table.num_embeddings}",
                     fix="set both to the larger one")
+
+    @property
+    def decoder_only(self) -> bool:
+        """Whether there is no encoder, and inputs are a prefix of what the decoder reads."""
+        return self.num_encoder_layers == 0
 
     @property
     def kv_heads(self) -> int:

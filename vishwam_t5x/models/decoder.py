@@ -1,4 +1,8 @@
-"""The decoder: causal self-attention, cross-attention and MLP; whole rows or a token at a time."""
+"""The decoder: causal self-attention, cross-attention and MLP; whole rows or a token at a time.
+
+Without an encoder there is no cross-attention, and the row is a prefix with its continuation: see
+`models.prefix`.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ class Encoded:
 
 
 class DecoderLayer(nn.Module):
-    """As `EncoderLayer`, with cross-attention between self-attention and MLP."""
+    """As `EncoderLayer`, with cross-attention between self-attention and MLP if it has encoders."""
 
     config: EncoderDecoderConfig
 
@@ -53,15 +57,16 @@ class DecoderLayer(nn.Module):
         self.relpos_bias = make_relative_bias(cfg, bidirectional=False, in_layer=True)
         self.pre_self_attention_layer_norm = make_norm(cfg)
         self.self_attention = make_attention(cfg)
-        self.pre_cross_attention_layer_norm = make_norm(cfg)
-        self.encoder_decoder_attention = make_attention(cfg)
+        if not cfg.decoder_only:
+            self.pre_cross_attention_layer_norm = make_norm(cfg)
+            self.encoder_decoder_attention = make_attention(cfg)
         self.pre_mlp_layer_norm = make_norm(cfg)
         self.mlp = make_mlp(cfg)
         self.dropout = dropout(cfg.dropout_rate)
 
-    def __call__(self, x: Float[Array, "B M D"], encoded: Float[Array, "B L D"],
+    def __call__(self, x: Float[Array, "B M D"], encoded: Float[Array, "B L D"] | None,
                  rope: positions.Rope | None, encoded_rope: positions.Rope | None,
-                 self_bias: Float[Array, "B 1 M M"], cross_bias: Float[Array, "B 1 M L"],
+                 self_bias: Float[Array, "B 1 M M"], cross_bias: Float[Array, "B 1 M L"] | None,
                  relative: Float[Array, "1 H M M"] | None = None, enable_dropout: bool = False
                  ) -> Float[Array, "B M D"]:
         x = constrain(x, RESIDUAL)
@@ -70,10 +75,11 @@ class DecoderLayer(nn.Module):
         y = self.pre_self_attention_layer_norm(x)
         y = self.self_attention(y, y, rope, rope, self_bias, relative, enable_dropout)
         x = x + self.dropout(y, deterministic=not enable_dropout)
-        y = self.pre_cross_attention_layer_norm(x)
-        y = self.encoder_decoder_attention(y, encoded, rope, encoded_rope, cross_bias, None,
-                                           enable_dropout)
-        x = x + self.dropout(y, deterministic=not enable_dropout)
+        if encoded is not None:
+            y = self.pre_cross_attention_layer_norm(x)
+            y = self.encoder_decoder_attention(y, encoded, rope, encoded_rope, cross_bias, None,
+                                               enable_dropout)
+            x = x + self.dropout(y, deterministic=not enable_dropout)
         y = self.mlp(self.pre_mlp_layer_norm(x), enable_dropout)
         x = x + self.dropout(y, deterministic=not enable_dropout)
         return constrain(x, RESIDUAL)
@@ -83,15 +89,33 @@ class DecoderLayer(nn.Module):
         """Returns cross-attention keys and values of the encoder's output."""
         return self.encoder_decoder_attention.keys_values(encoded, rope)
 
+    def prefill(self, x: Float[Array, "B N D"], rope: positions.Rope | None,
+                bias: Float[Array, "B 1 N N"], relative: Float[Array, "1 H N N"] | None
+                ) -> tuple[Float[Array, "B N D"], KeysValues]:
+        """Runs a prefix; returns its output and its self-attention keys and values."""
+        if self.relpos_bias is not None:
+            relative = self.relpos_bias(x.shape[1], x.shape[1])
+        y = self.pre_self_attention_layer_norm(x)
+        own = self.self_attention.keys_values(y, rope)
+        queries = self.self_attention.queries(y, rope)
+        x = x + self.self_attention.attend_to(queries, own, bias, relative)
+        return x + self.mlp(self.pre_mlp_layer_norm(x)), own
+
     def step(self, x: Float[Array, "R 1 D"], cache: LayerCache, index: Int[Array, ""],
              rope: positions.Rope | None, cross_bias: Float[Array, "B 1 1 L"],
              relative: Float[Array, "1 H 1 T"] | None = None
              ) -> tuple[Float[Array, "R 1 D"], KeysValues]:
-        """Runs one token; returns its output and its self-attention keys and values."""
+        """Runs one token; returns its output and its self-attention keys and values.
+
+        Of a decoder-only model `cross_bias` and `relative` are of the prefix and the own tokens.
+        """
         y = self.pre_self_attention_layer_norm(x)
         new = self.self_attention.keys_values(y, rope)
         own = jax.tree.map(lambda old, token: write_token(old, token, index), cache.own, new)
         max_length = own.keys.shape[2]
+        if self.config.decoder_only:
+            return self._step_after_prefix(x, y, own, new, cache.cross, index, rope, cross_bias,
+                                           relative)
         if self.relpos_bias is not None:
             relative = self.relpos_bias.at(index, max_length)
         seen = jnp.arange(max_length) <= index
@@ -103,6 +127,18 @@ class DecoderLayer(nn.Module):
         queries = self.encoder_decoder_attention.queries(y, rope)
         y = self.encoder_decoder_attention.attend_to(queries, cache.cross, cross_bias)
         x = x + y.reshape(x.shape)
+        return x + self.mlp(self.pre_mlp_layer_norm(x)), new
+
+
+    def _step_after_prefix(self, x: jax.Array, y: jax.Array, own: KeysValues, new: KeysValues,
+                           prefix: KeysValues, index: jax.Array, rope: positions.Rope | None,
+                           bias: jax.Array, relative: jax.Array | None
+                           ) -> tuple[jax.Array, KeysValues]:
+        if self.relpos_bias is not None:
+            length = prefix.keys.shape[2]
+            relative = self.relpos_bias.at(length + index, length + own.keys.shape[2])
+        queries = self.self_attention.queries(y, rope)
+        x = x + self.self_attention.attend_after_prefix(queries, prefix, own, bias, relative)
         return x + self.mlp(self.pre_mlp_layer_norm(x)), new
 
 
@@ -122,27 +158,30 @@ class Decoder(nn.Module):
         self.input_dropout = dropout(cfg.dropout_rate)
         self.output_dropout = dropout(cfg.dropout_rate)
 
-    def __call__(self, sequence: TargetSequence, encoded: Encoded, enable_dropout: bool = False
-                 ) -> Float[Array, "B M D"]:
+    def __call__(self, sequence: TargetSequence, encoded: Encoded | None,
+                 enable_dropout: bool = False) -> Float[Array, "B M D"]:
         """Returns the hidden states after the final norm; those of padding mean nothing.
 
         Args:
             sequence: embedded decoder inputs in row order.
-            encoded: the encoder's output.
+            encoded: the encoder's output; None where there is no encoder.
             enable_dropout: whether to drop; needs the rng 'dropout'.
         """
         cfg = self.config
         dtype = logits_dtype(cfg)
-        rope, encoded_rope = positions.rope(sequence.angles), positions.rope(encoded.angles)
-        self_bias = masks.to_bias(
-            masks.decoder_mask(sequence.segment_ids, sequence.modality), dtype)
-        cross_bias = masks.to_bias(
-            masks.same_segment(sequence.segment_ids, encoded.segment_ids), dtype)
+        rope = positions.rope(sequence.angles)
+        self_bias = masks.to_bias(masks.decoder_mask(
+            sequence.segment_ids, sequence.modality, sequence.prefix), dtype)
+        read = encoded_rope = cross_bias = None
+        if encoded is not None:
+            read, encoded_rope = encoded.hidden, positions.rope(encoded.angles)
+            cross_bias = masks.to_bias(
+                masks.same_segment(sequence.segment_ids, encoded.segment_ids), dtype)
         length = sequence.segment_ids.shape[1]
         relative = None if self.relpos_bias is None else self.relpos_bias(length, length)
 
         def body(layer: DecoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
-            return layer(x, encoded.hidden, rope, encoded_rope, self_bias, cross_bias, relative,
+            return layer(x, read, rope, encoded_rope, self_bias, cross_bias, relative,
                          enable_dropout), None
 
         x = constrain(sequence.embeddings, RESIDUAL)
@@ -176,17 +215,53 @@ class Decoder(nn.Module):
         bias = masks.to_bias(masks.same_segment(ones, encoded.segment_ids), logits_dtype(cfg))
         return DecodeCache(jnp.zeros((), jnp.int32), layers, bias)
 
+    def prefill(self, sequence: TargetSequence, max_length: int, num_decodes: int = 1
+                ) -> DecodeCache:
+        """Returns the cache of a decoder-only model that has read its prefix.
+
+        Args:
+            sequence: BOS and the inputs, from `prefix.align_right`; with rotary angles if any.
+            max_length: most tokens to be decoded.
+            num_decodes: rows to decode for each example (beams or samples).
+        """
+        cfg = self.config
+        dtype, segments = cfg.policy.compute_dtype, sequence.segment_ids
+        batch, length = segments.shape
+        shape = (batch * num_decodes, cfg.kv_heads, max_length, cfg.head_dim)
+        rope = positions.rope(sequence.angles)
+        bias = masks.to_bias(masks.same_segment(segments, segments), logits_dtype(cfg))
+        relative = None if self.relpos_bias is None else self.relpos_bias(length, length)
+
+        def body(layer: DecoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, LayerCache]:
+            x, read = layer.prefill(x, rope, bias, relative)
+            own = KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            # The last slot is run again, with what it predicts: see `DecodeCache.first`.
+            return x, LayerCache(own, jax.tree.map(lambda array: array[:, :, :-1], read))
+
+        x = constrain(sequence.embeddings, RESIDUAL)
+        _, layers = apply_layers(self._layers(), body, x, num_layers=cfg.num_decoder_layers)
+        seen = masks.to_bias(segments[:, None, :-1] > 0, logits_dtype(cfg))
+        return DecodeCache(jnp.zeros((), jnp.int32), layers, seen, sequence.embeddings[:, -1:])
+
     def step(self, x: Float[Array, "R 1 D"], angles: Float[Array, "1 1 P"] | None,
              cache: DecodeCache) -> tuple[Float[Array, "R 1 D"], DecodeCache]:
         """Returns the hidden state of one more token, after the final norm, and the cache."""
         cfg = self.config
         rope = positions.rope(angles)
+        before, bias = 0, cache.cross_bias
+        if cache.first is not None:
+            before = bias.shape[-1]
+            seen = jnp.broadcast_to(jnp.arange(cache.max_length) <= cache.index,
+                                    (bias.shape[0], 1, cache.max_length))
+            bias = jnp.concatenate([bias, masks.to_bias(seen, bias.dtype)], axis=-1)
+            last = jnp.repeat(cache.first, cache.num_decodes, axis=0)
+            x = jnp.where(cache.index == 0, last, x)
         relative = None if self.relpos_bias is None else self.relpos_bias.at(
-            cache.index, cache.max_length)
+            before + cache.index, before + cache.max_length)
 
         def body(layer: DecoderLayer, x: jax.Array, layer_cache: LayerCache
                  ) -> tuple[jax.Array, KeysValues]:
-            return layer.step(x, layer_cache, cache.index, rope, cache.cross_bias, relative)
+            return layer.step(x, layer_cache, cache.index, rope, bias, relative)
 
         x, new = apply_layers(self._layers(), body, x, cache.layers,
                               num_layers=cfg.num_decoder_layers)

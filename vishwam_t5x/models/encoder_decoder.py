@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from vishwam_t5x.core.batch import Batch
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.core.sequence import InputSequence, TargetSequence
-from vishwam_t5x.models import modalities, rows
+from vishwam_t5x.models import modalities, prefix, rows
 from vishwam_t5x.models.cache import DecodeCache
 from vishwam_t5x.models.config import EncoderDecoderConfig
 from vishwam_t5x.models.decoder import Decoder, Encoded
@@ -40,7 +40,8 @@ class ModelOutput:
     """What a forward pass returns.
 
     Attributes:
-        encoder_output: [B, L, D], encoded slots in row order; those of padding mean nothing.
+        encoder_output: [B, L, D], encoded slots in row order; those of padding mean nothing. Of a
+            decoder-only model: the embedded inputs.
         hidden: by target modality [B, M, D], decoder output after the final norm in the slots of
             the modality's own arrays; zero in slots that no row column uses.
     """
@@ -76,7 +77,8 @@ class EncoderDecoder(nn.Module):
             module.modality: module.build(cfg, embedder(module)) for module in cfg.inputs}
         self.target_encoders = {
             module.modality: module.build(cfg, embedder(module)) for module in cfg.targets}
-        self.encoder = Encoder(cfg)
+        if not cfg.decoder_only:
+            self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
 
     @nn.nowrap
@@ -112,13 +114,18 @@ class EncoderDecoder(nn.Module):
         return ModelOutput(encoded.hidden, self.decode(batch, encoded, enable_dropout))
 
     def encode(self, batch: Batch, enable_dropout: bool = False) -> Encoded:
-        """Returns the encoded input side of the batch, in row order."""
+        """Returns the encoded input side of the batch, in row order.
+
+        Without an encoder that is the embedded inputs: the decoder reads them as a prefix.
+        """
         fields = _fields(batch, "inputs", self.config.input_modalities)
         sequence = InputSequence.concatenate(
             [self.input_encoders[name](part) for name, part in fields.items()])
         index = batch.get("inputs/row/index")
         if index is not None:
             sequence = InputSequence(*_to_row(sequence, index))
+        if self.config.decoder_only:
+            return Encoded(sequence.embeddings, None, sequence.segment_ids)
         return Encoded(self.encoder(sequence, enable_dropout), sequence.angles,
                        sequence.segment_ids)
 
@@ -130,17 +137,27 @@ class EncoderDecoder(nn.Module):
         sequence = TargetSequence.concatenate(parts)
         index = batch.get("targets/row/index")
         if index is None:
-            hidden = self.decoder(sequence, encoded, enable_dropout)
+            hidden = self._decode_row(sequence, encoded, enable_dropout)
         else:
             num_slots = sequence.segment_ids.shape[1]
             sequence = TargetSequence(*_to_row(sequence, index))
-            hidden = self.decoder(sequence, encoded, enable_dropout)
+            hidden = self._decode_row(sequence, encoded, enable_dropout)
             hidden = constrain(rows.permute(hidden, rows.invert(index, num_slots), index), RESIDUAL)
         starts = [0]
         for part in parts:
             starts.append(starts[-1] + part.segment_ids.shape[1])
         return {name: hidden[:, start:end]
                 for name, start, end in zip(fields, starts[:-1], starts[1:], strict=True)}
+
+    def _decode_row(self, sequence: TargetSequence, encoded: Encoded, enable_dropout: bool
+                    ) -> Float[Array, "B M D"]:
+        cfg = self.config
+        if not cfg.decoder_only:
+            return self.decoder(sequence, encoded, enable_dropout)
+        joined = prefix.join(encoded.hidden, encoded.segment_ids, sequence)
+        row = joined.sequence.replace(angles=prefix.column_angles(
+            0, joined.slots.shape[1], cfg.head_dim, cfg.rope_theta))
+        return joined.read(self.decoder(row, None, enable_dropout))
 
     def logits(self, batch: Batch, enable_dropout: bool = False
                ) -> dict[str, Float[Array, "B M V"]]:
@@ -169,7 +186,18 @@ class EncoderDecoder(nn.Module):
         return sums
 
     def init_cache(self, encoded: Encoded, max_length: int, num_decodes: int = 1) -> DecodeCache:
-        """Returns an empty cache for decoding one modality; see `Decoder.init_cache`."""
+        """Returns an empty cache for decoding one modality; see `Decoder.init_cache`.
+
+        A decoder-only model reads its prefix here, once for all decodes of an example.
+        """
+        cfg = self.config
+        if cfg.decoder_only:
+            zeros = jnp.zeros((encoded.hidden.shape[0], 1), jnp.int32)
+            bos, _ = self.target_encoders[cfg.target_modalities[0]](zeros, zeros)
+            sequence = prefix.align_right(bos, encoded.hidden, encoded.segment_ids)
+            angles = prefix.column_angles(0, sequence.segment_ids.shape[1], cfg.head_dim,
+                                          cfg.rope_theta)
+            return self.decoder.prefill(sequence.replace(angles=angles), max_length, num_decodes)
         return self.decoder.init_cache(encoded, max_length, num_decodes)
 
     def decode_step(self, tokens: Int[Array, "R"], cache: DecodeCache, modality: str
@@ -187,6 +215,9 @@ class EncoderDecoder(nn.Module):
         self.config.target(modality)
         position = cache.index.reshape(1, 1)
         x, angles = self.target_encoders[modality](tokens[:, None], position)
+        if self.config.decoder_only:
+            angles = prefix.column_angles(cache.cross_bias.shape[-1] + cache.index, 1,
+                                          self.config.head_dim, self.config.rope_theta)
         hidden, cache = self.decoder.step(x, angles, cache)
         return self._logits(modality, hidden)[:, 0], cache
 

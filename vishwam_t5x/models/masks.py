@@ -31,10 +31,16 @@ def encoder_mask(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
     return same_segment(segment_ids, segment_ids)
 
 
-def decoder_mask(segment_ids: Int[Array, "B M"], modality: Int[Array, "B M"]
-                 ) -> Bool[Array, "B M M"]:
-    """Causal in row order, within one example and one modality (Unified-IO 2 keeps them apart)."""
+def decoder_mask(segment_ids: Int[Array, "B M"], modality: Int[Array, "B M"],
+                 prefix: Bool[Array, "B M"] | None = None) -> Bool[Array, "B M M"]:
+    """Causal in row order, within one example and one modality (Unified-IO 2 keeps them apart).
+
+    Slots of the `prefix` of an example see one another whatever their order.
+    """
     same_modality = modality[:, :, None] == modality[:, None, :]
     columns = jnp.arange(segment_ids.shape[1])
     causal = columns[:, None] >= columns[None, :]
-    return same_segment(segment_ids, segment_ids) & same_modality & causal
+    seen = causal[None]
+    if prefix is not None:
+        seen = seen | (prefix[:, :, None] & prefix[:, None, :])
+    return same_segment(segment_ids, segment_ids) & same_modality & seen

@@ -79,7 +79,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     Leaves may be arrays or boxed with their logical axes (then 'layers' is inserted).
     """
     out = dict(params)
-    for stack in STACKS:
+    for stack in (stack for stack in STACKS if stack in params):
         branch = dict(params[stack])
         names = sorted((name for name in branch if re.fullmatch(r"layers_\d+", name)),
                        key=lambda name: int(name.removeprefix("layers_")))
@@ -93,7 +93,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `stack_layers`."""
     out = dict(params)
-    for stack in STACKS:
+    for stack in (stack for stack in STACKS if stack in params):
         branch = dict(params[stack])
         stacked = branch.pop(stack)
         leaves = jax.tree.leaves(meta.unbox(stacked))

@@ -163,6 +163,8 @@ class Predictor:
         rows = spec.batch_size / (copies * mesh["fsdp"])
         slots = (2 * config.num_encoder_layers * spec.input_length
                  + 3 * config.num_decoder_layers * spec.target_length)
+        if config.decoder_only:
+            slots = 2 * config.num_decoder_layers * (spec.input_length + spec.target_length)
         messages += 4 * rows * slots * config.emb_dim * item * (1 - 1 / mesh["tensor"])
         compute = self.recipe.flops() * (1 + RECOMPUTED[remat.partition(":")[0]]) / (
             self.target.num_devices * hardware.matmul_peak(config.policy.name))
