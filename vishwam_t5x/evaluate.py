@@ -1,10 +1,14 @@
 """Metrics and predictions of a checkpoint on held-out examples, task by task.
 
-usage: vishwam evaluate --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=latest|STEP|PATH]
+usage: vishwam evaluate --gin_file=RECIPE [--gin.NAME=VALUE ...]
+                        [--checkpoint=latest|STEP|STEP,STEP|all|watch|PATH] [--timeout=SECONDS]
                         [--split=SPLIT] [--tasks=A,B]
 
 --checkpoint=C   latest (the default) or a step of MODEL_DIR's checkpoints; or a path: a MODEL_DIR,
-                 a checkpoint folder, a flat .npz of '/'-joined parameter names
+                 a checkpoint folder, a flat .npz of '/'-joined parameter names. Several steps, or
+                 all, or watch: all, and each new one until the run is finished. Of several, those
+                 evaluated already with the same settings are skipped
+--timeout=S      watch ends after so many seconds without a new checkpoint; default: it waits
 --split=SPLIT    split of the tasks; default: EVAL_SPLIT, which is 'test' unless set
 --tasks=A,B      only these tasks of the mixture
 
@@ -12,7 +16,7 @@ The recipe is the one you trained with; it includes gin/runs/evaluate.gin. For e
 teacher-forced loss is taken; for tasks with metric functions the model writes an answer to every
 example and the task judges it; for the others the loss stands beside that of a unigram model.
 MODEL_DIR/evaluation/STEP/ gets metrics.jsonl and predictions-TASK.jsonl of the last evaluation of
-that step; a split given by --split has a folder of its own in it.
+that step, and settings.json; a split given by --split has a folder of its own in it.
 """
 
 from __future__ import annotations
@@ -21,27 +25,31 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from vishwam_t5x import evaluation_setup, screen, task_lookup
 from vishwam_t5x.core import distributed, storage
-from vishwam_t5x.core.errors import EXIT_OK
+from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.data import source
+from vishwam_t5x.data.records import TaskCache
 from vishwam_t5x.data.source import DatasetConfig
-from vishwam_t5x.evaluation import predictions, report
+from vishwam_t5x.evaluation import checkpoint_stream, predictions, report
 from vishwam_t5x.evaluation.evaluator import Evaluator, TaskResult
 from vishwam_t5x.evaluation.generator import DecodingConfig
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator, SplitSums
 from vishwam_t5x.evaluation.metrics.text import unigram_loss
+from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
+from vishwam_t5x.training import ledger
 
-FLAGS = ("checkpoint", "split", "tasks")
+FLAGS = ("checkpoint", "split", "tasks", "timeout")
 MIXTURE = "(all tasks)"
+_SETTINGS = "settings.json"
 
 
 @dataclasses.dataclass
@@ -74,17 +82,20 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
              loss: LossConfig = LossConfig(),
              decoding: Mapping[str, DecodingConfig] | None = None, decode_batch_size: int = 64,
              max_examples: int | None = None, baseline_examples: int = 20_000,
-             page: report.PageConfig | None = None, mesh: mesh_lib.MeshConfig | None = None,
+             page: report.PageConfig | None = None, poll_seconds: float = 10.0,
+             watch_timeout: float | None = None, mesh: mesh_lib.MeshConfig | None = None,
              logical_axis_rules: LogicalAxisRules = LogicalAxisRules(),
-             compilation_cache_dir: str | None = None) -> Evaluation:
-    """Evaluates a checkpoint on every task of a mixture.
+             compilation_cache_dir: str | None = None,
+             done: Callable[[Evaluation], object] = lambda found: None) -> Evaluation | None:
+    """Evaluates a checkpoint, or several, on every task of a mixture; compiles once.
 
     Args:
         model: what was trained.
         model_dir: of the run; its newest checkpoint is evaluated unless `checkpoint_path` says.
         objective: what it was trained with; augmentation is left out.
         dataset_cfg: mixture, split and shapes of the batches for the loss.
-        checkpoint_path: 'latest', a step, or a path; see `evaluation.restoring`.
+        checkpoint_path: 'latest', a step, or a path; see `evaluation.restoring`; or several: see
+            `evaluation.checkpoint_stream`.
         output_dir: where files go; None: MODEL_DIR/evaluation.
         split: instead of that of `dataset_cfg`.
         tasks: only these; (): all.
@@ -94,12 +105,15 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         max_examples: at most so many of each task, the first ones; None: all.
         baseline_examples: training examples a task's unigram model counts at most; 0 for none.
         page: what to show on a PNG page in MODEL_DIR, when all tasks are evaluated; None: no page.
+        poll_seconds: between two looks for new checkpoints.
+        watch_timeout: seconds without one after which to wait no longer; None: until the run ends.
         mesh: devices along each axis; None: what suits the devices at hand.
         logical_axis_rules: which dimension is split over which mesh axis.
         compilation_cache_dir: as for `train`.
+        done: called with each checkpoint's metrics, once they are written.
 
     Returns:
-        The metrics, which have been written.
+        The last of them; None if every one of several was evaluated already.
 
     Raises:
         UserError: the parts do not fit together, or a task's metric failed.
@@ -114,36 +128,111 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         report.check_tasks(page, [task.name for task in caches])
     judges = {task.name: task_lookup.metrics_of(task, config) for task in caches}
     codec = task_lookup.text_codec(caches, config, getattr(objective, "vocabulary", None))
-    params, restored = ready.load(checkpoint_path, model_dir)
     losses = LossEvaluator(model, loss, ready.objective, config, ready.devices, ready.rules,
                            max_examples, caches)
-    baseline = _Baseline(losses, ready, baseline_examples)
-    bar = evaluation_setup.Progress()
-    evaluator = Evaluator(ready.generator, ready.objective, codec.decode, config.seed, bar)
-
-    results, splits = [], []
-    for task in caches:
-        begin = time.monotonic()
-        splits.append(losses.split_sums(params, task.name))
-        result = evaluator.evaluate(params, task, judges[task.name], max_examples,
-                                    page.num_samples if page else 0)
-        result.metrics = {**splits[-1].metrics(loss), **result.metrics}
-        if not judges[task.name].has_metrics:
-            result.metrics.update(baseline.of(task.name, splits[-1]))
-        results.append(result)
-        bar.close()
-        logging.info("%s: %d examples in %.1f s", task.name, splits[-1].num_examples,
-                     time.monotonic() - begin)
-    if len(results) > 1:
-        results.append(TaskResult(MIXTURE, SplitSums.of_all(splits).metrics(loss)))
     directory = storage.place(output_dir or storage.join(model_dir, "evaluation"))
-    directory /= evaluation_setup.checkpoint_name(restored)
-    if config.split != dataset_cfg.split:
-        directory /= config.split
-    found = Evaluation(restored.step, results, directory)
-    if distributed.is_primary():
-        _write(found, config, model_dir, page)
-    return found
+    at = config.split if config.split != dataset_cfg.split else ""
+    one = _OneCheckpoint(ready, caches, judges, codec, losses, loss, max_examples,
+                         _Baseline(losses, ready, baseline_examples), page, model_dir, directory,
+                         at)
+    last = None
+    for place in checkpoint_stream.places(
+            checkpoint_path, model_dir, lambda step: one.is_done(str(step)),
+            lambda: _is_finished(model_dir), poll_seconds, watch_timeout):
+        try:
+            last = one.evaluate(place)
+        except (UserError, OSError):
+            if not (checkpoint_stream.is_several(checkpoint_path)
+                    and checkpoint_stream.is_gone(place)):
+                raise
+            logging.warning("%s was deleted before it was evaluated: the run keeps only so many",
+                            place)
+            continue
+        done(last)
+    return last
+
+
+@dataclasses.dataclass
+class _OneCheckpoint:
+    """Evaluates one checkpoint after the other with what was built, and compiled, for all."""
+
+    ready: evaluation_setup.Prepared
+    caches: Sequence[TaskCache]
+    judges: Mapping[str, TaskMetrics]
+    codec: task_lookup.TextCodec
+    losses: LossEvaluator
+    loss: LossConfig
+    max_examples: int | None
+    baseline: _Baseline
+    page: report.PageConfig | None
+    model_dir: str
+    directory: pathlib.PurePath
+    subfolder: str
+
+    def __post_init__(self) -> None:
+        self._bar = evaluation_setup.Progress()
+        self._evaluator = Evaluator(self.ready.generator, self.ready.objective, self.codec.decode,
+                                    self.ready.config.seed, self._bar)
+
+    def folder(self, name: str) -> pathlib.PurePath:
+        """Where the files of a step, or of a file of parameters, go."""
+        return self.directory / name / self.subfolder if self.subfolder else self.directory / name
+
+    def is_done(self, name: str) -> bool:
+        """Whether a step was evaluated with these settings."""
+        try:
+            return json.loads(storage.read_text(self.folder(name) / _SETTINGS)) == self._settings()
+        except FileNotFoundError:
+            return False
+
+    def evaluate(self, place: str) -> Evaluation:
+        """Evaluates a checkpoint and writes what was found."""
+        params, restored = self.ready.restore(place)
+        results, splits = [], []
+        for task in self.caches:
+            begin = time.monotonic()
+            judge = self.judges[task.name]
+            splits.append(self.losses.split_sums(params, task.name))
+            result = self._evaluator.evaluate(params, task, judge, self.max_examples,
+                                              self.page.num_samples if self.page else 0)
+            result.metrics = {**splits[-1].metrics(self.loss), **result.metrics}
+            if not judge.has_metrics:
+                result.metrics.update(self.baseline.of(task.name, splits[-1]))
+            results.append(result)
+            self._bar.close()
+            logging.info("%s: %d examples in %.1f s", task.name, splits[-1].num_examples,
+                         time.monotonic() - begin)
+        if len(results) > 1:
+            results.append(TaskResult(MIXTURE, SplitSums.of_all(splits).metrics(self.loss)))
+        directory = self.folder(evaluation_setup.checkpoint_name(restored))
+        found = Evaluation(restored.step, results, directory)
+        if distributed.is_primary():
+            # Last, and first removed: files of two evaluations must not pass for one.
+            storage.remove(directory / _SETTINGS)
+            _write(found, self.ready.config, self.model_dir, self.page)
+            storage.write_text(directory / _SETTINGS, json.dumps(self._settings(), indent=1))
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        """What the metrics depend on beside the checkpoint."""
+        described = evaluation_setup.described
+        config = self.ready.config
+        return {"split": config.split, "tasks": [task.name for task in self.caches],
+                "records": [task.manifest.lengths_sha256 for task in self.caches],
+                "max_examples": self.max_examples, "lengths": dict(config.task_feature_lengths),
+                "loss": described(self.loss), "decoding": self.ready.generator.description,
+                "model": described(self.ready.model.config),
+                "objective": described(self.ready.objective)}
+
+
+def _is_finished(model_dir: str) -> bool:
+    """Whether the run has come to its end: no further checkpoint will come."""
+    try:
+        with storage.as_local(storage.join(model_dir, "ledger.jsonl")) as path:
+            sessions = ledger.read(path)
+    except FileNotFoundError:
+        return False
+    return bool(sessions) and sessions[-1].why == "finished"
 
 
 class _Baseline:
@@ -199,10 +288,21 @@ def main(argv: Sequence[str]) -> int:
 
     config = gin_config.parse(argv, "evaluate", flags=FLAGS)
     screen.show_messages()
-    found = config.call(evaluate, **evaluation_setup.overrides(config.flags))
-    print(found.table())
-    print(f"\nmetrics and predictions: {found.directory}")
-    if found.page is not None:
-        print(f"page: {found.page}")
+    given = evaluation_setup.overrides(config.flags)
+    if "timeout" in config.flags:
+        if config.flags.get("checkpoint") != checkpoint_stream.WATCH:
+            raise UserError("--timeout goes with --checkpoint=watch")
+        given["watch_timeout"] = evaluation_setup.number(config.flags, "timeout")
+    if config.call(evaluate, done=_show, **given) is None:
+        print("nothing was left to evaluate")
     return EXIT_OK
+
+
+def _show(found: Evaluation) -> None:
+    if found.step is not None:
+        print(f"step {found.step}")
+    print(found.table())
+    print(f"\nmetrics and predictions: {found.directory}", flush=True)
+    if found.page is not None:
+        print(f"page: {found.page}", flush=True)
 

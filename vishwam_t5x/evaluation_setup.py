@@ -54,7 +54,10 @@ class Prepared:
 
     def load(self, checkpoint: str | None, model_dir: str) -> tuple[Any, RestoreReport]:
         """Restores the parameters that `--checkpoint` means; see `evaluation.restoring`."""
-        place = restoring.checkpoint_place(checkpoint, model_dir)
+        return self.restore(restoring.checkpoint_place(checkpoint, model_dir))
+
+    def restore(self, place: str) -> tuple[Any, RestoreReport]:
+        """Restores the parameters that lie at a path."""
         params, report = restoring.load_params(self.model, place, self.devices, self.rules)
         logging.info("%s", report.table())
         return params, report

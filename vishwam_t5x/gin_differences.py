@@ -29,6 +29,7 @@ NOT_MATHEMATICAL = {
     "*.eval_period": "evaluation does not touch the state",
     "*.eval_examples": "evaluation does not touch the state",
     "*.train_eval_dataset_cfg": "evaluation does not touch the state",
+    "*.infer_eval": "evaluation does not touch the state",
     "*.profile_steps": "what is profiled",
     "*.profile_start": "what is profiled",
     "*.mesh": "where arrays lie",

@@ -33,6 +33,7 @@ from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data import fit, source
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator
+from vishwam_t5x.infer_eval import InferEval
 from vishwam_t5x.objectives.denoisers import Objective
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
@@ -81,7 +82,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
           fallback_to_scratch: bool = False,
           train_eval_dataset_cfg: source.DatasetConfig | None = None,
           eval_period: int = 1000, eval_examples: int | None = None,
-          early_stop: hooks.EarlyStop | None = None,
+          early_stop: hooks.EarlyStop | None = None, infer_eval: InferEval | None = None,
           stats_period: int = 100, num_microbatches: int = 1,
           max_rows_per_device: int | None = None, watchdog: WatchdogConfig = WatchdogConfig(),
           stability: StabilityConfig = StabilityConfig(), random_seed: int = 0,
@@ -109,6 +110,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         eval_period: steps between evaluations.
         eval_examples: examples of each task per evaluation; None: all.
         early_stop: ends the run when evaluation no longer improves.
+        infer_eval: lets the model answer, and the tasks judge, during training; None: no.
         stats_period: steps between metric records.
         num_microbatches: parts a batch is cut into to save memory.
         max_rows_per_device: rows that a device may hold at a time: on fewer devices the batch is
@@ -171,11 +173,8 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         beginning.check_examples(run_dir, dataset.examples, first_step)
         batches = stack.enter_context(dataset.prefetch(batch_shardings, state.data_position))
         writers = _writers(stack, run_dir, first_step, total_steps, use_tensorboard)
-        each_step: list[hooks.Hook] = []
-        if train_eval_dataset_cfg is not None:
-            each_step.append(hooks.EvaluateHook(
-                _evaluator(parts, objective, train_eval_dataset_cfg, eval_examples, early_stop),
-                eval_period, early_stop))
+        each_step = _evaluations(parts, objective, train_eval_dataset_cfg, eval_examples,
+                                 eval_period, early_stop, infer_eval)
         if profile_steps:
             each_step.append(_profile(stack, run_dir, first_step + profile_start, profile_steps))
         ledger.enter("compile")
@@ -280,13 +279,19 @@ def _initial_params(factory: StateFactory, path: str | None,
     return load
 
 
-def _evaluator(parts: setup.Parts, objective: Objective, config: source.DatasetConfig,
-               num_examples: int | None, early_stop: hooks.EarlyStop | None) -> hooks.Evaluator:
-    evaluator = LossEvaluator(parts.model, parts.step.loss, objective, config, parts.mesh,
-                              parts.rules, num_examples)
-    if early_stop is not None:
-        early_stop.check_metric(evaluator.metric_names())
-    return evaluator
+def _evaluations(parts: setup.Parts, objective: Objective, config: source.DatasetConfig | None,
+                 num_examples: int | None, period: int, early_stop: hooks.EarlyStop | None,
+                 infer_eval: InferEval | None) -> list[hooks.Hook]:
+    found: list[hooks.Hook] = []
+    if config is not None:
+        evaluator = LossEvaluator(parts.model, parts.step.loss, objective, config, parts.mesh,
+                                  parts.rules, num_examples)
+        if early_stop is not None:
+            early_stop.check_metric(evaluator.metric_names())
+        found.append(hooks.EvaluateHook(evaluator, period, early_stop))
+    if infer_eval is not None:
+        found.append(infer_eval.hook(parts, objective))
+    return found
 
 
 def _profile(stack: contextlib.ExitStack, run_dir: RunDir, first: int, steps: int) -> hooks.Hook:

@@ -137,6 +137,12 @@ class Generator:
         """How many programs were compiled so far, for writing and for scoring."""
         return self._decode._cache_size() + self._score._cache_size()
 
+    @property
+    def description(self) -> str:
+        """How each modality is written, in words that are the same in another process."""
+        return repr({name: (self._length(name), config)
+                     for name, config in sorted(self._configs.items())})
+
     def generate(self, params: Any, requests: Iterable[Request], modality: str, stream: int = 0,
                  token_scores: bool = False) -> Iterator[Generated]:
         """Writes `modality` for each request; results come batch by batch, not in order.

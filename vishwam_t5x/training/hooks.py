@@ -48,14 +48,14 @@ class Evaluator(Protocol):
 
 
 class EvaluateHook:
-    """Runs an evaluator every `period` steps and at the end; metrics are prefixed `eval/`."""
+    """Runs an evaluator every `period` steps and at the end; metrics get a prefix."""
 
     def __init__(self, evaluator: Evaluator, period: int, early_stop: EarlyStop | None = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic, prefix: str = "eval/") -> None:
         if period < 1:
             raise UserError("EVAL_PERIOD must be at least 1 step", got=period)
         self._evaluator, self._period, self._early_stop = evaluator, period, early_stop
-        self._clock = clock
+        self._clock, self._prefix = clock, prefix
 
     def __call__(self, step: int, state: TrainState, last: bool) -> HookResult | None:
         if step % self._period and not last:
@@ -63,7 +63,7 @@ class EvaluateHook:
         # The step itself may still run: its time is not the evaluation's.
         jax.block_until_ready(state.params)
         start = self._clock()
-        metrics = {f"eval/{name}": float(value)
+        metrics = {f"{self._prefix}{name}": float(value)
                    for name, value in self._evaluator(state.params).items()}
         stop = self._early_stop.observe(step, metrics) if self._early_stop else None
         return HookResult(metrics, stop, self._clock() - start)
