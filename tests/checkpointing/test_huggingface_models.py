@@ -96,30 +96,34 @@ def test_their_random_model_computes_the_same(tmp_path, kind, limit):
 
 @pytest.mark.parametrize("kind", ["t5", "t5_1_1", "umt5"])
 def test_same_greedy_and_beam_tokens(tmp_path, kind):
+    """Beams without ends: T5X, and so we, prefer what has ended, Hugging Face what scores best."""
     config = folders.config(kind, num_layers=3)  # generate() counts the encoder's for its cache
     folder = folders.write(tmp_path / "theirs", config, folders.random_arrays(config))
-    model, variables = opened(folder)
-    inputs = {"inputs/text/tokens": batch_of(config["vocab_size"])["inputs/text/tokens"]}
+    source = open_huggingface(epath.Path(folder))
+    write_huggingface(source, epath.Path(tmp_path / "ours"), source.network)
+    model, variables = opened(tmp_path / "ours")
+    inputs = batch_of(config["vocab_size"])["inputs/text/tokens"]
     length, beams = 12, 4
 
-    def step(tokens, cache):
-        return model.apply(variables, tokens, cache, "text", method="decode_step")
+    def decode(variables, tokens, num_decodes):
+        def step(last, cache):
+            return model.apply(variables, last, cache, "text", method="decode_step")
 
-    def decode(num_decodes, search):
-        encoded = model.apply(variables, inputs, method="encode")
-        return search(model.apply(variables, encoded, length, num_decodes, method="init_cache"))
+        encoded = model.apply(variables, {"inputs/text/tokens": tokens}, method="encode")
+        cache = model.apply(variables, encoded, length, num_decodes, method="init_cache")
+        if num_decodes == 1:
+            return greedy(step, cache, batch_size=len(inputs), max_length=length).best
+        return beam_search(step, cache, lambda cache, rows: cache.reorder(rows), alpha=0.0,
+                           batch_size=len(inputs), max_length=length, num_beams=num_decodes,
+                           logits_hook=lambda logits, _: logits.at[:, 1].set(-jnp.inf)).best
 
-    ours = {1: jax.jit(lambda: decode(1, lambda cache: greedy(
-        step, cache, batch_size=3, max_length=length).best))(),
-        beams: jax.jit(lambda: decode(beams, lambda cache: beam_search(
-            step, cache, lambda cache, rows: cache.reorder(rows), batch_size=3,
-            max_length=length, num_beams=beams, alpha=0.0).best))()}
-    tokens = torch.tensor(inputs["inputs/text/tokens"], dtype=torch.long)
-    theirs = getattr(transformers, KINDS[config["model_type"]]).from_pretrained(str(folder)).eval()
-    for num_beams, found in ours.items():
-        wanted = theirs.generate(
-            tokens, attention_mask=(tokens > 0).long(), num_beams=num_beams, do_sample=False,
-            max_new_tokens=length, min_new_tokens=0, length_penalty=0.0, early_stopping="never",
-            decoder_start_token_id=0)
+    tokens = torch.tensor(inputs, dtype=torch.long)
+    kind = getattr(transformers, KINDS[source.network.kind])
+    theirs = kind.from_pretrained(str(tmp_path / "ours")).eval()
+    for num_decodes in (1, beams):
+        settings = {} if num_decodes == 1 else {"length_penalty": 0.0, "min_new_tokens": length}
+        wanted = theirs.generate(tokens, attention_mask=(tokens > 0).long(), do_sample=False,
+                                 num_beams=num_decodes, max_new_tokens=length, **settings)
         wanted = np.pad(wanted.numpy()[:, 1:], ((0, 0), (0, length)))[:, :length]
-        np.testing.assert_array_equal(jnp.asarray(found), wanted)
+        found = jax.jit(decode, static_argnums=2)(variables, inputs, num_decodes)
+        np.testing.assert_array_equal(found, wanted)

@@ -32,6 +32,7 @@ from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
 
 MAX_SHARD_BYTES = 4 << 30
+GENERATION_CONFIG = "generation_config.json"
 _CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 
@@ -89,6 +90,8 @@ def write_huggingface(source: Source, place: epath.Path, network: T5Network | No
     if vocabulary is not None:
         storage.write_bytes(place / VOCABULARY, storage.read_bytes(vocabulary))
         files.append(VOCABULARY)
+    storage.write_text(place / GENERATION_CONFIG, json.dumps(t5_network.GENERATION) + "\n")
+    files.append(GENERATION_CONFIG)
     # Last: a folder with a config.json is whole.
     storage.write_text(place / CONFIG, json.dumps(config, indent=2) + "\n")
     notes = [f"files: {', '.join([*files, CONFIG])}"]

@@ -15,6 +15,9 @@ KINDS = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration
          "umt5": "UMT5ForConditionalGeneration"}
 """Hugging Face's `model_type`s that are a T5, with their classes; ByT5 and UL2 are a 't5'."""
 
+GENERATION = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+"""What `generate` must know; transformers 5 looks for it in generation_config.json."""
+
 # Hugging Face's names of activations and ours.
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu_exact", "gelu_new": "gelu",
                 "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu",
@@ -241,8 +244,7 @@ def to_config_json(network: T5Network, dtype: str) -> dict[str, Any]:
         "relative_attention_max_distance": network.max_distance,
         "tie_word_embeddings": network.logits_via_embedding,
         "dropout_rate": network.dropout_rate, "layer_norm_epsilon": _EPSILON,
-        "initializer_factor": 1.0, "decoder_start_token_id": 0, "pad_token_id": 0,
-        "eos_token_id": 1, "use_cache": True, "torch_dtype": dtype}
+        "initializer_factor": 1.0, "use_cache": True, "torch_dtype": dtype, **GENERATION}
 
 
 def _feed_forward(activations: tuple[str, ...]) -> str:
