@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vishwam_t5x import gin_files
@@ -30,10 +32,23 @@ def texts() -> Mapping[str, str]:
 
 def nearest(network: T5Network) -> tuple[str, list[str]]:
     """Returns the model file that comes nearest, and the settings in which it differs."""
-    name, lines = network.nearest(texts())
+    found = {name: network.differences(text) for name, text in texts().items()}
+    name = min(found, key=lambda name: (len(found[name]), _distance(found[name], texts()[name])))
+    lines = found[name]
     told = [line for line in lines if not (network.assumed and line.startswith(_UNTOLD)
                                            and _gated(texts()[name]) == _gated(line))]
     return name, told
+
+
+def _distance(lines: Sequence[str], text: str) -> float:
+    """How far numbers are from those of a model file, in powers of e; other settings count one."""
+    total = 0.0
+    for line in lines:
+        setting, _, value = line.partition(" = ")
+        theirs = re.search(rf"(?m)^{re.escape(setting)} = ([1-9]\d*)$", text)
+        total += abs(math.log(int(value) / int(theirs[1]))) if (
+            theirs and value.isdigit() and int(value)) else 1.0
+    return total
 
 
 def _gated(text: str) -> bool:

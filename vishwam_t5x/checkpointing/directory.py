@@ -135,11 +135,12 @@ def set_aside(directory: epath.Path, reason: str) -> str:
 
 
 def remove_set_aside(folder: epath.Path) -> None:
-    """Deletes what `set_aside` renamed."""
+    """Deletes what `set_aside` renamed, but for what is pinned."""
     for name in storage.names(folder):
-        if re.fullmatch(rf"\d+\.({DAMAGED}|{ABANDONED})(-\d+)?", name) or (
-                storage.is_remote(folder) and re.fullmatch(r"\d+", name)
-                and _set_aside_as(folder / name)):
+        is_one = re.fullmatch(rf"\d+\.({DAMAGED}|{ABANDONED})(-\d+)?", name) or (
+            storage.is_remote(folder) and re.fullmatch(r"\d+", name)
+            and _set_aside_as(folder / name))
+        if is_one and not is_pinned(folder / name):
             remove(folder / name)
 
 
