@@ -164,6 +164,7 @@ def test_copies_of_the_table_are_one_array(tmp_path):
     source = source_of(folder)
     assert source.unused.keys() == more.keys()
     assert "target_encoders_text/logits_kernel" not in source.leaves
+    assert "lm_head.weight left out: equal to shared.weight" in source.remarks()
 
 
 def test_a_table_under_another_name(tmp_path):
@@ -218,6 +219,7 @@ def test_vocabulary_travels(tmp_path):
     (folder / "spiece.model").write_bytes(b"pieces")
     path = vocabulary(epath.Path(folder))
     source = source_of(folder)
+    assert source.remarks() == [f"its vocabulary: {path}"]
     write_huggingface(source, epath.Path(tmp_path / "back"), source.network, vocabulary=path)
     assert (tmp_path / "back" / "spiece.model").read_bytes() == b"pieces"
 

@@ -44,6 +44,7 @@ class Opened:
         own: our name -> its own name.
         homeless: its own names of arrays that have none of ours.
         step: of training; None if it does not say.
+        remarks: what a report must say of it.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Opened:
     own: Mapping[str, str]
     homeless: tuple[str, ...] = ()
     step: int | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def open_any(path: str | os.PathLike) -> Opened:
@@ -74,7 +76,8 @@ def open_any(path: str | os.PathLike) -> Opened:
             kind = t5x.layout_of(found) or t5x.LEGACY
             return Opened(kind, found, ours, ours.names, homeless, t5x.step_of(theirs))
         if (model := huggingface.open_huggingface(place)) is not None:
-            return _of_parameters(HUGGINGFACE, place, model)
+            return dataclasses.replace(_of_parameters(HUGGINGFACE, place, model),
+                                       remarks=tuple(model.remarks()))
     except DamagedCheckpoint as damage:
         raise foreign.damaged(damage) from damage
     raise foreign.unknown(path, place)
@@ -168,7 +171,8 @@ def plan(opened: Opened, kind: str, to: str | os.PathLike, drop: Sequence[str] =
                     if ours not in held)
     report = ConversionReport(
         str(opened.place), str(target), matched, _missing(places, kind), tuple(dropped),
-        bookkeeping, tuple(places[name] for name in held), note)
+        bookkeeping, tuple(places[name] for name in held),
+        "\n".join([*opened.remarks, *([note] if note else [])]))
     kept_names = {name: name for name in places if name not in held}
     return Conversion(opened, kind, target, Renamed(opened.source, kept_names, held),
                       {there: ours for ours, there in places.items()}, step, dtype, report)
@@ -254,7 +258,8 @@ def write(conversion: Conversion, network: T5Network | None = None,
                 dtype=conversion.dtype and dtype_named(conversion.dtype))
             report = dataclasses.replace(report, matched=tuple(
                 (conversion.opened.own.get(f"params/{ours}", ours), theirs)
-                for ours, theirs in written.matched), note=written.note)
+                for ours, theirs in written.matched), note="\n".join(filter(
+                    None, (report.note, written.note))))
         else:
             t5x.write_t5x(conversion.source, conversion.names, folder, conversion.dtypes(),
                           conversion.kind)

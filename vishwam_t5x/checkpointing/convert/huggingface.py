@@ -148,6 +148,12 @@ class HuggingFaceSource:
         """See `Source.leaves`."""
         return self._leaves
 
+    def remarks(self) -> list[str]:
+        """Returns what a report must say of the folder: arrays left out, and its vocabulary."""
+        lines = [f"{name} left out: {why}" for name, why in self.unused.items()]
+        pieces = vocabulary(self.place)
+        return [*lines, *self.notes, *([f"its vocabulary: {pieces}"] if pieces else [])]
+
     def read(self, requests: Mapping[str, Request]) -> dict[str, Any]:
         """See `Source.read`."""
         return {name: self._read(name, request) for name, request in requests.items()}
