@@ -1,0 +1,52 @@
+"""Checkpoints of T5X in a bucket: read and written there as in a folder."""
+
+import pathlib
+
+import helpers
+
+FOLDERS = pathlib.Path(__file__).parent.parent / "checkpointing"
+
+
+def test_to_a_bucket_and_back(bucket_here, tmp_path):
+    helpers.run_python(f"""
+        import sys
+        sys.path.insert(0, {str(FOLDERS)!r})
+        import pathlib
+        import numpy as np
+        import t5x_folders
+        from vishwam_t5x import convert
+        from vishwam_t5x.checkpointing.restore import open_source
+        from vishwam_t5x.core import storage
+        from vishwam_t5x.core.errors import UserError
+
+        some = {{name: array for name, array in t5x_folders.state().items()
+                if "decoder_norm" in name or name == "state/step"}}
+        here, bucket = pathlib.Path({str(tmp_path)!r}), {bucket_here!r}
+        t5x_folders.write(some, here / "checkpoint_300")
+        ways = ((here, "a", "t5x"), ("a", "b", "t5x_orbax"), ("b", "c", "vishwam"),
+                ("c", "d", "t5x"))
+        place = lambda name: f"{{bucket}}/{{name}}" if isinstance(name, str) else str(name)
+        for source, target, kind in ways:
+            convert.main([f"--from={{place(source)}}", f"--to={{place(target)}}",
+                          f"--format={{kind}}", "--verify"])
+        folder = here / "checkpoint_300"
+        names = [path.relative_to(here).as_posix() for path in folder.rglob("*") if path.is_file()]
+        assert set(storage.files_below(place("d"))) == set(names)
+        for name in names:
+            assert storage.read_bytes(f"{{place('d')}}/{{name}}") == (here / name).read_bytes()
+        source, step, where = open_source(place("b"))
+        assert step == 300 and where.endswith("b/checkpoint_300"), where
+        storage.remove(f"{{place('b')}}/checkpoint_300/commit_success.txt")
+        try:
+            open_source(place("b"))
+        except UserError as error:
+            assert "whole" in error.problem
+        else:
+            raise AssertionError("a save that was never finished was read")
+        try:
+            convert.main([f"--from={{here}}", f"--to={{place('a')}}", "--format=t5x"])
+        except UserError as error:
+            assert "nothing is overwritten" in error.problem
+        else:
+            raise AssertionError("overwritten")
+        """)
