@@ -111,9 +111,8 @@ def test_packed_and_unpacked_are_the_numpy_reference():
         start += len(targets)
 
 
-@pytest.mark.parametrize("variant", ["rotary"])
-def test_packed_is_unpacked(variant):
-    model, variables = build(variant)
+def test_packed_is_unpacked_with_rotary_positions():
+    model, variables = build("rotary")
     alone = logits(model, variables, rows_of(
         list(zip(range(3), INPUTS, TARGETS, strict=True)), packed=False))
     packed = logits(model, variables, rows_of(
@@ -184,7 +183,8 @@ def padded(sequences):
     return np.asarray([[*s, *[0] * (length - len(s))] for s in sequences], np.int32)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [
+    "t5", "rotary", pytest.param("per_layer", marks=pytest.mark.slow)])
 def test_greedy_with_a_cache_is_the_argmax_of_the_whole_row(variant):
     model, variables = build(variant)
     found = decoded(model, variables, padded(INPUTS), "sample", 2, temperature=0.0)
@@ -196,6 +196,7 @@ def test_greedy_with_a_cache_is_the_argmax_of_the_whole_row(variant):
         np.testing.assert_allclose(found.scores[row], np.max(log_probs, -1).sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_beams_have_their_true_scores():
     model, variables = build()
     found = decoded(model, variables, padded(INPUTS), "beam", 3, alpha=0.0)

@@ -17,11 +17,13 @@ from vishwam_t5x.core.trees import count_bytes, flatten_names
 from vishwam_t5x.objectives import losses
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.parallelism.mesh import MeshConfig, make_mesh
+from vishwam_t5x.precision.loss_scale import init_loss_scale
 from vishwam_t5x.precision.policy import resolve_policy
 from vishwam_t5x.training import step as step_lib
 from vishwam_t5x.training.optimizer_groups import OptimizerGroups
 from vishwam_t5x.training.optimizers import SGD, Adafactor, AdamW, Lion
-from vishwam_t5x.training.state import StateFactory
+from vishwam_t5x.training.stability import StabilityState
+from vishwam_t5x.training.state import StateFactory, TrainState
 
 PARAMS = {"encoder": {"wi": jnp.full((4, 6), 2.0), "scale": jnp.full((4,), 2.0)},
           "decoder": {"wi": jnp.full((4, 6), 2.0)}, "table": jnp.full((8, 4), 2.0)}
@@ -144,7 +146,8 @@ def build(num_microbatches=1, precision="float32", optimizer=GROUPS):
     function = step_lib.make_train_step(
         loss, transformation, step_lib.StepConfig(num_microbatches=num_microbatches),
         policy.accumulation_dtype, optimizer.frozen)
-    return factory, jax.jit(function, donate_argnums=0)
+    quick = {"xla_backend_optimization_level": 0}  # compiled once, run a few times
+    return factory, jax.jit(function, donate_argnums=0, compiler_options=quick)
 
 
 def run(factory, step, batches, state=None):
@@ -159,18 +162,22 @@ def same(a, b, **tolerance):
         np.testing.assert_allclose(found, want, err_msg=name, **tolerance)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_frozen_parameters_stay_and_microbatches_add_up(precision):
-    """float16: the loss is scaled up and the gradients, frozen ones absent, down again."""
-    factory, step = build(precision=precision)
+def test_frozen_parameters_stay():
+    factory, step = build()
     first = jax.device_get(factory.create(jax.random.key(0)))
-    whole, metrics = run(factory, step, [batch(i) for i in range(3)])
-    np.testing.assert_array_equal(whole.params["encoder"]["wi"], first.params["encoder"]["wi"])
-    for part in (whole.params["decoder"]["wi"] - first.params["decoder"]["wi"],
-                 whole.params["table"] - first.params["table"]):
+    state, metrics = run(factory, step, [batch(i) for i in range(3)])
+    np.testing.assert_array_equal(state.params["encoder"]["wi"], first.params["encoder"]["wi"])
+    for part in (state.params["decoder"]["wi"] - first.params["decoder"]["wi"],
+                 state.params["table"] - first.params["table"]):
         assert np.abs(part).min() > 0
     assert int(metrics["skipped_steps"]) == 0
-    parts, _ = run(*build(2, precision), [batch(i) for i in range(3)])
+
+
+def test_microbatches_and_loss_scaling_change_nothing():
+    """Gradients, frozen ones absent, are of a loss scaled up (float16), added up, scaled down."""
+    whole, _ = run(*build(), [batch(i) for i in range(3)])
+    parts, metrics = run(*build(2, "float16"), [batch(i) for i in range(3)])
+    assert metrics["loss_scale"] > 1 and int(metrics["skipped_steps"]) == 0
     same(parts.params, whole.params, rtol=1e-5, atol=1e-6)
 
 
@@ -185,7 +192,8 @@ def test_gradient_norm_is_of_what_is_trained():
 
 
 @pytest.mark.parametrize("optimizer", [
-    GROUPS, Adafactor(0.1, beta1=0.9, global_norm_clip=1.0, skip_nan_updates=True)])
+    GROUPS, pytest.param(Adafactor(0.1, beta1=0.9, global_norm_clip=1.0, skip_nan_updates=True),
+                         marks=pytest.mark.slow)])
 def test_a_bad_step_leaves_everything_as_it_was(optimizer):
     """The step's own verdict comes first: `skip_nan_updates` has nothing left to do."""
     factory, step = build(optimizer=optimizer)
@@ -212,24 +220,24 @@ def test_saved_and_restored_it_goes_on_exactly(tmp_path):
 
 def test_freezing_the_encoder_saves_its_backward_pass():
     """Counted by XLA in the lowered step of the real model; a layer norm or two are lost in it."""
-    model, variables = model_fixtures.build(**model_fixtures.TEXT_ONLY)
-    config, rows = step_lib.StepConfig(), model_fixtures.text_batch()
+    model, variables = model_fixtures.build(num_encoder_layers=1, num_decoder_layers=1,
+                                            **model_fixtures.TEXT_ONLY)
+    config, rows, params = step_lib.StepConfig(), model_fixtures.text_batch(), variables["params"]
 
     def flops(*patterns):
         optimizer = OptimizerGroups(groups=[(pattern, None) for pattern in patterns] or [
             ("^encoder/", 1.0)], default=SGD(0.1))
         transformation = optimizer.build()
-        factory = StateFactory(lambda key: model.init(key)["params"], transformation,
-                               resolve_policy("float32"), make_mesh(MeshConfig()),
-                               LogicalAxisRules())
+        state = TrainState(jnp.zeros((), jnp.int32), params, transformation.init(params),
+                           init_loss_scale(model.config.policy), StabilityState.create())
         step = step_lib.make_train_step(step_lib.model_loss(model, config.loss), transformation,
                                         config, frozen=optimizer.frozen)
-        return jax.jit(step).lower(factory.abstract.on_device(), rows).cost_analysis()["flops"]
+        return jax.jit(step).lower(state, rows).cost_analysis()["flops"]
 
     def forward(params):
         return model.apply({"params": params}, rows, method="encode").hidden
 
-    encoder = jax.jit(forward).lower(variables["params"]).cost_analysis()["flops"]
+    encoder = jax.jit(forward).lower(params).cost_analysis()["flops"]
     saved = flops() - flops("^encoder/", "^input_", "embedding$")
     # Its own two passes backward, and the gradient that cross-attention would send it.
     assert 1.7 * encoder < saved < 3 * encoder, (saved, encoder)

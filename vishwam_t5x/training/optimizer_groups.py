@@ -45,7 +45,7 @@ class OptimizerGroups(Optimizer):
 
     A group's `global_norm_clip` and `no_decay` are those of its optimizer, taken over its own
     parameters. A frozen parameter has no optimizer state and no gradient: the backward pass ends
-    where nothing trained is left below.
+    where nothing trained is left below. (The log's MFU counts it as if all were trained.)
 
     Attributes:
         groups: (regular expression, treatment) pairs. The first expression that is found in a
