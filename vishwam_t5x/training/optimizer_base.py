@@ -43,6 +43,7 @@ def decay_mask(no_decay: Sequence[str] = NO_DECAY) -> Callable[[str], bool]:
 
 
 def tree_mask(decays: Callable[[str], bool]) -> Callable[[Any], Any]:
+    """Returns optax's form of `decays`: parameters to a tree of booleans."""
     def mask(params: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(params),
                                   [decays(name) for name in flatten_names(params)])
