@@ -297,8 +297,8 @@ class _Reader(gin_internals.ParserDelegate):
                  if name == selector or name.endswith(f".{selector}")]
         if not found:
             found = list(self._by_imports(selector))
-        if len(found) == 1:
-            return found[0]
+        if len(found) == 1:  # as it is now: a class is registered anew with each of its methods
+            return gin_internals._inverse_lookup(found[0].wrapped) or found[0]
         raise gin_messages.not_one(selector, found, self.used, self.t5x)
 
     def _by_imports(self, selector: str) -> Iterator[gin_internals.Configurable]:

@@ -105,3 +105,28 @@ class EncoderDecoderModel(BaseTransformerModel):
         """See `BaseTransformerModel.predict_batch_with_aux`."""
         return super().predict_batch_with_aux(decoder_params, return_all_decodes, num_decodes,
                                               prompt_with_targets)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderOnlyModel(BaseTransformerModel):
+    """A prefix LM.
+
+    Attributes:
+        vocabulary: of inputs and targets.
+        decode_fn: how text is written.
+        inputs_bidirectional_attention: True: every input sees every other.
+    """
+
+    vocabulary: seqio_names.Vocabulary
+    decode_fn: Callable[..., DecodingConfig] = decoding.temperature_sample
+    inputs_bidirectional_attention: bool = False
+
+    def __post_init__(self) -> None:
+        refused.check(f"{STANDS_FOR}.DecoderOnlyModel", {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        self._check_vocabulary(vocabulary=self.vocabulary)
+
+    def predict_batch_with_aux(self, return_all_decodes: bool = False, num_decodes: int = 1,
+                               decoder_params: Mapping[str, Any] | None = None) -> DecodingConfig:
+        """See `BaseTransformerModel.predict_batch_with_aux`."""
+        return super().predict_batch_with_aux(decoder_params, return_all_decodes, num_decodes)

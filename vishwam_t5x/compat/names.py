@@ -18,27 +18,29 @@ from vishwam_t5x.compat import refused
 from vishwam_t5x.core.errors import UserError, did_you_mean
 
 _HERE = "vishwam_t5x.compat"
+_SCRIPTS = "vishwam_t5x.t5x_scripts"
 MAIN = "t5x"
 """What the functions of T5X's scripts are called in messages: `t5x.train`."""
 
 MODULES = {
-    "__main__": f"{_HERE}.main_script",
+    "__main__": _SCRIPTS,
     "seqio": f"{_HERE}.seqio_names",
     "t5x": f"{_HERE}.t5x",
     "t5x.adafactor": f"{_HERE}.adafactor",
     "t5x.checkpoints": f"{_HERE}.checkpoints",
     "t5x.decoding": f"{_HERE}.decoding",
-    "t5x.examples.scalable_t5.network": f"{_HERE}.scalable_network",
-    "t5x.examples.t5.network": f"{_HERE}.network",
+    "t5x.examples.decoder_only.network": f"{_HERE}.decoder_only.network",
+    "t5x.examples.scalable_t5.network": f"{_HERE}.scalable_t5.network",
+    "t5x.examples.t5.network": f"{_HERE}.t5.network",
     "t5x.gin_utils": f"{_HERE}.gin_functions",
     "t5x.losses": "vishwam_t5x.objectives.losses",
     "t5x.metrics": "vishwam_t5x.objectives.metrics",
     "t5x.models": f"{_HERE}.models",
     "t5x.optimizers": f"{_HERE}.optimizers",
     "t5x.partitioning": f"{_HERE}.partitioning",
-    "t5x.train": f"{_HERE}.main_script",
-    "t5x.eval": f"{_HERE}.main_script",
-    "t5x.infer": f"{_HERE}.main_script",
+    "t5x.train": _SCRIPTS,
+    "t5x.eval": _SCRIPTS,
+    "t5x.infer": _SCRIPTS,
     "t5x.trainer": f"{_HERE}.trainer",
     "t5x.utils": f"{_HERE}.t5x_utils",
 }
@@ -52,6 +54,7 @@ CHOICES = ("compat", "installed")
 
 _SPEAKS = re.compile(
     rf"^[ \t]*(?:(?:from|import)[ \t]+(?:t5x\b|__main__\b|{re.escape(_HERE)}\b)"
+    r"|from[ \t]+vishwam_t5x[ \t]+import[ \t]+t5x_scripts\b"
     r"|include[ \t]+['\"]t5x/)", re.MULTILINE)
 _THEIRS = re.compile(r"(^|/)t5x/(configs|examples|contrib)/")
 # Libraries that a gin file may name things of, and that register no tasks.

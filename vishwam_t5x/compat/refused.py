@@ -147,6 +147,11 @@ SETTINGS: dict[str, Setting] = {
     "t5x.models.EncoderDecoderModel.return_all_decodes": Setting(
         (False,), "the best sequence is the prediction",
         "vishwam infer --return_all_decodes"),
+    "t5x.models.DecoderOnlyModel.inputs_bidirectional_attention": Setting(
+        (True,), "the inputs of a prefix LM all see each other; a causal one is not built",
+        "DecoderOnlyModel.inputs_bidirectional_attention = True"),
+    "t5x.models.DecoderOnlyModel.feature_converter_cls": Setting(
+        (None,), "inputs and targets are laid into rows by vishwam_t5x", "leave it out"),
     "t5x.decoding.beam_search.min_log_prob": Setting(
         (-1.0e7,), "it bounds a beam that has not begun", "leave it out"),
     "t5x.decoding.beam_search.decoder_hook": Setting((None,), "steps of decoding are compiled "
@@ -159,9 +164,6 @@ SETTINGS: dict[str, Setting] = {
         (None,), "steps of decoding are compiled without callbacks", "leave it out"),
     "t5x.decoding.temperature_sample.logit_callback_fn": Setting(
         (None,), "steps of decoding are compiled without callbacks", "leave it out"),
-    "t5x.adafactor.Adafactor.factor_map": Setting(
-        (None,), "axes are factored by their sizes, and layers of a scan apart",
-        "min_dim_size_to_factor, factored"),
     "seqio.Evaluator.use_memory_cache": Setting((True, False), "", ""),
     "seqio.JSONLogger.write_n_results": Setting(
         (None,), "every prediction is written", "seqio.Evaluator.num_examples"),

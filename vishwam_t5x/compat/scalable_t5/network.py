@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from vishwam_t5x.compat import network
+from vishwam_t5x.compat.t5 import network
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models import config as models
 from vishwam_t5x.models.encoder_decoder import EncoderDecoder

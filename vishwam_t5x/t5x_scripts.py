@@ -1,6 +1,7 @@
 """T5X's `train`, `evaluate` and `infer` by its signatures: they say how ours are to be called.
 
 A gin file of T5X's binds them through `import __main__ as train_script`; the verbs call ours.
+Parameters that no docstring names take T5X's defaults alone: see `refused.SETTINGS`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from vishwam_t5x.compat.t5x_utils import CheckpointConfig, DatasetConfig, Restor
 from vishwam_t5x.compat.trainer import Trainer
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.source import DatasetConfig as OurDatasetConfig
+from vishwam_t5x.infer_eval import InferEval
 from vishwam_t5x.training.stability import StabilityConfig
 
 STANDS_FOR = "t5x"
@@ -49,7 +52,7 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
         model: network, loss, optimizer.
         train_dataset_cfg: what is trained on.
         train_eval_dataset_cfg: what the loss is evaluated on; None: nothing.
-        infer_eval_dataset_cfg: what predictions are judged on; None: nothing.
+        infer_eval_dataset_cfg: what predictions are judged on, as often; None: nothing.
         checkpoint_cfg: what is saved and restored.
         partitioner: where arrays lie.
         trainer_cls: microbatches, learning rate.
@@ -58,22 +61,9 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
         eval_steps: batches of an evaluation.
         eval_period: steps between evaluations.
         random_seed: of parameters and dropout; None: 0.
-        summarize_config_fn: `gin_utils.summarize_gin_config`.
-        relative_steps: None.
         stats_period: steps between records; None: those between evaluations or saves.
-        use_hardware_rng: False.
         inference_evaluator_cls: how predictions are judged.
-        get_dataset_fn: None.
         concurrent_metrics: metrics are always fetched beside the next step.
-        actions: None.
-        train_eval_get_dataset_fn: None.
-        run_eval_before_training: False.
-        train_state_initializer_cls: None.
-        use_gda: True.
-        use_jax_array: any.
-        use_orbax: any.
-        verify_matching_vocabs_fn: None.
-        gc_period: 0.
         task_modules: further modules that register tasks; not for gin files.
 
     Raises:
@@ -83,18 +73,14 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
     trainer, seed = trainer_cls(), _seed(random_seed)
     data = train_dataset_cfg.ours(task_modules, seed)
     before = _steps_before(checkpoint_cfg.restore)
-    if total_steps < before:
-        raise UserError("the initial checkpoint is beyond the last step",
-                        got=f"step {before}, TRAIN_STEPS = {total_steps}",
-                        fix=f"TRAIN_STEPS counts its steps too: {before} and those to come")
-    if before:
-        logging.info("the initial checkpoint is of step %d: %d of TRAIN_STEPS are left; steps are "
-                     "counted from 0 here, the learning rate from %d", before, total_steps - before,
-                     before)
+    _check_steps(before, total_steps)
     save = checkpoint_cfg.save or t5x_utils.SaveCheckpointConfig()
     periods = [period for period in (eval_period, save.period) if period]
     evaluated = train_eval_dataset_cfg and train_eval_dataset_cfg.ours(task_modules, seed)
-    _say_of_predictions(infer_eval_dataset_cfg, inference_evaluator_cls)
+    judged = None
+    if infer_eval_dataset_cfg is not None:
+        judged = _infer_eval(infer_eval_dataset_cfg, model, inference_evaluator_cls(), data,
+                             eval_period or total_steps, task_modules)
     return {
         "model": model.module.ours(), "model_dir": model_dir,
         "objective": t5x_utils.objective(data), "train_dataset_cfg": data,
@@ -102,6 +88,7 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
         "total_steps": total_steps - before, "loss": model.loss(), "mesh": partitioner.mesh(),
         "logical_axis_rules": partitioner.rules(), "checkpoint_cfg": save.ours(),
         "train_eval_dataset_cfg": evaluated, "eval_period": eval_period or total_steps,
+        "infer_eval": judged,
         "eval_examples": evaluated and max(eval_steps, 1) * evaluated.batch_size,
         "stats_period": stats_period or min(periods, default=100),
         "num_microbatches": trainer.num_microbatches or 1, "random_seed": seed,
@@ -126,19 +113,16 @@ def evaluate(*, model: BaseTransformerModel, dataset_cfg: DatasetConfig,
         partitioner: where arrays lie.
         output_dir: where metrics and predictions are written.
         inference_evaluator_cls: how predictions are judged.
-        summarize_config_fn: `gin_utils.summarize_gin_config`.
-        train_state_initializer_cls: None.
-        fallback_init_rng: None.
-        use_orbax: any.
         task_modules: further modules that register tasks; not for gin files.
 
     Raises:
         UserError: something is not honoured.
     """
     refused.check(f"{STANDS_FOR}.evaluate", locals())
-    return {**_run(model, dataset_cfg, restore_checkpoint_cfg, partitioner, output_dir,
-                   task_modules),
-            "loss": model.loss(), "output_dir": output_dir,
+    run = _run(model, dataset_cfg, restore_checkpoint_cfg, partitioner, output_dir, task_modules)
+    if restore_checkpoint_cfg.mode == "all":
+        run |= {"model_dir": run["checkpoint_path"], "checkpoint_path": "all"}
+    return {**run, "loss": model.loss(), "output_dir": output_dir,
             "max_examples": inference_evaluator_cls().num_examples}
 
 
@@ -166,24 +150,16 @@ def infer(*, mode: Literal["predict", "score", "predict_with_aux"], model: BaseT
         checkpoint_period: batches written in one piece, and lost at most.
         shard_id: number of this job.
         num_shards: jobs that share the work.
-        merge_chunked_results: True.
-        write_fn: None.
         checkpoint_ds_iter: a restart reads no example twice, whatever this says.
-        train_state_initializer_cls: None.
-        fallback_init_rng: None.
-        merge_fn: None.
-        summarize_config_fn: `gin_utils.summarize_gin_config`.
-        verify_matching_vocabs_fn: None.
-        output_vocab_feature_name: 'targets'.
-        file_extension: 'jsonl'.
-        keep_aux_as_numpy: False.
-        use_orbax: any.
         task_modules: further modules that register tasks; not for gin files.
 
     Raises:
         UserError: something is not honoured.
     """
     refused.check(f"{STANDS_FOR}.infer", locals())
+    if restore_checkpoint_cfg.mode == "all":
+        raise UserError("inference takes one checkpoint", got="mode = 'all'",
+                        fix="mode = 'specific' or 'latest'")
     name = dataset_cfg.mixture_or_task_name.replace("/", "_")
     return {**_run(model, dataset_cfg, restore_checkpoint_cfg, partitioner, output_dir,
                    task_modules),
@@ -244,6 +220,17 @@ def _steps_before(restore: RestoreCheckpointConfig | None) -> int:
     return open_source(place, checksums=False)[1] or 0
 
 
+def _check_steps(before: int, total_steps: int) -> None:
+    if total_steps < before:
+        raise UserError("the initial checkpoint is beyond the last step",
+                        got=f"step {before}, TRAIN_STEPS = {total_steps}",
+                        fix=f"TRAIN_STEPS counts its steps too: {before} and those to come")
+    if before:
+        logging.info("the initial checkpoint is of step %d: %d of TRAIN_STEPS are left; steps are "
+                     "counted from 0 here, the learning rate from %d", before, total_steps - before,
+                     before)
+
+
 def _seed(random_seed: int | None) -> int:
     if random_seed is None:
         logging.info("no random_seed is given: it is 0, so that the run can be resumed exactly")
@@ -251,13 +238,15 @@ def _seed(random_seed: int | None) -> int:
     return random_seed
 
 
-def _say_of_predictions(config: DatasetConfig | None, evaluator: type[seqio_names.Evaluator]
-                        ) -> None:
-    evaluator()
-    if config is not None:
-        logging.warning(
-            "infer_eval_dataset_cfg: predictions of %s are not judged during training; vishwam "
-            "evaluate does it for any of the checkpoints", config.mixture_or_task_name)
+def _infer_eval(config: DatasetConfig, model: BaseTransformerModel,
+                evaluator: seqio_names.Evaluator, train_data: OurDatasetConfig, period: int,
+                task_modules: Sequence[str]) -> InferEval:
+    """Returns what lets tasks judge; rows are as long as those of training where it is not said."""
+    if config.task_feature_lengths is None:
+        config = dataclasses.replace(config, task_feature_lengths=train_data.task_feature_lengths)
+    data = config.ours(task_modules)
+    return InferEval(data, period, evaluator.num_examples, (),
+                     {"text": model.predict_batch_with_aux()}, data.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""T5X's `t5x.examples.scalable_t5`."""
