@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import t5_fixtures as t5
 
 from helpers import vishwam
 from vishwam_t5x.checkpointing.manager import Checkpoints
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.core.errors import EXIT_USER_ERROR, UserError
 from vishwam_t5x.core.trees import unflatten_names
+from vishwam_t5x.evaluation.batch_file import T5X_FEATURES
 from vishwam_t5x.forward import forward
 from vishwam_t5x.models.config import CodeOutput, EncoderDecoderConfig, TextInput, TextOutput
 from vishwam_t5x.models.encoder_decoder import EncoderDecoder
@@ -113,6 +115,17 @@ def test_t5x_feature_names_give_the_same(case, tmp_path):
     found = forward(model(), str(GOLDEN / "params.npz"), str(tmp_path / "t5x.npz"),
                     str(tmp_path / "out.npz"))
     check_against_golden(found, case)
+
+
+def test_a_packed_batch_of_t5x_with_all_its_features(tmp_path):
+    assert set(t5.arrays("batch_packed")) == set(T5X_FEATURES)
+    np.savez(tmp_path / "params.npz", **t5.flat("params_init"))
+    found = forward(t5.model(), str(tmp_path / "params.npz"), str(t5.GOLDEN / "batch_packed.npz"),
+                    str(tmp_path / "out.npz"))
+    real = t5.arrays("batch_packed")["decoder_loss_weights"] > 0
+    np.testing.assert_allclose(found["logits/text"][real], t5.arrays("logits")["packed"][real],
+                               atol=1e-5)
+    assert found["weight_sum/text"] == real.sum()
 
 
 def test_a_checkpoint_folder_and_a_scanned_model(case, batch_file, tmp_path, saved_checkpoint):

@@ -188,6 +188,7 @@ class _OneCheckpoint:
     def evaluate(self, place: str) -> Evaluation:
         """Evaluates a checkpoint and writes what was found."""
         params, restored = self.ready.restore(place)
+        task_lookup.check_vocabulary(self.caches, restored.path)
         results, splits = [], []
         for task in self.caches:
             begin = time.monotonic()

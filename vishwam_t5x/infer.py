@@ -136,14 +136,14 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
     caches: tuple = ()
     if input_file is None or vocabulary is None:
         caches = task_lookup.open_tasks(ready.config, ready.objective, tasks)
-        codec = task_lookup.text_codec(caches, ready.config, layout)
-    else:
-        codec = task_lookup.tokenizer(vocabulary, layout)
+    codec = task_lookup.text_codec(caches, ready.config, layout) if caches else (
+        task_lookup.tokenizer(str(vocabulary), layout))
     sources, bar = _sources(ready, caches, codec, max_examples), Progress()
     if input_file is not None:
         reader = _reader(ready, codec, target, decode_image, log_mel, mode)
         sources = [LinesSource(ready.generator, reader, codec.decode, str(input_file))]
     params, restored = ready.load(checkpoint_path, model_dir)
+    task_lookup.check_vocabulary(caches, restored.path)
     stem = ready.config.split if input_file is None else pathlib.Path(input_file).stem
     path = storage.place(output_file or storage.join(
         model_dir, "inference", evaluation_setup.checkpoint_name(restored),

@@ -6,6 +6,8 @@ TensorFlow.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from vishwam_t5x import screen
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.data import source
 from vishwam_t5x.data.records import TaskCache
@@ -136,6 +139,57 @@ def text_codec(tasks: Sequence[TaskCache], config: DatasetConfig,
     if layout is None and any(name in task.features for task in tasks for name in _OF_T5):
         path = None  # Its sentinels are not where our layout has them.
     return tokenizer(path, layout) if path else VocabularyCodec(vocabulary, layout)
+
+
+def check_vocabulary(tasks: Sequence[Any], checkpoint: str) -> None:
+    """Refuses a checkpoint that has learned another vocabulary than that of the tasks.
+
+    Looks at what lies beside it: the data.json of a run, the SentencePiece model of a folder of
+    Hugging Face's. Where neither says anything, nothing is refused.
+
+    Args:
+        tasks: cached tasks.
+        checkpoint: its path, or that of its MODEL_DIR.
+
+    Raises:
+        UserError: a task has another.
+    """
+    mine = {task.name: entry for task in tasks
+            if isinstance(entry := getattr(task, "metadata", {}).get("vocabulary"), dict)}
+    if not mine:
+        return
+    digests, model, where = _vocabulary_of(checkpoint)
+    for name, entry in mine.items():
+        if not digests or entry.get("sha256") in digests:
+            continue
+        if model is not None and _pieces(entry["path"]) == _pieces(model):
+            continue
+        raise UserError(f"the vocabulary of task '{name}' is not the checkpoint's",
+                        got=f"{entry['path']}, sha256 {str(entry.get('sha256'))[:12]}…; {where}: "
+                            f"sha256 {min(digests)[:12]}…",
+                        fix="cache the task with the vocabulary that the checkpoint was trained "
+                            "with, or give another checkpoint")
+
+
+def _vocabulary_of(checkpoint: str) -> tuple[set[str], str | None, str]:
+    """The hashes that are known of a checkpoint's vocabulary, its model, and where it says so."""
+    folder = storage.expanded(checkpoint)
+    for name in ("spiece.model", "tokenizer.model"):
+        if storage.is_file(model := storage.join(folder, name)):
+            return {hashlib.sha256(storage.read_bytes(model)).hexdigest()}, model, model
+    for _ in range(3):  # MODEL_DIR/checkpoints/STEP
+        if storage.is_file(data := storage.join(folder, "data.json")):
+            known = json.loads(storage.read_text(data)).values()
+            return {facts["vocabulary"] for facts in known if facts.get("vocabulary")}, None, data
+        folder = storage.parent(folder)
+    return set(), None, ""
+
+
+def _pieces(path: str) -> list[str]:
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_proto=storage.read_bytes(path))
+    return [model.id_to_piece(index) for index in range(model.get_piece_size())]
 
 
 def tokenizer(path: str, layout: VocabularyLayout | None) -> TextCodec:

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import jax
 from absl import logging
 
-from vishwam_t5x import gin_config, gin_differences, screen
+from vishwam_t5x import gin_config, gin_differences, screen, task_lookup
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError
@@ -170,6 +170,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         if beginning.is_over(run_dir, first_step, total_steps, early_stop):
             return state
         dataset = _opened_by_all(open_dataset, filling, ledger, patience)
+        _check_vocabulary(dataset.examples, initial_checkpoint_path if first_step == 0 else None)
         beginning.check_examples(run_dir, dataset.examples, first_step)
         batches = stack.enter_context(dataset.prefetch(batch_shardings, state.data_position))
         writers = _writers(stack, run_dir, first_step, total_steps, use_tensorboard)
@@ -277,6 +278,12 @@ def _initial_params(factory: StateFactory, path: str | None,
         return params
 
     return load
+
+
+def _check_vocabulary(examples: Any, checkpoint: str | None) -> None:
+    if checkpoint:
+        distributed.refuse_together("vocabulary", lambda: task_lookup.check_vocabulary(
+            getattr(examples, "tasks", ()), checkpoint))
 
 
 def _evaluations(parts: setup.Parts, objective: Objective, config: source.DatasetConfig | None,

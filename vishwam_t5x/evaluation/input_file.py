@@ -93,12 +93,17 @@ class InputReader:
         try:
             fields = _fields(text)
             folder = storage.parent(storage.expanded(path))
-            return InputLine(number, fields, self._example(fields, folder))
+            return InputLine(number, fields, self.example(fields, folder))
         except UserError as error:
             got = "" if error.got is None else f" ({error.got})"
             return BadLine(number, f"{error.problem}{got}")
 
-    def _example(self, fields: Mapping[str, str], folder: str) -> dict[str, np.ndarray]:
+    def example(self, fields: Mapping[str, str], folder: str) -> dict[str, np.ndarray]:
+        """Returns the model example of one line's fields, whose paths are relative to `folder`.
+
+        Raises:
+            UserError: it cannot be used.
+        """
         clean: dict[str, np.ndarray] = {}
         for name, value in fields.items():
             if name == TARGET:

@@ -26,7 +26,8 @@ _ORDER = ("rate", "records", "lengths")
 def describe(examples: Any) -> dict[str, dict[str, Any]]:
     """Returns {task: its rate, number of records, hash of their lengths, hash of their content}.
 
-    Empty for a live stream, whose resume is approximate anyway.
+    And the hash of its vocabulary, if its cache knows it. Empty for a live stream, whose resume is
+    approximate anyway.
     """
     if not isinstance(examples, Mixture):
         return {}
@@ -38,6 +39,9 @@ def describe(examples: Any) -> dict[str, dict[str, Any]]:
                 "rate": rate, "records": task.num_records,
                 "lengths": task.manifest.lengths_sha256,
                 "content": hashlib.sha256(shards.encode()).hexdigest()}
+            words = task.metadata.get("vocabulary")
+            if isinstance(words, dict) and words.get("sha256"):
+                found[task.name]["vocabulary"] = words["sha256"]
     return found
 
 

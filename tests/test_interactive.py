@@ -1,0 +1,96 @@
+"""The model of a notebook: what it says is what the verbs say, and it learns what it is shown."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import pathlib
+
+import pytest
+from evaluation import small_model, small_run
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.evaluation.predictions import read_lines
+from vishwam_t5x.infer import infer
+from vishwam_t5x.interactive import InteractiveModel
+
+GIN = """
+include 'gin/runs/pretrain.gin'
+include 'gin/optimizers/adafactor.gin'
+TRAIN_STEPS = 10
+"""
+TEXTS = ["what is this", "draw a one two"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(gin file, cache directory, MODEL_DIR)."""
+    folder = tmp_path_factory.mktemp("run")
+    module = small_model.model()
+    cache_dir, model_dir = small_run.write(folder, module, small_model.params(module))
+    gin_file = folder / "tiny.gin"
+    gin_file.write_text(f"{GIN}{small_run.GIN}\nVOCABULARY_PATH = '{cache_dir}/text.model'\n"
+                        "config.EncoderDecoderConfig.dropout_rate = %DROPOUT_RATE\n"
+                        f"CACHE_DIR = '{cache_dir}'\nMODEL_DIR = '{model_dir}'\n")
+    return str(gin_file), cache_dir, model_dir
+
+
+@pytest.fixture(scope="module")
+def asked(run):
+    gin_file, _, model_dir = run
+    return InteractiveModel.from_gin([gin_file], {"DECODE_BATCH_SIZE": 2},
+                                     checkpoint_path=model_dir)
+
+
+def test_it_says_what_the_verb_says(run, asked, tmp_path, monkeypatch):
+    _, cache_dir, model_dir = run
+    monkeypatch.setenv("VISHWAM_CACHE_DIR", cache_dir)
+    (tmp_path / "in.jsonl").write_text("".join(
+        json.dumps({"text": text, "target": "one two"}) + "\n" for text in TEXTS))
+    for mode in ("predict_with_aux", "score"):
+        infer(asked._ready.model, model_dir, small_model.objective(),
+              small_model.dataset_config(cache_dir=cache_dir), mode=mode,
+              input_file=str(tmp_path / "in.jsonl"), output_file=str(tmp_path / f"{mode}.jsonl"),
+              decoding=asked._ready.generator._configs, vocabulary=f"{cache_dir}/text.model")
+    lines = list(read_lines(tmp_path / "predict_with_aux.jsonl"))
+    assert asked.predict(TEXTS) == [line["prediction"] for line in lines]
+    predictions, aux = asked.predict_with_aux([{"text": text} for text in TEXTS])
+    assert predictions == [line["prediction"] for line in lines]
+    for name in ("scores", "token_scores"):
+        for mine, line in zip(aux[name], lines, strict=True):
+            assert mine == pytest.approx(line["aux"][name], rel=1e-5)
+    scores = [line["score"] for line in read_lines(tmp_path / "score.jsonl")]
+    assert asked.score(TEXTS, ["one two"] * 2) == pytest.approx(scores, rel=1e-5)
+    judged = asked.evaluate([{"inputs": text, "targets": "one"} for text in TEXTS],
+                            [lambda targets, predictions: {
+                                "right": sum(map(str.__eq__, targets, predictions)),
+                                "seen": len(predictions)}])
+    assert judged == {"seen": 2, "right": sum(text == "one" for text in predictions)}
+
+
+def test_mistakes_name_the_example(asked):
+    with pytest.raises(UserError, match="example 1: the text is too long"):
+        asked.predict(["one", "one " * 60])
+    with pytest.raises(UserError, match='example 0: there is no "target" to score'):
+        asked.score(["one"])
+    with pytest.raises(UserError, match="nobody reads: 'txt'"):
+        asked.predict([{"txt": "one"}])
+    with pytest.raises(UserError, match="a list of examples"):
+        asked.predict("one")
+    with pytest.raises(UserError, match="takes one batch"):
+        asked.train_step([{"text": "one", "target": "two"}] * 3)
+
+
+def test_the_example_of_the_docstring_and_going_on(run, tmp_path):
+    """Learns the examples it is given; saved and restored, it goes on as if it had not been."""
+    names = {"InteractiveModel": InteractiveModel, "RECIPE": run[0], "FOLDER": str(tmp_path)}
+    example = doctest.DocTestFinder().find(InteractiveModel, "InteractiveModel", globs=names)[0]
+    failed = doctest.DocTestRunner().run(example, clear_globs=False)
+    assert failed.failed == 0 and failed.attempted > 5
+    model, examples = example.globs["model"], example.globs["examples"]
+    again = InteractiveModel.from_gin([run[0]], {"BATCH_SIZE": 4}, output_dir=str(tmp_path))
+    assert again.step == 3 and pathlib.Path(example.globs["path"]).name == "3"
+    assert again.score(examples) == model.score(examples)
+    assert again.train_step(examples) == model.train_step(examples)
+    assert again.score(examples) == model.score(examples)
+
