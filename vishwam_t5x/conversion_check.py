@@ -107,7 +107,8 @@ def our_logits(place: epath.Path, network: T5Network, batch: dict[str, np.ndarra
         num_decoder_layers=network.num_decoder_layers, mlp_activations=network.mlp_activations,
         qk_norm=False, scale_attention_logits=False, float32_attention_logits=False,
         precision="float32", position=configs.RelativePositions(
-            network.num_buckets, network.max_distance, network.per_layer),
+            num_buckets=network.num_buckets, max_distance=network.max_distance,
+            per_layer=network.per_layer),
         inputs=(configs.TextInput(vocab_size=size, modality_embedding=False),),
         targets=(configs.TextOutput(vocab_size=size, modality_embedding=False,
                                     logits_via_embedding=network.logits_via_embedding),)))

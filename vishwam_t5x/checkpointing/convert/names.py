@@ -101,8 +101,3 @@ def _to_t5x(name: str, decoder_only: bool) -> str | None:
         theirs = parameter_to_t5x(match["param"], decoder_only)
         return theirs and f"state/param_states/{theirs}/{match['moment']}"
     return None
-
-
-def is_bookkeeping(name: str) -> bool:
-    """Whether an array of ours only means something inside its run."""
-    return _BOOKKEEPING.fullmatch(name) is not None

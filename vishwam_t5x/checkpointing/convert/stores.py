@@ -170,11 +170,6 @@ class StoredSource:
         self.bytes_read += numbers.nbytes
         return numbers
 
-    def chunks(self, name: str) -> tuple[int, ...] | None:
-        """Returns the shape of the pieces that an array is stored in; None of one at hand."""
-        array = self._arrays[name]
-        return None if isinstance(array, np.ndarray) else tuple(array.chunk_layout.read_chunk.shape)
-
     def _size(self, name: str) -> int:
         leaf = self._leaves[name]
         return math.prod(leaf.shape) * dtype_named(leaf.dtype).itemsize
