@@ -34,7 +34,7 @@ _ORBAX = "checkpoints are always written by Orbax, in the layout of vishwam_t5x"
 SETTINGS: dict[str, Setting] = {
     "t5x.train.use_hardware_rng": Setting(
         (False,), "hardware random numbers differ between meshes: no resume would be exact",
-        "USE_HARDWARE_RNG = False"),
+        "--gin.train.use_hardware_rng=False"),
     "t5x.train.summarize_config_fn": Setting(
         (None, "summarize_gin_config"), "the configuration is written to MODEL_DIR/config.gin",
         "summarize_config_fn = @gin_utils.summarize_gin_config"),

@@ -191,9 +191,14 @@ def read_task(task: seqio.Task, split: str, seed: int, shard_info: seqio.ShardIn
                 sequence_length=None, split=split, use_cached=False, shuffle=False, seed=seed,
                 shard_info=shard_info, num_epochs=num_epochs, trim_output_features=False,
                 try_in_mem_cache=False)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        fix = "mend the task's source, preprocessors or output_features"
+        if isinstance(error, TypeError) and "NoneType" in str(error):
+            fix = ("a preprocessor wants the lengths of a row (T5's span_corruption does): a cache "
+                   "holds clean examples, which serve all lengths; leave it out of the task and "
+                   "let an objective of gin/objectives/ corrupt them on read")
         raise UserError(f"the dataset of task '{task.name}' cannot be made", got=error,
-                        fix="mend the task's source, preprocessors or output_features") from error
+                        fix=fix) from error
 
 
 # -- examples ----------------------------------------------------------------------------------
