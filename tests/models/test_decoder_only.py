@@ -144,10 +144,14 @@ def test_the_prefix_sees_itself_both_ways_and_no_target():
     model, variables = build()
     batch = rows_of([(0, INPUTS[1], TARGETS[1])], packed=False)
 
+    @jax.jit
+    def whole(batch):
+        return model.apply(variables, batch, method="logits", capture_intermediates=(
+            lambda module, name: (module.name, name) == ("decoder", "__call__")),
+            mutable=["intermediates"])[1]
+
     def hidden(batch):  # of the joint row: BOS, the five inputs, two targets
-        _, found = model.apply(variables, batch, method="logits", capture_intermediates=(
-            lambda module, _: module.name == "decoder"), mutable=["intermediates"])
-        return np.asarray(found["intermediates"]["decoder"]["__call__"][0])[0, :8]
+        return np.asarray(whole(batch)["intermediates"]["decoder"]["__call__"][0])[0, :8]
 
     def touched(key, column):
         changed = batch[key].copy()
@@ -244,9 +248,8 @@ def test_images_may_stand_in_the_prefix():
     rng = np.random.default_rng(0)
     image = {"inputs/image/input": rng.normal(size=(1, 3, 12)).astype(np.float32)}
     changed = {"inputs/image/input": image["inputs/image/input"] + 1.0}
-    before, after = (model.apply(variables, batch | part, method="logits")["text"][0, :4]
-                     for part in (image, changed))
-    assert np.abs(np.asarray(before - after)).max(-1).min() > 1e-4
+    before, after = (logits(model, variables, batch | part)[0, :4] for part in (image, changed))
+    assert np.abs(before - after).max(-1).min() > 1e-4
 
 
 def test_names_are_t5x_own():
