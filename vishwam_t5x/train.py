@@ -18,6 +18,7 @@ others write what they were doing and exit with 76; run the same command to go o
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 from collections.abc import Callable, Sequence
@@ -145,7 +146,8 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         stack.enter_context(Watchdog(watchdog, ledger))
         beginning.hold(stack, run_dir, watchdog.held_seconds, check_run)
         saver_ready = setup.in_background(lambda: _checkpoints(run_dir, checkpoint_cfg))
-        filling, open_dataset = _dataset_opener(train_dataset_cfg, objective, model)
+        filling, open_dataset = _dataset_opener(train_dataset_cfg, objective, model,
+                                                lambda: step_ready)
         devices = mesh_lib.make_mesh(mesh)
         logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
         parts = setup.Parts(
@@ -175,7 +177,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         batches = stack.enter_context(dataset.prefetch(batch_shardings, state.data_position))
         writers = _writers(stack, run_dir, first_step, total_steps, use_tensorboard)
         each_step = _evaluations(parts, objective, train_eval_dataset_cfg, eval_examples,
-                                 eval_period, early_stop, infer_eval)
+                                 eval_period, early_stop, infer_eval, step_ready)
         if profile_steps:
             each_step.append(_profile(stack, run_dir, first_step + profile_start, profile_steps))
         ledger.enter("compile")
@@ -209,16 +211,28 @@ def _checkpoints(run_dir: RunDir, config: CheckpointConfig) -> Any:
     return Checkpoints(run_dir.checkpoints, config, before_commit=run_dir.keep)
 
 
-def _dataset_opener(config: source.DatasetConfig, objective: Objective, model: Trainable
+def _dataset_opener(config: source.DatasetConfig, objective: Objective, model: Trainable,
+                    step_ready: Callable[[], concurrent.futures.Future]
                     ) -> tuple[bool, Callable[[], source.Dataset]]:
     """Begins to open the dataset; returns whether a cache is missing, and what waits for it all.
 
     Writing a cache may take hours: where it is missing, that begins when the function is called,
     once everything else is known to be right, and in the main thread, where Ctrl-C ends it.
     """
-    if config.use_cached and source.missing_tasks(config):
-        return True, lambda: _dataset(config, objective, model)
-    return False, setup.in_background(lambda: _dataset(config, objective, model)).result
+    if config.use_cached and not source.missing_tasks(config):
+        return False, setup.in_background(lambda: _dataset(config, objective, model)).result
+
+    def with_tensorflow() -> source.Dataset:
+        _wait_to_import_tensorflow(step_ready())
+        return _dataset(config, objective, model)
+
+    return config.use_cached, with_tensorflow
+
+
+def _wait_to_import_tensorflow(step_ready: concurrent.futures.Future) -> None:
+    # Its import replaces `__import__` for moments (etils' lazy_imports), in which another thread
+    # that traces, and so imports parts of jax, gets modules that are none.
+    step_ready.exception()
 
 
 def _opened_by_all(open_dataset: Callable[[], source.Dataset], filling: bool, ledger: Ledger,
@@ -288,7 +302,8 @@ def _check_vocabulary(examples: Any, checkpoint: str | None) -> None:
 
 def _evaluations(parts: setup.Parts, objective: Objective, config: source.DatasetConfig | None,
                  num_examples: int | None, period: int, early_stop: hooks.EarlyStop | None,
-                 infer_eval: InferEval | None) -> list[hooks.Hook]:
+                 infer_eval: InferEval | None, step_ready: concurrent.futures.Future
+                 ) -> list[hooks.Hook]:
     found: list[hooks.Hook] = []
     if config is not None:
         evaluator = LossEvaluator(parts.model, parts.step.loss, objective, config, parts.mesh,
@@ -297,6 +312,7 @@ def _evaluations(parts: setup.Parts, objective: Objective, config: source.Datase
             early_stop.check_metric(evaluator.metric_names())
         found.append(hooks.EvaluateHook(evaluator, period, early_stop))
     if infer_eval is not None:
+        _wait_to_import_tensorflow(step_ready)
         found.append(infer_eval.hook(parts, objective))
     return found
 
