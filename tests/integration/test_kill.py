@@ -36,7 +36,7 @@ def test_twenty_kills(tmp_path, quickstart_cache):
         before = saved_steps(model_dir)
         process = runs.start(model_dir, SCHEDULE, *SAVES, runs.ENDLESS, env=quickstart_cache)
         if len(killed_at) % 2:  # as soon as a save is seen on disk
-            target = (max(before, default=0) // 3 + chance.randint(1, 3)) * 3
+            target = (max(before, default=0) // 3 + chance.randint(1, 4)) * 3
             runs.wait_for_step(process, model_dir, target - 1)
             deadline = time.monotonic() + 60
             while not save_is_running(model_dir) and time.monotonic() < deadline:
@@ -58,7 +58,7 @@ def test_twenty_kills(tmp_path, quickstart_cache):
     straight = tmp_path / "straight"
     for folder in (model_dir, straight):
         runs.train(folder, SCHEDULE, *SAVES, end, env=quickstart_cache)
-    assert killed_at[-1] >= 2 * KILLS, "the run never came far"
+    assert killed_at[-1] >= KILLS, "the run never came far"
     log = log_file.read_text()
     assert "Traceback" not in log
     assert not save_is_running(model_dir), "remains of killed saves are swept"
