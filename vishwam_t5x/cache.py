@@ -8,6 +8,8 @@ usage: vishwam cache --task_or_mixture=NAME [--module=MODULE] [--cache_dir=DIR]
 --cache_dir=DIR          default: $VISHWAM_CACHE_DIR, or ~/.cache/vishwam_t5x. May be gs://… or s3://…:
                          written here first, below copies/, then copied there
 --splits=A,B             default: every split the task has
+--sequence_length=inputs:512,targets:114
+                         for tasks whose preprocessors ask for the lengths of a row
 --overwrite              write again what is there already (after the task has changed)
 --json                   print the result, or the mistake, as one JSON object
 
@@ -22,7 +24,7 @@ import logging
 import pathlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vishwam_t5x import screen
@@ -32,7 +34,7 @@ from vishwam_t5x.core.errors import EXIT_OK, EXIT_USER_ERROR, Resumable, UserErr
 from vishwam_t5x.data import copies
 from vishwam_t5x.data.source import DatasetConfig, default_cache_dir
 
-FLAGS = ("task_or_mixture", "module", "cache_dir", "splits", "overwrite", "json")
+FLAGS = ("task_or_mixture", "module", "cache_dir", "splits", "sequence_length", "overwrite", "json")
 
 
 def cache(dataset: DatasetConfig, splits: Sequence[str] = (), overwrite: bool = False) -> dict:
@@ -50,7 +52,7 @@ def cache(dataset: DatasetConfig, splits: Sequence[str] = (), overwrite: bool = 
         UserError: an unknown name, module or split, or examples that cannot be cached.
     """
     return _write(dataset.mixture_or_task_name, dataset.modules, dataset.directory, tuple(splits),
-                  overwrite)
+                  overwrite, dataset.sequence_length)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +78,7 @@ def _run(line: CommandLine, argv: Sequence[str]) -> dict:
     if line.files:
         from vishwam_t5x import gin_config
 
-        if clash := {"task_or_mixture", "module", "cache_dir"} & flags.keys():
+        if clash := {"task_or_mixture", "module", "cache_dir", "sequence_length"} & flags.keys():
             raise UserError(f"--{min(clash)} and --gin_file do not go together",
                             fix="bind MIXTURE_OR_TASK_NAME or DatasetConfig with --gin.NAME=VALUE")
         config = gin_config.parse(argv, "cache", flags=FLAGS)
@@ -88,11 +90,23 @@ def _run(line: CommandLine, argv: Sequence[str]) -> dict:
                         fix="vishwam cache --task_or_mixture=NAME, or --gin_file=FILE")
     modules = tuple(filter(None, flags.get("module", "").split(",")))
     return _write(flags["task_or_mixture"], modules, flags.get("cache_dir") or default_cache_dir(),
-                  splits, "overwrite" in flags)
+                  splits, "overwrite" in flags, _lengths(flags.get("sequence_length", "")))
+
+
+def _lengths(text: str) -> dict[str, int] | None:
+    """Returns {'inputs': 512, …} of 'inputs:512,…'; None of ''."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, length = part.partition(":")
+        if not name or not length.isdigit() or not int(length):
+            raise UserError("--sequence_length must give a number of tokens for each feature",
+                            got=text, fix="--sequence_length=inputs:512,targets:114")
+        found[name] = int(length)
+    return found or None
 
 
 def _write(name: str, modules: Sequence[str], cache_dir: str, splits: Sequence[str],
-           overwrite: bool) -> dict:
+           overwrite: bool, sequence_length: Mapping[str, int] | None = None) -> dict:
     place, cache_dir = cache_dir, copies.folder_of(cache_dir)
     try:
         pathlib.Path(cache_dir).mkdir(parents=True, exist_ok=True)
@@ -114,7 +128,8 @@ def _write(name: str, modules: Sequence[str], cache_dir: str, splits: Sequence[s
     if storage.is_remote(place) and not overwrite:  # what is there need not be written again
         for split in splits or copies.SPLITS:
             copies.pull(place, name, split)
-    result = tf_cache.cache_task_or_mixture(name, modules, cache_dir, splits, overwrite)
+    result = tf_cache.cache_task_or_mixture(name, modules, cache_dir, splits, overwrite,
+                                            sequence_length)
     if storage.is_remote(place):
         copies.push(place, name, result)
     return result

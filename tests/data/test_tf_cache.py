@@ -22,8 +22,10 @@ from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records, source, synthetic
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
 from vishwam_t5x.objectives.masking import PatchSpec
+from vishwam_t5x.objectives.text_to_text import TextToText
 from vishwam_t5x.objectives.vocabulary import VocabularyLayout
 
+LENGTHS = {"inputs": 6, "targets": 4}
 MODULE = str(pathlib.Path(__file__).with_name("toy_tasks.py"))
 
 
@@ -74,7 +76,8 @@ def cached(files, tmp_path_factory):
                       again=run("toy_lines", ["train"], True), unknown=run("toy_sqares"),
                       split=run("toy", ["validation"]),
                       module=run("toy", modules=("no_such_module",)),
-                      file=run("toy", modules=("/no/such/file.py",)), broken=run("toy_broken"))
+                      file=run("toy", modules=("/no/such/file.py",)), broken=run("toy_broken"),
+                      unasked=run("toy_rows"), rows=run("toy_rows", (), False, {LENGTHS!r}))
         result["log"] = list(Log.lines)
         from data.test_tf_cache import live_facts
         del Log.lines[:]
@@ -161,6 +164,25 @@ def test_mistakes_are_explained(cached):
     assert "no such number" in said["broken"]["got"]
 
 
+def test_tasks_that_ask_for_the_lengths_of_a_row_are_cached_for_these_alone(cached, files):
+    unasked = cached[1]["unasked"]
+    assert "toy_rows" in unasked["problem"] and "sequence_length" in unasked["fix"]
+    assert cached[1]["rows"]["toy_rows"]["train"] == {
+        "num_records": 55, "num_bad": 0, "written": True}
+    assert any("toy_rows: its preprocessors make examples for rows of inputs 6, targets 4" in line
+               for line in cached[1]["log"])
+    given = config(cached[0], files, "toy_rows", sequence_length=LENGTHS)
+    task = source.open_dataset(given, TextToText(6, 4)).examples.tasks[0]
+    seen = {tuple(task.read(record)["inputs"]) for record in range(55)}
+    assert len(seen) > 50 and all(len(tokens) == 6 for tokens in seen)
+    for other in (None, {"inputs": 7, "targets": 4}):
+        with pytest.raises(UserError, match="for rows of other lengths"):
+            source.open_dataset(config(cached[0], files, "toy_rows", sequence_length=other),
+                                TextToText(6, 4))
+    # Tasks that do not ask serve all lengths.
+    assert source.open_mixture(config(cached[0], files, sequence_length={"inputs": 9}), PATCHES)
+
+
 def config(directory, files, name="toy", **options):
     os.environ["TOY_FILES"] = str(files)
     return source.DatasetConfig(
@@ -245,6 +267,12 @@ def test_a_missing_cache_is_written_by_a_subprocess(tmp_path, files):
     assert after == before  # another file's tests may have imported it
 
 
+def test_the_lengths_of_a_row_reach_the_subprocess(tmp_path, files):
+    given = config(tmp_path, files, "toy_rows", sequence_length=LENGTHS)
+    task = source.open_dataset(given, TextToText(6, 4)).examples.tasks[0]
+    assert task.metadata[source.LENGTHS_KEY] == LENGTHS
+
+
 def test_an_unknown_name_gets_the_subprocess_s_did_you_mean(tmp_path, files):
     with pytest.raises(UserError, match="unknown task") as error:
         source.open_dataset(config(tmp_path, files, "toy_line"), objective())
@@ -298,6 +326,8 @@ def test_the_verb_refuses_what_it_does_not_know():
     done = helpers.vishwam("cache", "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["problem"] == "cache which task or mixture?"
+    done = helpers.vishwam("cache", "--task_or_mixture=toy", "--sequence_length=inputs")
+    assert done.returncode == 2 and "inputs:512" in done.stderr
     done = helpers.vishwam("cache", "--task_or_mixtur=toy")
     assert done.returncode == 2 and "'task_or_mixture'" in done.stderr
 

@@ -76,6 +76,7 @@ class DatasetConfig:
             task_feature_lengths=dict(self.task_feature_lengths or dict.fromkeys(SIDES, 1)),
             batch_size=self.batch_size, split=self.split, shuffle=self.shuffle, pack=self.pack,
             seed=seed if self.seed is None else self.seed,
+            sequence_length=dict(self.task_feature_lengths) if self.task_feature_lengths else None,
             module=tuple(dict.fromkeys([*([self.module] if self.module else []), *modules]))
             or None, **({} if self.use_memory_cache else {"keep_in_memory_mib": 0}))
         if self.task_feature_lengths is None:

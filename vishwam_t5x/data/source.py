@@ -28,6 +28,8 @@ from vishwam_t5x.data.prefetch import Prefetcher
 from vishwam_t5x.objectives.masking import PatchSpec
 
 CACHE_DIR_VARIABLE = "VISHWAM_CACHE_DIR"
+LENGTHS_KEY = "sequence_length"
+"""Of a manifest's metadata: the lengths of a row that a task's preprocessors were told."""
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +54,9 @@ class DatasetConfig:
         use_cached: read the cache, writing it first if missing (exact resume). False: a live
             tf.data stream, whose resume is approximate.
         pack: many examples a row; False: one.
+        sequence_length: what SeqIO preprocessors that ask for the lengths of a row are told (T5's
+            span_corruption does), {'inputs': …, 'targets': …}; None: such tasks are refused. Their
+            cache is made for these lengths, and what they draw at random is the same each epoch.
         module: importable module or .py file, or several, that register the tasks with SeqIO; None:
             the tasks that come with vishwam_t5x.
         cache_dir: directory of the caches, which may be gs:// or s3://; None: $VISHWAM_CACHE_DIR
@@ -71,6 +76,7 @@ class DatasetConfig:
     seed: int = 0
     use_cached: bool = True
     pack: bool = True
+    sequence_length: Mapping[str, int] | None = None
     module: str | Sequence[str] | None = None
     cache_dir: str | None = None
     prefetch: int = 2
@@ -211,6 +217,8 @@ def open_mixture(config: DatasetConfig, specs: Mapping[str, PatchSpec], repeat: 
     tasks = [records.TaskCache.open(
         cache_directory.task_directory(config.directory, task, config.split), specs)
         for task in rates]
+    for task in tasks:
+        _check_lengths(task, config)
     task_code.warn_of_changes(config.mixture_or_task_name, [task.metadata for task in tasks])
     _logger.info("rates of %s: %s", config.mixture_or_task_name,
                  ", ".join(f"{task} {rate:g}" for task, rate in rates.items()))
@@ -221,6 +229,15 @@ def open_mixture(config: DatasetConfig, specs: Mapping[str, PatchSpec], repeat: 
             break
         task.keep_in_memory()
     return Mixture(tasks, list(rates.values()), config.seed, config.shuffle, repeat)
+
+
+def _check_lengths(task: records.TaskCache, config: DatasetConfig) -> None:
+    made_for = task.metadata.get(LENGTHS_KEY)
+    if made_for is not None and made_for != dict(config.sequence_length or {}):
+        raise UserError(
+            f"the cache of task '{task.name}' was made for rows of other lengths",
+            got=f"{made_for}, now {dict(config.sequence_length or {})}",
+            fix="another CACHE_DIR; or write it again: vishwam cache --overwrite")
 
 
 def missing_tasks(config: DatasetConfig) -> list[str]:
@@ -259,6 +276,9 @@ def ensure_cached(config: DatasetConfig) -> None:
     # Who trains will evaluate: one start of TensorFlow for all splits. The others are smaller.
     command += [f"--splits={config.split}"] if config.split != "train" else []
     command += [f"--module={','.join(config.modules)}"] if config.modules else []
+    if config.sequence_length:
+        command.append("--sequence_length=" + ",".join(
+            f"{name}:{length}" for name, length in config.sequence_length.items()))
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False,
                           env=_environment())
     if done.returncode == EXIT_USER_ERROR:

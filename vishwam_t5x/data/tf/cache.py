@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import pathlib
@@ -17,7 +18,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import seqio
@@ -26,7 +27,7 @@ import tensorflow as tf
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records, records_writer, task_code
-from vishwam_t5x.data.source import CACHE_DIR_VARIABLE
+from vishwam_t5x.data.source import CACHE_DIR_VARIABLE, LENGTHS_KEY
 from vishwam_t5x.data.tf import examples
 
 MAX_PARTS = 1024
@@ -39,7 +40,8 @@ _logger = logging.getLogger(__name__)
 
 
 def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
-                          splits: Sequence[str] = (), overwrite: bool = False
+                          splits: Sequence[str] = (), overwrite: bool = False,
+                          sequence_length: Mapping[str, int] | None = None
                           ) -> dict[str, dict[str, dict[str, Any]]]:
     """Caches a Task, or every Task of a Mixture and the Mixture's rates.
 
@@ -49,6 +51,8 @@ def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
         cache_dir: where to write.
         splits: which; none: all that each Task has.
         overwrite: write again what is there.
+        sequence_length: what preprocessors that ask for the lengths of a row are told; the cache is
+            then good for these lengths alone, and its manifest says so.
 
     Returns:
         {task: {split: {'num_records', 'num_bad', 'written'}}}.
@@ -74,10 +78,29 @@ def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
         result[task_name] = {}
         for split in splits or task.splits:
             metadata = {**examples.task_metadata(loaded, task_name), **code}
+            lengths = _lengths_wanted(task, split, sequence_length)
+            if lengths:
+                metadata[LENGTHS_KEY] = lengths
             result[task_name][split] = _cache_split(task, split, cache_dir, metadata, overwrite)
     if name in seqio.MixtureRegistry.names():
         records_writer.write_mixture(cache_dir, name, rates)
     return result
+
+
+def _lengths_wanted(task: seqio.Task, split: str, given: Mapping[str, int] | None
+                    ) -> dict[str, int]:
+    """Returns the lengths of a row if a preprocessor asks for them and they are given, else {}."""
+    if not given:
+        return {}
+    try:
+        examples.read_task(task, split, seed=0)
+    except examples.WantsLengths:
+        _logger.warning(
+            "%s: its preprocessors make examples for rows of %s: the cache serves these lengths "
+            "alone, and what they draw at random is the same in every epoch", task.name,
+            ", ".join(f"{name} {length}" for name, length in given.items()))
+        return dict(given)
+    return {}
 
 
 def _cache_split(task: seqio.Task, split: str, cache_dir: str, metadata: Mapping[str, Any],
@@ -119,7 +142,9 @@ def _lock(path: pathlib.Path) -> Iterator[None]:
 def _write_split(task: seqio.Task, split: str, directory: pathlib.Path,
                  metadata: Mapping[str, Any]) -> records.Manifest:
     num_parts = _num_parts(task, split)
-    kept = examples.CleanFeatures.of_task(task, _dataset(task, split, 0, num_parts))
+    read = functools.partial(_dataset, task, split, num_parts,
+                             metadata.get(LENGTHS_KEY))
+    kept = examples.CleanFeatures.of_task(task, read(0))
     if kept.dropped:
         _logger.info("%s: not cached, being no output features: %s", task.name,
                      ", ".join(kept.dropped))
@@ -131,7 +156,7 @@ def _write_split(task: seqio.Task, split: str, directory: pathlib.Path,
     progress = _Progress(task.name, split, task.num_input_examples(split))
     with progress, concurrent.futures.ThreadPoolExecutor(
             min(num_parts, os.cpu_count() or 1), "vishwam-cache") as pool:
-        futures = [pool.submit(_write_part, task, split, part, writer, kept, progress)
+        futures = [pool.submit(_write_part, read, task, split, part, writer, kept, progress)
                    for part in range(num_parts)]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -148,17 +173,19 @@ def _num_parts(task: seqio.Task, split: str) -> int:
     return max(1, min(MAX_PARTS, len(task.source.list_shards(split))))
 
 
-def _dataset(task: seqio.Task, split: str, part: int, num_parts: int) -> tf.data.Dataset:
+def _dataset(task: seqio.Task, split: str, num_parts: int, lengths: Mapping[str, int] | None,
+             part: int) -> tf.data.Dataset:
     shard = seqio.ShardInfo(part, num_parts) if num_parts > 1 else None
-    return examples.read_task(task, split, seed=part, shard_info=shard)
+    return examples.read_task(task, split, seed=part, shard_info=shard, sequence_length=lengths)
 
 
-def _write_part(task: seqio.Task, split: str, part: int, writer: records_writer.TaskCacheWriter,
-                kept: examples.CleanFeatures, progress: _Progress) -> None:
+def _write_part(read: Callable[[int], tf.data.Dataset], task: seqio.Task, split: str, part: int,
+                writer: records_writer.TaskCacheWriter, kept: examples.CleanFeatures,
+                progress: _Progress) -> None:
     out = writer.part(part)
     if out is None:
         return
-    dataset = _dataset(task, split, part, writer.num_parts)
+    dataset = read(part)
     if out.num_examples:
         dataset = dataset.skip(out.num_examples)
         progress.add(out.num_examples, None)

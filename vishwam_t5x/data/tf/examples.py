@@ -168,8 +168,13 @@ class _SeedlessSource:
         return self._source.get_dataset(split=split, shuffle=shuffle, shard_info=shard_info)
 
 
+class WantsLengths(UserError):
+    """A preprocessor of a Task asks for the lengths of a row."""
+
+
 def read_task(task: seqio.Task, split: str, seed: int, shard_info: seqio.ShardInfo | None = None,
-              num_epochs: int | None = 1) -> tf.data.Dataset:
+              num_epochs: int | None = 1, sequence_length: Mapping[str, int] | None = None
+              ) -> tf.data.Dataset:
     """Returns a Task's preprocessed examples in the order of its source, nothing trimmed.
 
     Args:
@@ -178,8 +183,10 @@ def read_task(task: seqio.Task, split: str, seed: int, shard_info: seqio.ShardIn
         seed: of random preprocessors: the same examples whenever they are read.
         shard_info: a part of the source.
         num_epochs: None: endless.
+        sequence_length: what preprocessors are told of the lengths of a row; None: nothing.
 
     Raises:
+        WantsLengths: a preprocessor must be told.
         UserError: there is no such split, or the Task does not yield what it declares.
     """
     if split not in task.splits:
@@ -188,17 +195,19 @@ def read_task(task: seqio.Task, split: str, seed: int, shard_info: seqio.ShardIn
     try:
         with _building:
             return task.replace(source=_SeedlessSource(task.source)).get_dataset(
-                sequence_length=None, split=split, use_cached=False, shuffle=False, seed=seed,
-                shard_info=shard_info, num_epochs=num_epochs, trim_output_features=False,
-                try_in_mem_cache=False)
+                sequence_length=dict(sequence_length) if sequence_length else None, split=split,
+                use_cached=False, shuffle=False, seed=seed, shard_info=shard_info,
+                num_epochs=num_epochs, trim_output_features=False, try_in_mem_cache=False)
     except (ValueError, TypeError) as error:
-        fix = "mend the task's source, preprocessors or output_features"
-        if isinstance(error, TypeError) and "NoneType" in str(error):
-            fix = ("a preprocessor wants the lengths of a row (T5's span_corruption does): a cache "
-                   "holds clean examples, which serve all lengths; leave it out of the task and "
-                   "let an objective of gin/objectives/ corrupt them on read")
-        raise UserError(f"the dataset of task '{task.name}' cannot be made", got=error,
-                        fix=fix) from error
+        problem = f"the dataset of task '{task.name}' cannot be made"
+        if sequence_length is None and isinstance(error, TypeError) and "NoneType" in str(error):
+            raise WantsLengths(
+                problem, got=error,
+                fix="a preprocessor wants the lengths of a row (T5's span_corruption does): give "
+                    "DatasetConfig.sequence_length, or leave it out of the task and let an "
+                    "objective of gin/objectives/ corrupt clean examples on read") from error
+        raise UserError(problem, got=error,
+                        fix="mend the task's source, preprocessors or output_features") from error
 
 
 # -- examples ----------------------------------------------------------------------------------

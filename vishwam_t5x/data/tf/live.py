@@ -88,7 +88,8 @@ class LiveTask:
 
     def _dataset(self) -> tf.data.Dataset:
         config = self._config
-        dataset = examples.read_task(self._task, config.split, config.seed, num_epochs=None)
+        dataset = examples.read_task(self._task, config.split, config.seed, num_epochs=None,
+                                     sequence_length=config.sequence_length)
         if config.shuffle and self._task.shuffle_buffer_size:
             dataset = dataset.shuffle(self._task.shuffle_buffer_size, seed=config.seed)
         return dataset
