@@ -121,6 +121,49 @@ def test_memory_traffic_counts_slices_and_leaves_near_memory_out():
     assert traffic._moved(module, entry, entry["while.1"]) == 0
 
 
+def test_slices_are_found_in_fusions_within_fusions():
+    """A layer's part of what a stack of layers kept, read or written in a loop."""
+    module = hlo.parse("""\
+HloModule m
+
+%take (stack: f32[10,8,4], i: s32[]) -> f32[8,4] {
+  %stack = f32[10,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %one = f32[1,8,4]{2,1,0} dynamic-slice(%stack, %i, %i, %i), dynamic_slice_sizes={1,8,4}
+  ROOT %flat = f32[8,4]{1,0} bitcast(%one)
+}
+
+%read (kept: f32[10,8,4], n: s32[], x: f32[8,4]) -> f32[8,4] {
+  %kept = f32[10,8,4]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = f32[8,4]{1,0} parameter(2)
+  %same = f32[10,8,4]{2,1,0} bitcast(%kept)
+  %layer = f32[8,4]{1,0} fusion(%same, %n), kind=kLoop, calls=%take
+  ROOT %sum = f32[8,4]{1,0} add(%layer, %x)
+}
+
+%write (into: f32[10,8,4], k: s32[], y: f32[8,4]) -> f32[10,8,4] {
+  %into = f32[10,8,4]{2,1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %y = f32[8,4]{1,0} parameter(2)
+  %up = f32[1,8,4]{2,1,0} bitcast(%y)
+  ROOT %new = f32[10,8,4]{2,1,0} dynamic-update-slice(%into, %up, %k, %k, %k)
+}
+
+ENTRY %main (a: s32[], b: f32[8,4]) -> f32[10,8,4] {
+  %a = s32[] parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  %room = f32[10,8,4]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %out = f32[8,4]{1,0} fusion(%room, %a, %b), kind=kLoop, calls=%read
+  ROOT %done = f32[10,8,4]{2,1,0} fusion(%room, %a, %out), kind=kLoop, calls=%write
+}
+""")
+    entry, layer = module.computations[module.entry], 8 * 4 * 4
+    assert traffic._moved(module, entry, entry["room"]) == 0
+    assert traffic._moved(module, entry, entry["out"]) == 3 * layer + 4  # two read, one written
+    assert traffic._moved(module, entry, entry["done"]) == 2 * layer + 4  # read, written in place
+
+
 def test_of_two_branches_the_heavier_counts_and_unknown_loops_are_told():
     text = """\
 HloModule m

@@ -13,7 +13,7 @@ from typing import Any
 from vishwam_t5x.planning.collectives import Collective
 from vishwam_t5x.planning.targets import Target
 
-VERSION = 3
+VERSION = 4
 """Raised when a field changes its meaning or is read off otherwise: what was remembered is then
 forgotten.
 """

@@ -8,6 +8,8 @@ as read from memory all the same. XLA's own figure counts the body of a loop onc
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from vishwam_t5x.planning import hlo
 
 # These move nothing: they rename, or they stand for computations that are counted by themselves.
@@ -31,7 +33,7 @@ def memory_bytes(module: hlo.Module) -> int:
 
 def _moved(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> int:
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
+    if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
         return 0
     if opcode in _SLICES:
         return 2 * _in_memory(instruction)
@@ -44,30 +46,50 @@ def _moved(module: hlo.Module, computation: hlo.Computation, instruction: hlo.In
 
 
 def _fusion(module: hlo.Module, computation: hlo.Computation, fusion: hlo.Instruction) -> int:
-    called = dict(fusion.called()).get("calls", "")
-    inside = module.computations.get(called, {})
-    users: dict[str, list[hlo.Instruction]] = {}
-    for part in inside.values():
-        for name in part.operands:
-            users.setdefault(name, []).append(part)
-    moved = 0
-    updated = 0
-    for part in inside.values():
-        if part.opcode != "parameter" or not part.literal.isdigit():
-            continue
-        uses = users.get(part.name, [])
-        if uses and all(use.opcode in _SLICES and use.operands[0] == part.name for use in uses):
-            moved += min(_operand(computation, fusion, int(part.literal)),
-                         sum(use.bytes for use in uses))
-        elif uses and all(use.opcode == "dynamic-update-slice" and use.operands[0] == part.name
-                          for use in uses):
-            # Written in place: only the slice is read and written.
-            slices = sum(inside[use.operands[1]].bytes for use in uses if use.operands[1] in inside)
-            moved += 2 * slices
-            updated += part.bytes
-        else:
-            moved += _operand(computation, fusion, int(part.literal))
+    moved = updated = 0
+    for place in range(len(fusion.operands)):
+        part = _entered(module, fusion, place, _operand(computation, fusion, place))
+        moved, updated = moved + part.moved, updated + part.updated
     return moved + max(0, _in_memory(fusion) - updated)
+
+
+class _Use(NamedTuple):
+    """Bytes of an operand that the inside of a fusion moves, and those of the results that are that
+    operand, updated in place: they are not written as a whole."""
+
+    moved: int
+    updated: int = 0
+
+
+def _entered(module: hlo.Module, fusion: hlo.Instruction, place: int, whole: int) -> _Use:
+    inside = module.computations.get(dict(fusion.called()).get("calls", ""), {})
+    for part in inside.values():
+        if part.opcode == "parameter" and part.literal == str(place):
+            return _used(module, inside, part, whole)
+    return _Use(whole)
+
+
+def _used(module: hlo.Module, inside: hlo.Computation, value: hlo.Instruction, whole: int) -> _Use:
+    """Follows a value of a fusion to what takes slices of it, through fusions within it too."""
+    found = []
+    for use in inside.values():
+        places = [place for place, name in enumerate(use.operands) if name == value.name]
+        if not places:
+            continue
+        if use.opcode == "fusion":
+            found += [_entered(module, use, place, whole) for place in places]
+        elif use.opcode == "bitcast":
+            found.append(_used(module, inside, use, whole))
+        elif use.opcode in _SLICES and places == [0]:
+            found.append(_Use(use.bytes))
+        elif use.opcode == "dynamic-update-slice" and places == [0]:
+            update = inside.get(use.operands[1])  # what it is made of is counted where it enters
+            found.append(_Use(0 if update is None else update.bytes, use.bytes))
+        else:
+            return _Use(whole)
+    if value.is_root or not found:
+        return _Use(whole)
+    return _Use(min(whole, sum(use.moved for use in found)), sum(use.updated for use in found))
 
 
 def _in_memory(instruction: hlo.Instruction) -> int:
