@@ -232,7 +232,8 @@ def _dataset_opener(config: source.DatasetConfig, objective: Objective, model: T
 def _wait_to_import_tensorflow(step_ready: concurrent.futures.Future) -> None:
     # Its import replaces `__import__` for moments (etils' lazy_imports), in which another thread
     # that traces, and so imports parts of jax, gets modules that are none.
-    step_ready.exception()
+    if (error := step_ready.exception()) is not None:
+        raise error  # before a cache is written, which may take hours
 
 
 def _opened_by_all(open_dataset: Callable[[], source.Dataset], filling: bool, ledger: Ledger,

@@ -85,6 +85,23 @@ def test_orbax_checkpoints(tmp_path, database):
         np.testing.assert_array_equal(opened.source.read_part(name, part), some[own])
 
 
+def test_of_two_arrays_with_one_name_of_ours_none_is_lost_unsaid(tmp_path):
+    table = np.ones((4, 2), np.float32)
+    t5x_folders.write({"target/token_embedder/embedding": table,
+                       "target/decoder/token_embedder/embedding": 2 * table},
+                      tmp_path / "checkpoint_1")
+    assert len(conversion.open_any(tmp_path).homeless) == 1
+
+
+def test_orbax_names_do_not_lead_out_of_the_folder(tmp_path):
+    t5x_folders.write_orbax({"target/decoder/decoder_norm/scale": np.ones(3, np.float32)},
+                            tmp_path / "checkpoint_1", database=False)
+    tree = tmp_path / "checkpoint_1" / "state" / "_METADATA"
+    tree.write_text(tree.read_text().replace('"scale"', '"../../scale"'))
+    with pytest.raises(UserError, match="leads elsewhere"):
+        conversion.open_any(tmp_path)
+
+
 def test_orbax_of_2022_kept_the_names_in_a_msgpack_file(tmp_path):
     place = tmp_path / "checkpoint_7"
     t5x_folders.write({"target/decoder/decoder_norm/scale": np.arange(3, dtype=np.float32)},

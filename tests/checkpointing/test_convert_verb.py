@@ -124,6 +124,27 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(theirs, tmp_path, capsy
     assert t5x_folders.files(tmp_path) == before == t5x_folders.files(theirs)
 
 
+def test_another_conversion_to_the_same_place_is_refused(theirs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(conversion.native, "write_native", lambda *_: run(
+        f"--from={theirs}", f"--to={tmp_path}"))
+    assert run(f"--from={theirs}", f"--to={tmp_path}") == 0  # the outer one
+    assert "another conversion is writing there" in capsys.readouterr().err
+
+
+def test_the_name_of_the_target_must_be_its_step(theirs, tmp_path, capsys):
+    for target, more in (("checkpoints/7", []), ("checkpoint_7", ["--format=t5x"])):
+        assert run(f"--from={theirs}", f"--to={tmp_path}/{target}", *more) == 2
+        assert "step 300" in capsys.readouterr().err
+
+
+def test_folders_of_an_evaluation_do_not_hide_a_checkpoint(tmp_path):
+    t5x_folders.write({"target/decoder/decoder_norm/scale": np.ones(3, np.float32)},
+                      tmp_path / "checkpoint_1000")
+    (tmp_path / "1000").mkdir()
+    (tmp_path / "1000" / "metrics.jsonl").write_text("{}")
+    assert open_source(tmp_path)[1] == 1000
+
+
 def fails(*_):
     raise OSError("the disk is full")
 

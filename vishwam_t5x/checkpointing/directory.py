@@ -215,5 +215,9 @@ def find(path: str | os.PathLike) -> epath.Path:
 
 
 def is_ours(place: epath.Path) -> bool:
-    """Whether a folder that was found is a checkpoint of ours, or one of checkpoints."""
-    return manifests.exists(place) or place.name == FOLDER or bool(steps_in(place))
+    """Whether a folder that was found is a checkpoint of ours, or one of checkpoints.
+
+    Folders with the names of steps are not enough: those of an evaluation are called so too.
+    """
+    return (manifests.exists(place) or place.name == FOLDER
+            or any(manifests.exists(place / str(step)) for step in steps_in(place)))

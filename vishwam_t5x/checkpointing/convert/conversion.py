@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import logging
 import os
 import re
@@ -222,8 +223,17 @@ def _missing(places: Mapping[str, str], kind: str) -> tuple[str, ...]:
 
 
 def target_of(to: str | os.PathLike, kind: str, step: int) -> epath.Path:
-    """Returns the folder of the checkpoint to write: `to` itself, or below it as a MODEL_DIR."""
+    """Returns the folder of the checkpoint to write: `to` itself, or below it as a MODEL_DIR.
+
+    Raises:
+        UserError: the name of `to` says another step.
+    """
     place = directories.absolute(to)
+    named = re.fullmatch(r"checkpoint_(\d+)", place.name) if kind != OURS else (
+        re.fullmatch(r"(\d+)", place.name) if place.parent.name == directories.FOLDER else None)
+    if named and kind != HUGGINGFACE and int(named[1]) != step:
+        raise UserError("the name of the target says another step than the checkpoint's",
+                        got=f"{place.name}, step {step}", fix=f"--to={place.parent}")
     if kind == OURS and not (place.parent.name == directories.FOLDER and place.name.isdigit()):
         place = place if place.name == directories.FOLDER else place / directories.FOLDER
         return place / str(step)
@@ -279,6 +289,20 @@ def _new_folder(target: epath.Path) -> Iterator[epath.Path]:
         yield target
         return
     temporary = target.parent / (target.name + _TEMPORARY)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{temporary}.lock", "w", encoding="utf-8") as lock:
+        try:  # ends with the process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another conversion is writing there", got=str(target),
+                            fix="wait for it, or give another --to") from None
+        try:
+            yield from _renamed(temporary, target, taken)
+        finally:
+            os.unlink(lock.name)
+
+
+def _renamed(temporary: epath.Path, target: epath.Path, taken: UserError) -> Iterator[epath.Path]:
     if temporary.exists():
         log.warning("removing what an interrupted conversion had left: %s", temporary)
         temporary.rmtree()

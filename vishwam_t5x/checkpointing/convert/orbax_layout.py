@@ -50,6 +50,8 @@ def open_orbax(folder: epath.Path) -> StoredSource:
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         for entry in metadata["tree_metadata"].values():
             keys = [str(key["key"]) for key in entry["key_metadata"]]
+            if any("/" in key or key in (".", "..") for key in keys):
+                raise DamagedCheckpoint(folder, f"{TREE} has a name that leads elsewhere: {keys}")
             if entry["value_metadata"].get("skip_deserialize"):
                 continue  # an empty branch
             where = in_database if database else zarr_folder

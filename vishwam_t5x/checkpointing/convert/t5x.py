@@ -121,9 +121,10 @@ def under_our_names(source: StoredSource) -> tuple[Renamed, tuple[str, ...]]:
     homeless = []
     for name in source.leaves:
         places = naming.from_t5x(name)
-        ours.update(dict.fromkeys(places, name))
-        if not places:
-            homeless.append(name)
+        if not places or any(place in ours for place in places):
+            homeless.append(name)  # or another array has taken its place: two embedding tables
+        else:
+            ours.update(dict.fromkeys(places, name))
     if "opt_state/step" in ours and not any("/param_states/" in name for name in ours):
         del ours["opt_state/step"]  # a step and no moments: no state to go on with
     return Renamed(source, ours), tuple(homeless)

@@ -59,7 +59,9 @@ def _extension(code: int, data: bytes) -> np.ndarray:
     if code not in (_ARRAY, _NUMBER):
         raise ValueError(f"msgpack extension {code}, which is no array")
     shape, dtype, content = msgpack.unpackb(data, raw=False)
-    kind = dtype_named(dtype if isinstance(dtype, str) else bytes(dtype).decode())
+    if not isinstance(dtype, str | bytes) or not isinstance(content, bytes):
+        raise ValueError(f"msgpack extension {code}, which is no array")
+    kind = dtype_named(dtype if isinstance(dtype, str) else dtype.decode())
     if len(content) != math.prod(shape) * kind.itemsize:
         raise ValueError(f"an array {dtype}{shape} of {len(content)} bytes")
     return np.frombuffer(content, kind).reshape(shape)
