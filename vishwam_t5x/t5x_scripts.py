@@ -7,13 +7,13 @@ Parameters that no docstring names take T5X's defaults alone: see `refused.SETTI
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from absl import logging
 
 from vishwam_t5x.compat import refused, seqio_names, t5x_utils
+from vishwam_t5x.compat.initial_checkpoint import steps_before
 from vishwam_t5x.compat.models import BaseTransformerModel
 from vishwam_t5x.compat.partitioning import PjitPartitioner
 from vishwam_t5x.compat.t5x_utils import CheckpointConfig, DatasetConfig, RestoreCheckpointConfig
@@ -26,7 +26,6 @@ from vishwam_t5x.training.stability import StabilityConfig
 
 STANDS_FOR = "t5x"
 Arguments = dict[str, Any]
-_STEP = re.compile(r"(?:checkpoint_)?(\d+)$")
 
 
 def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
@@ -72,7 +71,7 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
     refused.check(f"{STANDS_FOR}.train", locals())
     trainer, seed = trainer_cls(), _seed(random_seed)
     data = train_dataset_cfg.ours(task_modules, seed)
-    before = _steps_before(checkpoint_cfg.restore)
+    before = steps_before(checkpoint_cfg.restore)
     _check_steps(before, total_steps)
     save = checkpoint_cfg.save or t5x_utils.SaveCheckpointConfig()
     periods = [period for period in (eval_period, save.period) if period]
@@ -206,18 +205,6 @@ def _refuse_parts(restore: RestoreCheckpointConfig, why: str) -> None:
             raise UserError(f"t5x.utils.RestoreCheckpointConfig.{name} is not honoured: {why}",
                             got=f"{name} = {getattr(restore, name)!r}",
                             fix="vishwam convert writes a checkpoint with other names")
-
-
-def _steps_before(restore: RestoreCheckpointConfig | None) -> int:
-    """Returns the step of the checkpoint that a run begins with, which TRAIN_STEPS counts too."""
-    place = restore and restore.place()
-    if not place:
-        return 0
-    if found := _STEP.search(place):
-        return int(found[1])
-    from vishwam_t5x.checkpointing.restore import open_source
-
-    return open_source(place, checksums=False)[1] or 0
 
 
 def _check_steps(before: int, total_steps: int) -> None:
