@@ -22,19 +22,23 @@ from vishwam_t5x_tasks.quickstart import VOCABULARY
 
 MAX_WORDS = 12
 """Sentences are cut into pieces of at most this many words."""
+_VOWELS = re.compile("[aeiou]", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?:;]) ")
 
 
 def without_vowels(text: str) -> str:
-    """Returns the text without the letters a, e, i, o and u, small or capital."""
-    return re.sub("[aeiou]", "", text, flags=re.IGNORECASE)
+    """Returns the text without the letters a, e, i, o and u, small or capital.
+
+    Words of which no letter would be left stay: 'a', 'I'.
+    """
+    words = [(word, _VOWELS.sub("", word)) for word in text.split(" ")]
+    return " ".join(rest if any(map(str.isalpha, rest)) else word for word, rest in words)
 
 
 def pieces(passages: Sequence[str]) -> Iterator[str]:
     """Yields sentences of plain words, cut evenly where they are longer than MAX_WORDS.
 
-    Code, and words that lose every letter, are not for guessing: a piece with a word that would be
-    empty without its vowels, or with less than four words, is left out.
+    Code is not for guessing: a piece with any of it, or of less than four words, is left out.
     """
     for passage in passages:
         for sentence in _SENTENCE_END.split(passage):
