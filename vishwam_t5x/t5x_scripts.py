@@ -83,7 +83,7 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
     return {
         "model": model.module.ours(), "model_dir": model_dir,
         "objective": t5x_utils.objective(data), "train_dataset_cfg": data,
-        "optimizer": model.optimizer_def.ours(_Shifted.by(before, trainer.learning_rate_fn)),
+        "optimizer": model.optimizer_def.ours(trainer.learning_rate_fn, before),
         "total_steps": total_steps - before, "loss": model.loss(), "mesh": partitioner.mesh(),
         "logical_axis_rules": partitioner.rules(), "checkpoint_cfg": save.ours(),
         "train_eval_dataset_cfg": evaluated, "eval_period": eval_period or total_steps,
@@ -234,19 +234,3 @@ def _infer_eval(config: DatasetConfig, model: BaseTransformerModel,
     data = config.ours(task_modules)
     return InferEval(data, period, evaluator.num_examples, (),
                      {"text": model.predict_batch_with_aux()}, data.batch_size)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shifted:
-    """A schedule that goes on where another run has ended."""
-
-    schedule: Callable[[Any], Any]
-    steps: int
-
-    def __call__(self, step: Any) -> Any:
-        return self.schedule(step + self.steps)
-
-    @classmethod
-    def by(cls, steps: int, schedule: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Returns the schedule as it is for 0 steps."""
-        return cls(schedule, steps) if steps else schedule

@@ -110,7 +110,8 @@ def test_optimizers():
     rate = t5x_utils.create_learning_rate_scheduler(factors="constant", base_learning_rate=0.1)
     found = adafactor.Adafactor(global_norm_clip_threshold=2.0, beta1=0.9).ours(rate)
     assert (found.global_norm_clip, found.beta1, found.no_decay) == (2.0, 0.9, ())
-    assert float(optimizers.adamw(weight_decay=0.1).ours(rate).schedule(3)) == pytest.approx(0.1)
+    shifted = adafactor.Adafactor().ours(lambda step: 0.5 * step, before=4)
+    assert float(shifted.schedule(2)) == 3
     frozen = optimizers.MultiOptimizer((("^decoder/", adafactor.Adafactor()),)).ours(rate)
     assert frozen.frozen("encoder/x") and not frozen.frozen("decoder/x")
     chain = optimizers.chain([optax.clip_by_global_norm(1.0), optax.sgd(0.5)]).ours(rate)
@@ -118,6 +119,21 @@ def test_optimizers():
     updates, _ = chain.build().update({"a": np.full((2,), 0.1, np.float32)},
                                       chain.build().init(params), params)
     np.testing.assert_allclose(updates["a"], -0.05)
+
+
+def test_optax_s_optimizers_have_learning_rates_of_their_own():
+    """T5X's wrapper drops what the trainer says; Adafactor takes it."""
+    trainer = t5x_utils.create_learning_rate_scheduler(factors="constant", base_learning_rate=0.1)
+    assert float(optimizers.adamw(learning_rate=0.02, weight_decay=0.1).ours(trainer).schedule(3)
+                 ) == pytest.approx(0.02)
+    schedule = optimizers.sgd(lambda step: 0.5 * step).ours(trainer, before=4).schedule
+    assert float(schedule(2)) == 3
+    several = optimizers.MultiOptimizer((("^decoder/", optimizers.adam(learning_rate=0.03)),
+                                         ("^encoder/", adafactor.Adafactor()))).ours(trainer)
+    assert [float(optimizer.schedule(0)) for _, optimizer in several.groups] == pytest.approx(
+        [0.03, 0.1])
+    with pytest.raises(UserError, match="optimizers.adam has no learning rate"):
+        optimizers.adam(b1=0.8)
 
 
 def test_checkpoints(tmp_path):

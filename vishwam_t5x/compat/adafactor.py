@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vishwam_t5x.compat.optimizers import LearningRate, OptimizerDef
+from vishwam_t5x.compat.optimizers import LearningRate, OptimizerDef, shifted
 from vishwam_t5x.training import optimizers
 from vishwam_t5x.training.adafactor_layout import HParamMap as HParamMap
 from vishwam_t5x.training.adafactor_layout import (
@@ -48,10 +48,10 @@ class Adafactor(OptimizerDef):
     max_parameter_scale: float | None = None
     skip_nan_updates: bool = False
 
-    def ours(self, learning_rate: LearningRate) -> optimizers.Optimizer:
+    def ours(self, learning_rate: LearningRate, before: int = 0) -> optimizers.Optimizer:
         """See `OptimizerDef.ours`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         clip = fields.pop("global_norm_clip_threshold")
         # T5X's weight decay spares no parameter.
-        return optimizers.Adafactor(**{**fields, "learning_rate": learning_rate,
+        return optimizers.Adafactor(**{**fields, "learning_rate": shifted(learning_rate, before),
                                        "global_norm_clip": clip, "no_decay": ()})

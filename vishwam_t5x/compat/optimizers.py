@@ -1,4 +1,8 @@
-"""T5X's wrapped optimizers of optax, and several at once by the names of parameters."""
+"""T5X's wrapped optimizers of optax, and several at once by the names of parameters.
+
+As in T5X the trainer's learning rate is Adafactor's alone: those of optax have their own, bound to
+them.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,29 @@ class OptimizerDef(abc.ABC):
     """An optimizer as T5X configures it."""
 
     @abc.abstractmethod
-    def ours(self, learning_rate: LearningRate) -> optimizers.Optimizer:
-        """Returns the optimizer of ours that it means, at the learning rate of the trainer."""
+    def ours(self, learning_rate: LearningRate, before: int = 0) -> optimizers.Optimizer:
+        """Returns the optimizer of ours that it means.
+
+        Args:
+            learning_rate: of the trainer.
+            before: steps that another run has made, from which schedules go on.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shifted:
+    """A schedule that goes on where another run has ended."""
+
+    schedule: Callable[[Any], Any]
+    steps: int
+
+    def __call__(self, step: Any) -> Any:
+        return self.schedule(step + self.steps)
+
+
+def shifted(learning_rate: LearningRate, steps: int) -> LearningRate:
+    """Returns a learning rate that goes on from a step; one that never changes is as it was."""
+    return _Shifted(learning_rate, steps) if steps and callable(learning_rate) else learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,24 +54,30 @@ class _Optax(OptimizerDef):
     """One of optax's, with the arguments that were bound."""
 
     name: str
+    learning_rate: LearningRate
     settings: Mapping[str, Any]
 
-    def ours(self, learning_rate: LearningRate) -> optimizers.Optimizer:
+    def ours(self, learning_rate: LearningRate, before: int = 0) -> optimizers.Optimizer:
         from vishwam_t5x.training.optimizer_families import OptaxOptimizer
 
+        del learning_rate
         # T5X's wrapped optimizers mask nothing unless told to.
         masked = self.name in ("adamw", "lion", "lamb", "lars")
-        return OptaxOptimizer(learning_rate=learning_rate, name=self.name,
+        return OptaxOptimizer(learning_rate=shifted(self.learning_rate, before), name=self.name,
                               settings=dict(self.settings), **({"no_decay": ()} if masked else {}))
 
 
 def _wrapped(name: str) -> Callable[..., OptimizerDef]:
     def wrap(learning_rate: Any = None, **settings: Any) -> OptimizerDef:
-        del learning_rate  # the trainer says it, as in T5X
-        return _Optax(name, settings)
+        if learning_rate is None:
+            raise UserError(f"optimizers.{name} has no learning rate",
+                            got="the trainer's learning_rate_fn is Adafactor's alone, as in T5X",
+                            fix=f"optimizers.{name}.learning_rate = a number, or "
+                                "@utils.create_learning_rate_scheduler()")
+        return _Optax(name, learning_rate, settings)
 
     wrap.__name__ = wrap.__qualname__ = name
-    wrap.__doc__ = f"optax.{name}, with its arguments."
+    wrap.__doc__ = f"optax.{name}, with its arguments; `learning_rate` is one that it needs."
     return wrap
 
 
@@ -71,8 +102,8 @@ class _Chain(OptimizerDef, optimizers.Optimizer):
 
     transformations: Sequence[Any]
 
-    def ours(self, learning_rate: LearningRate) -> optimizers.Optimizer:
-        del learning_rate  # the last of them has its own, as in T5X
+    def ours(self, learning_rate: LearningRate, before: int = 0) -> optimizers.Optimizer:
+        del learning_rate, before  # the last of them has its own, as in T5X
         return self
 
     def schedule(self, step: Any) -> Any:
@@ -91,7 +122,8 @@ def chain(transformations: Sequence[Any]) -> OptimizerDef:
     """optax's transformations, one after the other: [@optax.clip_by_global_norm(), @optax.adamw()].
 
     Args:
-        transformations: of optax; the learning rate is in one of them.
+        transformations: of optax; the learning rate is in one of them, and a schedule there begins
+            at 0 even if the run begins with a checkpoint.
     """
     if not transformations:
         raise UserError("optimizers.chain needs a transformation", got=repr(transformations),
@@ -110,7 +142,7 @@ class MultiOptimizer(OptimizerDef):
 
     traversals_and_optimizers: Sequence[tuple[str, OptimizerDef]]
 
-    def ours(self, learning_rate: LearningRate) -> optimizers.Optimizer:
+    def ours(self, learning_rate: LearningRate, before: int = 0) -> optimizers.Optimizer:
         """See `OptimizerDef.ours`."""
         from vishwam_t5x.training.optimizer_groups import OptimizerGroups
 
@@ -120,5 +152,5 @@ class MultiOptimizer(OptimizerDef):
                 raise UserError("MultiOptimizer takes (regular expression, optimizer) pairs",
                                 got=repr(pair), fix="(('^decoder/', @adafactor.Adafactor()),)")
         return OptimizerGroups(groups=tuple(
-            (pattern, optimizer.ours(learning_rate))
+            (pattern, optimizer.ours(learning_rate, before))
             for pattern, optimizer in self.traversals_and_optimizers), default=None)
