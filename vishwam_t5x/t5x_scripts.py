@@ -52,7 +52,8 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
         train_dataset_cfg: what is trained on.
         train_eval_dataset_cfg: what the loss is evaluated on; None: nothing.
         infer_eval_dataset_cfg: what predictions are judged on, as often; None: nothing.
-        checkpoint_cfg: what is saved and restored.
+        checkpoint_cfg: what is saved and restored; of an initial checkpoint the parameters alone,
+            while T5X restores the optimizer's state too.
         partitioner: where arrays lie.
         trainer_cls: microbatches, learning rate.
         model_dir: where the run is written.
@@ -71,7 +72,7 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
     refused.check(f"{STANDS_FOR}.train", locals())
     trainer, seed = trainer_cls(), _seed(random_seed)
     data = train_dataset_cfg.ours(task_modules, seed)
-    before = steps_before(checkpoint_cfg.restore)
+    before = steps_before(checkpoint_cfg.restore, model_dir)
     _check_steps(before, total_steps)
     save = checkpoint_cfg.save or t5x_utils.SaveCheckpointConfig()
     periods = [period for period in (eval_period, save.period) if period]
