@@ -40,6 +40,7 @@ import numpy as np
 from vishwam_t5x import evaluation_setup, screen, task_lookup
 from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError, one_of
+from vishwam_t5x.data import fit
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation import chunks, inference
 from vishwam_t5x.evaluation import input_file as input_files
@@ -136,6 +137,7 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
     caches: tuple = ()
     if input_file is None or vocabulary is None:
         caches = task_lookup.open_tasks(ready.config, ready.objective, tasks)
+        fit.check_model(caches, model.config, layout)
     codec = task_lookup.text_codec(caches, ready.config, layout) if caches else (
         task_lookup.tokenizer(str(vocabulary), layout))
     sources, bar = _sources(ready, caches, codec, max_examples), Progress()

@@ -11,7 +11,7 @@ import numpy as np
 
 from vishwam_t5x import task_lookup
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data import source
+from vishwam_t5x.data import fit, source
 from vishwam_t5x.data.records import TaskCache
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation.evaluator import Evaluator
@@ -62,6 +62,7 @@ class InferEval:
         config = dataclasses.replace(self.dataset_cfg, shuffle=False)
         spec = source.batch_spec(config, objective)
         caches = task_lookup.open_tasks(config, objective, self.tasks)
+        fit.check_model(caches, parts.model.config, getattr(objective, "vocabulary", None))
         judged = [(task, judge) for task in caches
                   if (judge := task_lookup.metrics_of(task, config)).has_metrics]
         if not judged:

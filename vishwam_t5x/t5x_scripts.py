@@ -83,7 +83,8 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
                              eval_period or total_steps, task_modules)
     return {
         "model": model.module.ours(), "model_dir": model_dir,
-        "objective": t5x_utils.objective(data), "train_dataset_cfg": data,
+        "objective": t5x_utils.objective(data, model.vocabulary_files()),
+        "train_dataset_cfg": data,
         "optimizer": model.optimizer_def.ours(trainer.learning_rate_fn, before),
         "total_steps": total_steps - before, "loss": model.loss(), "mesh": partitioner.mesh(),
         "logical_axis_rules": partitioner.rules(), "checkpoint_cfg": save.ours(),
@@ -180,7 +181,8 @@ def _run(model: BaseTransformerModel, dataset_cfg: DatasetConfig,
     data = dataset_cfg.ours(task_modules)
     decoding = model.predict_batch_with_aux()
     return {"model": model.module.ours(restore.dtype or "float32"), "model_dir": output_dir,
-            "objective": t5x_utils.objective(data), "dataset_cfg": data, "checkpoint_path": place,
+            "objective": t5x_utils.objective(data, model.vocabulary_files()), "dataset_cfg": data,
+            "checkpoint_path": place,
             "decoding": {"text": decoding}, "decode_batch_size": data.batch_size,
             "mesh": partitioner.mesh(), "logical_axis_rules": partitioner.rules()}
 

@@ -18,7 +18,7 @@ from absl import logging
 from vishwam_t5x import screen
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
-from vishwam_t5x.data import source
+from vishwam_t5x.data import fit, source
 from vishwam_t5x.data.records import TaskCache
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
@@ -70,7 +70,7 @@ def open_tasks(config: DatasetConfig, objective: Any, names: Sequence[str] = ()
 
     Args:
         config: the mixture and its split.
-        objective: gives the patches.
+        objective: gives the patches, and what vocabulary the model has, where it says so.
         names: only these tasks; none: all.
 
     Raises:
@@ -87,7 +87,9 @@ def open_tasks(config: DatasetConfig, objective: Any, names: Sequence[str] = ()
         if name not in known:
             raise UserError(f"'{config.mixture_or_task_name}' has no task '{name}'", got=name,
                             fix=did_you_mean(name, known) or "its tasks: " + ", ".join(known))
-    return tuple(task for task in tasks if not names or task.name in names)
+    found = tuple(task for task in tasks if not names or task.name in names)
+    fit.check_vocabularies(found, objective)
+    return found
 
 
 def metrics_of(task: TaskCache, config: DatasetConfig) -> TaskMetrics:

@@ -183,6 +183,13 @@ def test_files_without_imports_and_methods(parse, tmp_path):
     assert "predict_batch_with_aux.num_decodes = 4" in config.text()
 
 
+def test_the_objective_knows_the_vocabularies(parse):
+    found = translated(parse("--gin.VOCABULARY=@seqio.SentencePieceVocabulary()",
+                             "--gin.seqio.SentencePieceVocabulary.sentencepiece_model_file='a'"))
+    assert found["objective"].vocabulary_files == ("a",)
+    assert translated(parse())["objective"].vocabulary_files == ()
+
+
 def test_text_is_read_again(parse):
     config = parse("--gin.TRAIN_STEPS=9")
     path = os.path.abspath("config.gin")

@@ -49,6 +49,12 @@ class BaseTransformerModel:
     z_loss: float = 0.0
     loss_normalizing_factor: float | str | None = None
 
+    def vocabulary_files(self) -> tuple[str, ...]:
+        """Returns the SentencePiece models that are named."""
+        named = (getattr(getattr(self, field.name), "sentencepiece_model_file", None)
+                 for field in dataclasses.fields(self))
+        return tuple(dict.fromkeys(file for file in named if file))
+
     def loss(self) -> LossConfig:
         """Returns how the loss is put together."""
         factor: Any = self.loss_normalizing_factor

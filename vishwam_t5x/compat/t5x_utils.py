@@ -99,9 +99,15 @@ def longest(config: source.DatasetConfig) -> dict[str, int]:
     return found
 
 
-def objective(config: source.DatasetConfig) -> TextToText:
-    """Returns what turns the examples of a text-to-text task into rows."""
-    return TextToText(*(config.task_feature_lengths[side] for side in SIDES))
+def objective(config: source.DatasetConfig, vocabulary_files: Sequence[str] = ()) -> TextToText:
+    """Returns what turns the examples of a text-to-text task into rows.
+
+    Args:
+        config: how long they are.
+        vocabulary_files: of the model.
+    """
+    return TextToText(*(config.task_feature_lengths[side] for side in SIDES),
+                      vocabulary_files=tuple(vocabulary_files))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.records import TaskRecords, modality_of
+
+_TEXT = ("text", "inputs", "targets")  # beginnings of names; the last two are T5's tasks'
+_logger = logging.getLogger(__name__)
 
 
 def check_longest(tasks: Sequence[TaskRecords], objective: Any, spec: BatchSpec,
@@ -59,6 +65,8 @@ def check_model(tasks: Sequence[TaskRecords], config: Any, layout: Any = None) -
     Raises:
         UserError: the first thing that does not go together.
     """
+    rows = min((module.vocab_size for module in (*config.inputs, *config.targets)
+                if module.modality == "text" and hasattr(module, "vocab_size")), default=None)
     codes = {module.modality: module for module in config.targets
              if getattr(module, "token_range", None)}
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
@@ -72,6 +80,12 @@ def check_model(tasks: Sequence[TaskRecords], config: Any, layout: Any = None) -
                     got=f"id {largest} in '{name}', the layout has {layout.size} ids",
                     fix="set VocabularyLayout.base_size to the pieces of the task's tokenizer, and "
                         "vocab_size of TextInput and TextOutput to the layout's table_size")
+            if rows is not None and largest >= rows and modality in _TEXT:
+                raise UserError(
+                    f"task '{task.name}' has text of another vocabulary than the model's",
+                    got=f"id {largest} in '{name}', the text table has {rows} rows",
+                    fix=f"vocab_size = {largest + 1} or more, or cache the task with the "
+                        "vocabulary that the model was trained with")
             if modality in codes and name.endswith("_codes"):
                 first, end = codes[modality].token_range
                 if largest >= end - first:
@@ -88,6 +102,51 @@ def check_model(tasks: Sequence[TaskRecords], config: Any, layout: Any = None) -
                         f"{grids[modality]}",
                     fix=f"resize them in the task's preprocessors, or set PatchInput.grid of "
                         f"modality '{modality}'")
+
+
+def check_vocabularies(tasks: Sequence[TaskRecords], objective: Any) -> None:
+    """Refuses tasks whose caches name another vocabulary than the objective does.
+
+    By content, or by name where a file is not on this machine: then that is said. Looks at nothing
+    where either names none.
+
+    Args:
+        tasks: the tasks.
+        objective: its `vocabulary_files` are the model's SentencePiece models, if it has any.
+
+    Raises:
+        UserError: a task has another.
+    """
+    wanted = {file: _digest(file) for file in getattr(objective, "vocabulary_files", ())}
+    for task in tasks:
+        mine = getattr(task, "metadata", {}).get("vocabulary")
+        if not isinstance(mine, dict) or not mine.get("path"):
+            continue
+        for file, digest in wanted.items():
+            known = mine.get("sha256")
+            if digest and known:
+                same, how = digest == known, "by content"
+            else:
+                same, how = _base(file) == _base(mine["path"]), "by name alone"
+                _logger.info("the vocabulary of task '%s', %s, is held against %s by name alone: "
+                             "it is not on this machine", task.name, mine["path"], file)
+            if not same:
+                raise UserError(
+                    f"the vocabulary of task '{task.name}' is not the model's",
+                    got=f"{mine['path']}; sentencepiece_model_file = {file}: compared {how}",
+                    fix="sentencepiece_model_file = the file that the task was cached with, or "
+                        "cache the task with the model's")
+
+
+def _digest(file: str) -> str | None:
+    """sha256 of a file of this machine; None if it is elsewhere."""
+    if storage.is_remote(file) or not storage.is_file(file):
+        return None
+    return hashlib.sha256(storage.read_bytes(file)).hexdigest()
+
+
+def _base(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _is_read(feature: str) -> bool:

@@ -188,6 +188,7 @@ def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = Tru
     mixture = open_mixture(config, patch_specs(objective), repeat)
     dataset = assemble(config, objective, mixture)
     fit.check_longest(mixture.tasks, objective, dataset.spec)
+    fit.check_vocabularies(mixture.tasks, objective)
     return dataset
 
 

@@ -31,11 +31,14 @@ class TextToText:
         max_inputs: tokens of an input at most.
         max_targets: tokens of a target at most.
         ignored_features: features of the examples to leave out.
+        vocabulary_files: SentencePiece models of the model's vocabularies, held against those that
+            the caches name; see `data.fit.check_vocabularies`.
     """
 
     max_inputs: int
     max_targets: int
     ignored_features: tuple[str, ...] = ()
+    vocabulary_files: tuple[str, ...] = ()
 
     input_modalities = ("text",)
     target_modalities = ("text",)
