@@ -110,10 +110,18 @@ class PjitPartitioner:
                           **({"fsdp": data, "data": 1} if split else {"data": data}))
 
     def rules(self) -> LogicalAxisRules:
-        """Returns the rules of ours; what T5X's do not name is as ours have it."""
+        """Returns the rules of ours; what T5X's do not name is as ours have it.
+
+        Raises:
+            UserError: a rule names an axis that there is not, or splits batches otherwise.
+        """
         found: list[tuple[str, MeshAxes]] = []
         for name, axes in self._rules():
             if name == "batch":
+                if _axes(axes) not in (("data",), ("replica", "data")):
+                    raise UserError("rows of a batch lie over all axes but 'model'",
+                                    got=f"logical_axis_rules have {(name, axes)!r}",
+                                    fix="('batch', 'data') or ('batch', ('replica', 'data'))")
                 found.append((name, _BATCH))
                 continue
             found.append((name, tuple(sum((_AXES[axis] for axis in _axes(axes)), ())) or None))
