@@ -7,6 +7,7 @@ Parameters that no docstring names take T5X's defaults alone: see `refused.SETTI
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from vishwam_t5x.training.stability import StabilityConfig
 
 STANDS_FOR = "t5x"
 Arguments = dict[str, Any]
+_THEIRS = re.compile(r"checkpoint_\d+")
 
 
 def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
@@ -122,6 +124,7 @@ def evaluate(*, model: BaseTransformerModel, dataset_cfg: DatasetConfig,
     refused.check(f"{STANDS_FOR}.evaluate", locals())
     run = _run(model, dataset_cfg, restore_checkpoint_cfg, partitioner, output_dir, task_modules)
     if restore_checkpoint_cfg.mode == "all":
+        _refuse_all_of_t5x_s(run["checkpoint_path"])
         run |= {"model_dir": run["checkpoint_path"], "checkpoint_path": "all"}
     return {**run, "loss": model.loss(), "output_dir": output_dir,
             "max_examples": inference_evaluator_cls().num_examples}
@@ -200,6 +203,18 @@ def _initial(restore: RestoreCheckpointConfig | None) -> Arguments:
     return {"initial_checkpoint_path": place,
             "assignment_map": tuple(map(tuple, restore.assignment_map or ())),
             "fallback_to_scratch": restore.fallback_to_scratch}
+
+
+def _refuse_all_of_t5x_s(model_dir: str) -> None:
+    """Of T5X's own MODEL_DIRs one checkpoint at a time is read."""
+    there = set(storage.names(storage.expanded(model_dir)))
+    theirs = sorted((name for name in there if _THEIRS.fullmatch(name)),
+                    key=lambda name: int(name.rpartition("_")[2]))
+    if theirs and "checkpoints" not in there:
+        raise UserError("mode = 'all' is not honoured of checkpoints that T5X wrote",
+                        got=f"{model_dir} with {', '.join(theirs)}",
+                        fix="mode = 'specific' and the path of each; or vishwam convert each of "
+                            "them --to another MODEL_DIR, whose checkpoints are all evaluated")
 
 
 def _refuse_parts(restore: RestoreCheckpointConfig, why: str) -> None:
