@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+from compat import t5x_runs
 
 import helpers
-from vishwam_t5x import gin_config
+from vishwam_t5x import gin_config, t5x_scripts
 from vishwam_t5x.compat import adafactor, checkpoints, decoding, optimizers, partitioning, t5x_utils
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.objectives.text_to_text import TextToText
@@ -104,6 +105,11 @@ def test_meshes_and_rules():
     assert (slices.mesh().replica, slices.mesh().data, slices.mesh().tensor) == (2, 4, 2)
     with pytest.raises(UserError, match="mesh axis"):
         partitioning.PjitPartitioner(logical_axis_rules=(("embed", "expert"),)).rules()
+    for axes in ("data", ("replica", "data"), ["data"]):
+        partitioning.PjitPartitioner(logical_axis_rules=(("batch", axes),)).rules()
+    for axes in (None, "model", ("data", "model")):
+        with pytest.raises(UserError, match="rows of a batch"):
+            partitioning.PjitPartitioner(logical_axis_rules=(("batch", axes),)).rules()
 
 
 def test_optimizers():
@@ -144,13 +150,60 @@ def test_checkpoints(tmp_path):
     with pytest.raises(UserError, match="one checkpoint"):
         t5x_utils.RestoreCheckpointConfig(path=["a", "b"]).place()
 
-    def best():
-        return checkpoints.SaveBestCheckpointer(metric_name_to_monitor="eval/loss",
-                                                metric_mode="min")
 
-    best.__name__ = "SaveBestCheckpointer"
-    saved = t5x_utils.SaveCheckpointConfig(period=5, checkpointer_cls=best)
-    assert saved.ours().keep_best_metric == "eval/loss"
+def test_the_best_are_kept(tmp_path, monkeypatch):
+    """T5X's defaults, and what of them has to be set."""
+    found = checkpoints.SaveBestCheckpointer()
+    assert dataclasses.astuple(found) == ("train/accuracy", "max", True, None)
+    with pytest.raises(UserError, match="SaveBestCheckpointer keeps by a metric"):
+        found.retention()
+    with pytest.raises(UserError, match="without the metric"):
+        checkpoints.SaveBestCheckpointer(metric_name_to_monitor="eval/loss").retention()
+    t5x_runs.pretrain_file(tmp_path)
+    t5x_runs.write(tmp_path, "best.gin", """
+        from t5x import checkpoints
+        include 'pretrain.gin'
+        utils.SaveCheckpointConfig.checkpointer_cls = @checkpoints.SaveBestCheckpointer
+        utils.SaveCheckpointConfig.keep = 2
+        checkpoints.SaveBestCheckpointer:
+          metric_name_to_monitor = 'eval/loss'
+          metric_mode = 'min'
+          keep_checkpoints_without_metrics = False
+        """)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = gin_config.parse(["--gin_file=best.gin", "--gin.MODEL_DIR='m'"], "train")
+    saved = config.entry(**config.arguments(config.entry))["checkpoint_cfg"]
+    assert (saved.keep_best_metric, saved.keep_best_mode) == ("eval/loss", "min")
+    assert saved.keep == saved.keep_best == 2
+
+
+def test_a_class_of_the_same_name_is_another():
+    mine = type("Checkpointer", (checkpoints.Checkpointer,), {})
+    for known in (checkpoints.Checkpointer, checkpoints.SaveBestCheckpointer):
+        t5x_utils.RestoreCheckpointConfig(path=None, checkpointer_cls=known)
+    with pytest.raises(UserError, match="checkpointer_cls is not honoured"):
+        t5x_utils.RestoreCheckpointConfig(path=None, checkpointer_cls=mine)
+
+
+def test_all_checkpoints_of_t5x_s_are_refused(tmp_path):
+    for step in (1000, 200):
+        (tmp_path / f"checkpoint_{step}").mkdir()
+    with pytest.raises(UserError, match="mode = 'all' is not honoured") as error:
+        t5x_scripts._refuse_all_of_t5x_s(str(tmp_path))
+    assert "checkpoint_200, checkpoint_1000" in error.value.got
+    (tmp_path / "checkpoints").mkdir()
+    t5x_scripts._refuse_all_of_t5x_s(str(tmp_path))
+
+
+def test_use_cached_false_is_said_once(caplog):
+    t5x_utils._say_what_is_cached.cache_clear()
+    for cached in (True, False, False):
+        t5x_utils.DatasetConfig(
+            mixture_or_task_name="copy", task_feature_lengths={"inputs": 4, "targets": 4},
+            split="train", batch_size=2, shuffle=True, seed=None, use_cached=cached).ours()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the same in every epoch" in caplog.text
 
 
 def test_text_to_text_cuts_and_adds_nothing():

@@ -1,22 +1,31 @@
 """What T5X has and we do not honour: why, and what there is instead. Never ignored in silence.
 
 `SETTINGS` are parameters that accept some values only (T5X's defaults, mostly), `ABSENT` names that
-nothing here stands for. Imports nothing: every gin file is looked at with it.
+nothing here stands for. Imports nothing of ours: every gin file is looked at with it.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vishwam_t5x.core.errors import UserError
 
 
+class Named(NamedTuple):
+    """A class or function of a module of this package, which is not imported to name it."""
+
+    module: str
+    name: str
+
+
 class Setting(NamedTuple):
     """A parameter of T5X's of which only some values are honoured.
 
     Attributes:
-        accepted: these; a callable or a class by its name.
+        accepted: these; a `Named` stands for the very class or function.
         why: the others are not.
         instead: the nearest thing we have.
     """
@@ -26,6 +35,9 @@ class Setting(NamedTuple):
     instead: str
 
 
+_NEWEST = Named("checkpoints", "Checkpointer")
+_BEST = Named("checkpoints", "SaveBestCheckpointer")
+_SUMMARY = Named("gin_functions", "summarize_gin_config")
 _WRITTEN = "functions of T5X's state have nothing to work on: our state is another"
 _RENAME = "rename parameters with RestoreCheckpointConfig.assignment_map, or vishwam convert"
 _ORDER = "the order of our data is its own, and exact after a resume"
@@ -36,7 +48,7 @@ SETTINGS: dict[str, Setting] = {
         (False,), "hardware random numbers differ between meshes: no resume would be exact",
         "--gin.train.use_hardware_rng=False"),
     "t5x.train.summarize_config_fn": Setting(
-        (None, "summarize_gin_config"), "the configuration is written to MODEL_DIR/config.gin",
+        (None, _SUMMARY), "the configuration is written to MODEL_DIR/config.gin",
         "summarize_config_fn = @gin_utils.summarize_gin_config"),
     "t5x.train.get_dataset_fn": Setting(
         (None,), _ORDER, "a SeqIO Task, which vishwam cache reads"),
@@ -61,14 +73,14 @@ SETTINGS: dict[str, Setting] = {
         (None,), "the length of a run is its last step", "TRAIN_STEPS = the last step"),
     "t5x.train.concurrent_metrics": Setting((True, False), "", ""),
     "t5x.evaluate.summarize_config_fn": Setting(
-        (None, "summarize_gin_config"), "vishwam evaluate writes metrics and predictions",
+        (None, _SUMMARY), "vishwam evaluate writes metrics and predictions",
         "vishwam config show"),
     "t5x.evaluate.train_state_initializer_cls": Setting((None,), _WRITTEN, _RENAME),
     "t5x.evaluate.fallback_init_rng": Setting(
         (None,), "what is evaluated must be trained, all of it", "fallback_init_rng = None"),
     "t5x.evaluate.use_orbax": Setting((True, False), _ORBAX, "leave it out"),
     "t5x.infer.summarize_config_fn": Setting(
-        (None, "summarize_gin_config"), "vishwam infer writes predictions", "vishwam config show"),
+        (None, _SUMMARY), "vishwam infer writes predictions", "vishwam config show"),
     "t5x.infer.write_fn": Setting(
         (None,), "predictions are JSON lines", "read INFER_OUTPUT_DIR/*.jsonl"),
     "t5x.infer.merge_fn": Setting((None,), "predictions are JSON lines", "cat the shards' files"),
@@ -105,7 +117,7 @@ SETTINGS: dict[str, Setting] = {
     "t5x.utils.SaveCheckpointConfig.save_dataset": Setting(
         (True, False), "", ""),
     "t5x.utils.SaveCheckpointConfig.checkpointer_cls": Setting(
-        (None, "Checkpointer", "SaveBestCheckpointer"), _ORBAX, "leave it out"),
+        (None, _NEWEST, _BEST), _ORBAX, "leave it out"),
     "t5x.utils.SaveCheckpointConfig.checkpoint_manager_cls": Setting((None,), _ORBAX,
                                                                      "leave it out"),
     "t5x.utils.SaveCheckpointConfig.state_transformation_fns": Setting(
@@ -116,7 +128,7 @@ SETTINGS: dict[str, Setting] = {
         (False,), "a run's own checkpoints restore the data's position by themselves; another "
         "run's position is of other data", "restore_dataset = False"),
     "t5x.utils.RestoreCheckpointConfig.checkpointer_cls": Setting(
-        (None, "Checkpointer", "SaveBestCheckpointer"), "the layout is told from the files",
+        (None, _NEWEST, _BEST), "the layout is told from the files",
         "leave it out"),
     "t5x.utils.RestoreCheckpointConfig.checkpoint_manager_cls": Setting(
         (None,), "the layout is told from the files", "leave it out"),
@@ -242,8 +254,18 @@ def whatever(name: str) -> UserError | None:
 
 def _accepts(setting: Setting, value: Any) -> bool:
     return any(type(value) is type(known) and value == known
-               or isinstance(known, str) and getattr(value, "__name__", None) == known
-               for known in setting.accepted)
+               or isinstance(known, Named) and _is(value, known) for known in setting.accepted)
+
+
+def _is(value: Any, known: Named) -> bool:
+    """Whether a value is what is meant, or what gin made of it; one of the same name is not."""
+    module = sys.modules.get(f"{__package__}.{known.module}")
+    meant = getattr(module, known.name, None)
+    if isinstance(value, type) and isinstance(meant, type):
+        # gin binds a class's parameters in a subclass that has its name and module.
+        return value is meant or meant in value.__bases__ and (
+            value.__module__, value.__qualname__) == (meant.__module__, meant.__qualname__)
+    return callable(value) and inspect.unwrap(value) is meant
 
 
 def _shown(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -34,7 +35,8 @@ class DatasetConfig:
         batch_size: rows of the global batch.
         shuffle: a new order each epoch.
         seed: of the order; None: that of the run.
-        use_cached: tasks are always cached, when first read, by vishwam itself.
+        use_cached: tasks are always cached, when first read, by vishwam itself; a warning says what
+            False would mean.
         pack: many examples a row.
         use_custom_packing_ops: False.
         module: registers the tasks.
@@ -71,6 +73,8 @@ class DatasetConfig:
             modules: that register the tasks, beside `module`.
             seed: of the order where `seed` is None.
         """
+        if not self.use_cached:
+            _say_what_is_cached()
         config = source.DatasetConfig(
             mixture_or_task_name=self.mixture_or_task_name,
             task_feature_lengths=dict(self.task_feature_lengths or dict.fromkeys(SIDES, 1)),
@@ -82,6 +86,12 @@ class DatasetConfig:
         if self.task_feature_lengths is None:
             return dataclasses.replace(config, task_feature_lengths=longest(config))
         return config
+
+
+@functools.cache  # once
+def _say_what_is_cached() -> None:
+    logging.warning("use_cached = False: examples are cached all the same; what preprocessors draw "
+                    "at random is the same in every epoch")
 
 
 def longest(config: source.DatasetConfig) -> dict[str, int]:
@@ -143,9 +153,11 @@ class SaveCheckpointConfig:
 
     def ours(self) -> OurCheckpointConfig:
         """Returns the settings of ours."""
+        retention = self.checkpointer_cls().retention()
+        if "keep_best_metric" in retention and self.keep:
+            retention["keep_best"] = self.keep  # T5X's `keep` counts the best then
         return OurCheckpointConfig(period=self.period, keep=self.keep,
-                                   steps=tuple(self.checkpoint_steps or ()),
-                                   **self.checkpointer_cls().retention())
+                                   steps=tuple(self.checkpoint_steps or ()), **retention)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
