@@ -38,8 +38,8 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def asked(run):
     gin_file, _, model_dir = run
-    return InteractiveModel.from_gin([gin_file], {"DECODE_BATCH_SIZE": 2},
-                                     checkpoint_path=model_dir)
+    return InteractiveModel.from_gin([gin_file], {"DECODE_BATCH_SIZE": 2,
+                                                  "INITIAL_CHECKPOINT_PATH": model_dir})
 
 
 def test_it_says_what_the_verb_says(run, asked, tmp_path, monkeypatch):

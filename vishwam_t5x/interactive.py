@@ -109,6 +109,9 @@ class InteractiveModel:
                  vocabulary: str | None = None, **arguments: Any) -> InteractiveModel:
         """Builds what a recipe of `vishwam train` describes, with the same checks.
 
+        It begins with INITIAL_CHECKPOINT_PATH, unless `checkpoint_path` is given or `output_dir`
+        has checkpoints. MODEL_DIR is neither read nor written.
+
         Args:
             gin_files: the recipe.
             overrides: {macro or parameter: value}, as `--gin.NAME=VALUE` on the command line.
@@ -137,7 +140,11 @@ class InteractiveModel:
                  "task_feature_lengths": lengths, "batch_size": wanted("BATCH_SIZE"),
                  "optimizer": config.macro("OPTIMIZER"), "decoding": config.macro("DECODING"),
                  "loss": LossConfig(**config.arguments(LossConfig)),
-                 "mesh": config.macro("MESH"), **arguments}
+                 "mesh": config.macro("MESH"), "seed": config.macro("RANDOM_SEED") or 0,
+                 **arguments}
+        folder = found.get("output_dir")
+        if not (folder and storage.names(storage.join(folder, "checkpoints"))):
+            found.setdefault("checkpoint_path", config.macro("INITIAL_CHECKPOINT_PATH"))
         if "codec" not in found:
             vocabulary = vocabulary or config.macro("VOCABULARY_PATH")
             found["codec"] = vocabulary or _codec_of_tasks(

@@ -314,7 +314,9 @@ def _evaluations(parts: setup.Parts, objective: Objective, config: source.Datase
         found.append(hooks.EvaluateHook(evaluator, period, early_stop))
     if infer_eval is not None:
         _wait_to_import_tensorflow(step_ready)
-        found.append(infer_eval.hook(parts, objective))
+        distributed.refuse_together(
+            "evaluation in the loop",
+            lambda: found.append(infer_eval.hook(parts, objective)), _CACHE_FILLED)
     return found
 
 
