@@ -134,10 +134,9 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
                                      decode_batch_size, mesh, logical_axis_rules,
                                      compilation_cache_dir)
     layout = getattr(objective, "vocabulary", None)
-    caches: tuple = ()
-    if input_file is None or vocabulary is None:
-        caches = task_lookup.open_tasks(ready.config, ready.objective, tasks)
-        fit.check_model(caches, model.config, layout)
+    caches = () if input_file is not None and vocabulary is not None else (
+        task_lookup.open_tasks(ready.config, ready.objective, tasks))
+    fit.check_model(caches, model.config, layout)
     codec = task_lookup.text_codec(caches, ready.config, layout) if caches else (
         task_lookup.tokenizer(str(vocabulary), layout))
     sources, bar = _sources(ready, caches, codec, max_examples), Progress()
