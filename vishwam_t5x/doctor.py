@@ -36,7 +36,8 @@ OK, ADVICE, PROBLEM = "ok", "advice", "problem"
 _MARKS = {OK: " ", ADVICE: "~", PROBLEM: "!"}
 _NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore",
            "array-record", "gin-config", "numpy", "jmp", "msgpack", "tensorboardX",
-           "sentencepiece", "Pillow", "psutil", "tqdm", "jaxtyping", "typeguard", "fsspec")
+           "safetensors", "sentencepiece", "Pillow", "psutil", "tqdm", "jaxtyping", "typeguard",
+           "fsspec")
 _OPTIONAL = {"seqio": "seqio", "tensorflow": "seqio", "tensorflow-text": "seqio",
              "scikit-learn": "seqio", "gcsfs": "gcs", "google-cloud-storage": "gcs"}
 _START_SECONDS = 180  # A TPU host can take minutes to hand over its chips.

@@ -1,12 +1,13 @@
 """What is said of figures, and of compilers that fail."""
 
+import dataclasses
 import signal
 
 import pytest
 
 from vishwam_t5x.planning import process, report, roofline, targets, traffic
 from vishwam_t5x.planning.compile import out_of_memory_bytes
-from vishwam_t5x.planning.figures import Bytes, Figures
+from vishwam_t5x.planning.figures import Bytes, Cache, Figures
 from vishwam_t5x.planning.hlo import parse
 
 
@@ -27,6 +28,18 @@ def test_sizes(count, said):
     (0, "0 us"), (41.24e-3, "41.2 ms"), (0.99996, "1 s"), (1234, "1234 s"), (12e-6, "12 us")])
 def test_durations(seconds, said):
     assert report.duration(seconds) == said
+
+
+def test_remembered_figures_are_judged_anew(tmp_path):
+    """The memory of this machine, or our table of it, may have changed since."""
+    target, cache = targets.resolve("tpu-v4-8"), Cache(tmp_path / "plans")
+    key = Cache.key("program", 4)
+    assert cache.get(key) is None and key != Cache.key("program", 8)
+    kept = figures(target.limit_bytes // 2)
+    cache.put(key, dataclasses.replace(kept, fits=False, limit_bytes=1))
+    assert cache.get(key).judged(target) == kept.judged(target)
+    (tmp_path / "plans" / f"{key}.json").write_text("{")
+    assert cache.get(key) is None
 
 
 def test_three_verdicts():

@@ -102,6 +102,7 @@ def test_plans_are_compiled_with_the_options_of_training():
     assert f"ASKED [{{{ours}}}, {{{ours}, {least}}}, {{{ours}}}]" in said
 
 
+@pytest.mark.slow
 def test_figures_are_remembered(tmp_path):
     first = figures("--target=cpu:1", home=tmp_path)
     again = figures("--target=cpu:1", home=tmp_path)
