@@ -151,9 +151,9 @@ def make_train_step(loss_fn: LossFunction, optimizer: optax.GradientTransformati
         key = jax.random.fold_in(key_for(config.seed, "dropout"), state.step)
         trained, kept = split_frozen(state.params, frozen)
 
-        def loss_of_trained(params: Any, part: Batch, *, dropout_key: jax.Array | None
+        def loss_of_trained(params: Any, batch: Batch, *, dropout_key: jax.Array | None
                             ) -> dict[str, losses.LossSums]:
-            return loss_fn(join_frozen(params, kept), part, dropout_key=dropout_key)
+            return loss_fn(join_frozen(params, kept), batch, dropout_key=dropout_key)
 
         grads, sums = accumulate_gradients(
             loss_of_trained, trained, batch, config, state.loss_scale.scale, key,
