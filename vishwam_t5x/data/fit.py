@@ -65,8 +65,8 @@ def check_model(tasks: Sequence[TaskRecords], config: Any, layout: Any = None) -
     Raises:
         UserError: the first thing that does not go together.
     """
-    rows = min((module.vocab_size for module in (*config.inputs, *config.targets)
-                if module.modality == "text" and hasattr(module, "vocab_size")), default=None)
+    table = min((module.vocab_size for module in (*config.inputs, *config.targets)
+                 if module.modality == "text" and hasattr(module, "vocab_size")), default=None)
     codes = {module.modality: module for module in config.targets
              if getattr(module, "token_range", None)}
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
@@ -80,10 +80,10 @@ def check_model(tasks: Sequence[TaskRecords], config: Any, layout: Any = None) -
                     got=f"id {largest} in '{name}', the layout has {layout.size} ids",
                     fix="set VocabularyLayout.base_size to the pieces of the task's tokenizer, and "
                         "vocab_size of TextInput and TextOutput to the layout's table_size")
-            if rows is not None and largest >= rows and modality in _TEXT:
+            if table is not None and largest >= table and modality in _TEXT:
                 raise UserError(
                     f"task '{task.name}' has text of another vocabulary than the model's",
-                    got=f"id {largest} in '{name}', the text table has {rows} rows",
+                    got=f"id {largest} in '{name}', the text table has {table} rows",
                     fix=f"vocab_size = {largest + 1} or more, or cache the task with the "
                         "vocabulary that the model was trained with")
             if modality in codes and name.endswith("_codes"):
