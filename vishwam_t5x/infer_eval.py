@@ -62,7 +62,6 @@ class InferEval:
         config = dataclasses.replace(self.dataset_cfg, shuffle=False)
         spec = source.batch_spec(config, objective)
         caches = task_lookup.open_tasks(config, objective, self.tasks)
-        fit.check_model(caches, parts.model.config, getattr(objective, "vocabulary", None))
         judged = [(task, judge) for task in caches
                   if (judge := task_lookup.metrics_of(task, config)).has_metrics]
         if not judged:
@@ -70,6 +69,7 @@ class InferEval:
                             got=", ".join(task.name for task in caches),
                             fix="add metric_fns to the SeqIO Task, or leave INFER_EVAL out: "
                                 "EVAL_PERIOD evaluates the loss")
+        fit.check_model(caches, parts.model.config, getattr(objective, "vocabulary", None))
         codec = task_lookup.text_codec(caches, config, getattr(objective, "vocabulary", None))
         generator = Generator(parts.model, parts.mesh, parts.rules, self.decode_batch_size,
                               self.decoding, spec.target_capacities.get("text", spec.target_length),
