@@ -66,9 +66,11 @@ def write(arrays, folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def write_orbax(arrays, folder: pathlib.Path, *, database: bool) -> pathlib.Path:
+def write_orbax(arrays, folder: pathlib.Path, *, database: bool, zarr3: bool = False
+                ) -> pathlib.Path:
     """Writes what T5X writes with Orbax, by Orbax."""
-    with contextlib.closing(ocp.PyTreeCheckpointHandler(use_ocdbt=database)) as handler:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler(use_ocdbt=database, use_zarr3=zarr3)
+                            ) as handler:
         handler.save(epath.Path(folder / "state"), args=ocp.args.PyTreeSave(
             unflatten_names(arrays)))
         handler.finalize(epath.Path(folder / "state"))  # what its manager does at the end

@@ -85,6 +85,25 @@ def test_orbax_checkpoints(tmp_path, database):
         np.testing.assert_array_equal(opened.source.read_part(name, part), some[own])
 
 
+@pytest.mark.parametrize("writer", ["orbax, zarr3", "another, zarr2 with a fill value"])
+def test_a_lost_chunk_is_not_read_as_zeros(tmp_path, writer):
+    """The format itself lets a chunk of the fill value be left out: nobody can tell."""
+    name, place = "target/decoder/decoder_norm/scale", tmp_path / "checkpoint_1"
+    scale = np.zeros(6, np.float32)
+    t5x_folders.write_orbax({name: scale}, place, database=False, zarr3="zarr3" in writer)
+    folder = place / "state" / name.replace("/", ".")
+    if "zarr2" in writer:
+        header = json.loads((folder / ".zarray").read_text())
+        (folder / ".zarray").write_text(json.dumps({**header, "fill_value": 0.0}))
+    ours = wanted({"decoder/decoder_norm/scale": scale})
+    found, _ = restore_params(tmp_path, ours)
+    np.testing.assert_array_equal(found["decoder"]["decoder_norm"]["scale"], scale)
+    (folder / ("c/0" if "zarr3" in writer else "0")).unlink()
+    with pytest.raises(UserError, match="damaged") as error:
+        restore_params(tmp_path, ours)
+    assert f"array '{name}'" in error.value.got and "chunk {0}" in error.value.got
+
+
 def test_of_two_arrays_with_one_name_of_ours_none_is_lost_unsaid(tmp_path):
     table = np.ones((4, 2), np.float32)
     t5x_folders.write({"target/token_embedder/embedding": table,

@@ -99,7 +99,7 @@ class StoredSource:
                    if isinstance(spec, dict)}
         for name, array in arrays.items():
             if isinstance(array, dict):
-                array = self._opened(name, pending[name], array)
+                array = self._opened(name, pending[name])
             self._arrays[name] = array
             dtype = array.dtype.numpy_dtype if isinstance(array, ts.TensorStore) else array.dtype
             self._leaves[name] = Leaf(tuple(array.shape), np.dtype(dtype).name)
@@ -108,20 +108,17 @@ class StoredSource:
                 raise DamagedCheckpoint(
                     place, f"'{name}' is {self._leaves[name]}, {leaf} was written")
 
-    def _open(self, spec: Spec, **options: Any) -> Any:
-        # A chunk that is not there would otherwise read as zeros.
-        strict = {"fill_missing_data_reads": False} if spec["driver"] == "zarr" else {}
-        return ts.open({**strict, **spec, **options}, open=True, read=True, context=self._context)
+    def _open(self, spec: Spec) -> Any:
+        # A chunk that is not there would otherwise read as zeros. T5X and Orbax write every chunk;
+        # of another writer's nobody could tell one that was left out from one that was lost.
+        return ts.open({**spec, "fill_missing_data_reads": False}, open=True, read=True,
+                       context=self._context)
 
-    def _opened(self, name: str, future: Any, spec: Spec) -> Any:
+    def _opened(self, name: str, future: Any) -> Any:
         try:
-            store = future.result()
-            if store.fill_value is not None and spec["driver"] == "zarr":
-                # Chunks full of it need not have been written.
-                store = self._open(spec, fill_missing_data_reads=True).result()
+            return future.result()
         except (ValueError, OSError) as error:
             raise self._failure(f"array '{name}'", error) from error
-        return store
 
     def _failure(self, what: str, error: Exception) -> Exception:
         if storage.is_remote(self.place) and storage_is_away(error):
