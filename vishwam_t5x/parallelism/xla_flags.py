@@ -73,6 +73,10 @@ SETTINGS: Mapping[str, tuple[Setting, ...]] = {
                 "lets the TensorCore compute while a collective is on its way", _V5E),
         Setting("xla_enable_async_all_gather", True,
                 "parameters of the next layer are gathered while this one computes", _V5E),
+        Setting("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000",
+                "gathers a kernel at once, not piece by piece in a loop whose every turn reads and "
+                "writes the sum so far: `large` on 64 v4 chips, parameters along fsdp 32, moves "
+                "513 GB a step instead of 1,569 and sends 10.2 instead of 13.2 (compiled)"),
         # These two changed neither that program nor one that is parallel over data alone.
         Setting("xla_tpu_enable_data_parallel_all_reduce_opt", True,
                 "sums gradients along data while the backward pass goes on"),
