@@ -196,6 +196,36 @@ def test_scaled_output(said, scaled):
     assert t5_network.from_config_json(config).logits_via_embedding == scaled
 
 
+def test_an_mt5_that_scales_is_written_as_a_t5(tmp_path):
+    """transformers 4 scales a tied mT5's output, 5 never does; a T5 scales in both."""
+    folder, arrays = folder_of(tmp_path, "mt5", tie_word_embeddings=True)
+    source = source_of(folder)
+    assert source.network.kind == "t5" and source.network.logits_via_embedding
+    write_huggingface(source, epath.Path(tmp_path / "back"), source.network)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["architectures"] == ["T5ForConditionalGeneration"]
+    assert config["model_type"] == "t5" and config["scale_decoder_outputs"] is True
+    assert folders.read(tmp_path / "back").keys() == arrays.keys()
+    assert t5_network.from_leaves(source.leaves, "mt5").kind == "t5"
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("d_model", None, "d_model = null"), ("num_layers", "2", 'num_layers = "2"'),
+    ("num_heads", 0, "num_heads = 0"), ("feed_forward_proj", None, "feed_forward_proj = null"),
+    ("dropout_rate", None, "dropout_rate = null"), ("num_decoder_layers", 1.5, "= 1.5"),
+    ("tie_word_embeddings", None, "tie_word_embeddings = null"),
+    ("layer_norm_epsilon", None, "layer_norm_epsilon = null")])
+def test_a_config_without_a_value_is_refused(name, value, words):
+    with pytest.raises(UserError, match="has no value for") as error:
+        t5_network.from_config_json(folders.config("t5_1_1", **{name: value}))
+    assert words in error.value.got and error.value.fix
+
+
+def test_null_for_the_decoder_is_as_many_layers_as_the_encoder_has():
+    config = folders.config("t5", num_decoder_layers=None)
+    assert t5_network.from_config_json(config).num_decoder_layers == config["num_layers"]
+
+
 def test_what_has_no_place_keeps_its_name(tmp_path):
     folder, _ = folder_of(tmp_path, more={"classifier.weight": np.ones((2, 24), np.float32)})
     source = source_of(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,7 +38,7 @@ class T5Network:
     """Sizes and choices of a T5.
 
     Attributes:
-        kind: Hugging Face's `model_type`, a key of `KINDS`.
+        kind: Hugging Face's `model_type`, a key of `KINDS`; its mT5 predicts with no table scaled.
         vocab_size: rows of the embedding table.
         emb_dim: width of the residual stream.
         num_heads: heads of every attention.
@@ -178,22 +179,48 @@ def from_config_json(config: Mapping[str, Any]) -> T5Network:
                         fix=f"model_type is one of {', '.join(KINDS)} (UL2 and ByT5 are a t5)")
     config = {**_DEFAULTS, **config}
     try:
-        sizes = {ours: int(config[theirs]) for ours, theirs in (
+        sizes = {ours: _size(config, theirs) for ours, theirs in (
             ("vocab_size", "vocab_size"), ("emb_dim", "d_model"), ("num_heads", "num_heads"),
             ("head_dim", "d_kv"), ("mlp_dim", "d_ff"), ("num_encoder_layers", "num_layers"),
             ("num_buckets", "relative_attention_num_buckets"),
             ("max_distance", "relative_attention_max_distance"))}
     except KeyError as missing:
         raise UserError("config.json does not say all sizes", got=f"no {missing}") from None
+    for name, kinds in (("feed_forward_proj", str), ("dense_act_fn", str),
+                        ("tie_word_embeddings", bool), ("scale_decoder_outputs", bool),
+                        ("layer_norm_epsilon", float), ("dropout_rate", (int, float))):
+        if name in config and not isinstance(config[name], kinds):
+            raise _no_value(config, name, "'relu' or 'gated-gelu', say" if kinds is str else
+                            "true or false" if kinds is bool else "a number")
     if config["layer_norm_epsilon"] != _EPSILON:
         raise UserError("this T5 has another layer_norm_epsilon than all published ones",
                         got=config["layer_norm_epsilon"], fix=f"our norms add {_EPSILON:g}")
     scaled = _scales_output(config)
+    decoder = config.get("num_decoder_layers") is not None  # null: as many as the encoder
     return T5Network(
-        kind=kind, **sizes, mlp_activations=_activations(config),
-        num_decoder_layers=int(config.get("num_decoder_layers") or sizes["num_encoder_layers"]),
+        kind=_kind(kind, scaled), **sizes, mlp_activations=_activations(config),
+        num_decoder_layers=_size(config, "num_decoder_layers") if decoder
+        else sizes["num_encoder_layers"],
         logits_via_embedding=scaled, dropout_rate=float(config["dropout_rate"]),
         unscaled_table=not scaled and config.get("tie_word_embeddings") is True)
+
+
+def _size(config: Mapping[str, Any], name: str) -> int:
+    value = config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _no_value(config, name, "a whole number above 0")
+    return value
+
+
+def _no_value(config: Mapping[str, Any], name: str, wanted: str) -> UserError:
+    return UserError(f"config.json has no value for {name} that a T5 has",
+                     got=f"{name} = {json.dumps(config[name])}",
+                     fix=f"{wanted}; or copy config.json again")
+
+
+def _kind(kind: str, scaled: bool) -> str:
+    """transformers 5 never scales what its mT5 predicts with: a T5 computes the same, and does."""
+    return "t5" if kind == "mt5" and scaled else kind
 
 
 def _scales_output(config: Mapping[str, Any]) -> bool:
@@ -233,6 +260,7 @@ def to_config_json(network: T5Network, dtype: str) -> dict[str, Any]:
     Raises:
         UserError: Hugging Face's T5 has no such activation.
     """
+    scale = {} if network.kind == "mt5" else {"scale_decoder_outputs": network.logits_via_embedding}
     return {
         "architectures": [KINDS[network.kind]], "model_type": network.kind,
         "is_encoder_decoder": True, "vocab_size": network.vocab_size, "d_model": network.emb_dim,
@@ -242,7 +270,7 @@ def to_config_json(network: T5Network, dtype: str) -> dict[str, Any]:
         "feed_forward_proj": _feed_forward(network.mlp_activations),
         "relative_attention_num_buckets": network.num_buckets,
         "relative_attention_max_distance": network.max_distance,
-        "tie_word_embeddings": network.logits_via_embedding,
+        "tie_word_embeddings": network.logits_via_embedding, **scale,
         "dropout_rate": network.dropout_rate, "layer_norm_epsilon": _EPSILON,
         "initializer_factor": 1.0, "use_cache": True, "torch_dtype": dtype, **GENERATION}
 
@@ -297,7 +325,7 @@ def from_leaves(leaves: Mapping[str, Leaf], kind: str | None = None) -> T5Networ
     Args:
         leaves: '/'-joined name -> shape and dtype.
         kind: Hugging Face's `model_type`; None: 'umt5' with a table of positions in each layer,
-            else 't5'.
+            else 't5'. An 'mt5' that predicts with its embedding table is a 't5'.
 
     Raises:
         UserError: they are no T5's.
@@ -318,12 +346,13 @@ def from_leaves(leaves: Mapping[str, Leaf], kind: str | None = None) -> T5Networ
     # [heads, layers, buckets] where layers are stacked
     heads, buckets = table[0], table[-1]
     activations = ("gelu", "linear") if gated else ("relu",)
+    tied = "target_encoders_text/logits_kernel" not in shapes
     return T5Network(
-        kind=kind or ("umt5" if per_layer else "t5"), vocab_size=embedding[0],
+        kind=_kind(kind or ("umt5" if per_layer else "t5"), tied), vocab_size=embedding[0],
         emb_dim=embedding[1], num_heads=heads, head_dim=query[-1] // heads, mlp_dim=inner[-1],
         mlp_activations=activations, num_buckets=buckets,
         num_encoder_layers=_count(shapes, "encoder"), num_decoder_layers=_count(shapes, "decoder"),
-        logits_via_embedding="target_encoders_text/logits_kernel" not in shapes,
+        logits_via_embedding=tied,
         assumed=(f"mlp_activations = {activations}", "RelativePositions.max_distance = 128",
                  "dropout_rate = 0.1"))
 
