@@ -106,10 +106,8 @@ def _read(line: CommandLine, roots: Sequence[Callable[..., Any]], verb: str = ""
     """Clears the live configuration and reads files, then bindings; checks nothing but names."""
     _restore(({}, set()))
     reader = _Reader(gin_files.search_paths(line.search_paths))
-    reader.t5x = any(t5x.speaks(gin_files.find(name, reader.paths).read_text(encoding="utf-8"))
-                     for name in line.files)
-    if reader.t5x:
-        installed.choose(line, verb)
+    reader.t5x = any(map(t5x.speaks, gin_files.with_included(line.files, reader.paths)))
+    installed.choose(line, verb, reader.t5x)
     for root in roots if not reader.t5x else ():  # else `train` is T5X's
         reader.register(root)
     for name in line.files:

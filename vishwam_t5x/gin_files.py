@@ -6,14 +6,16 @@ import atexit
 import functools
 import os
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
+_INCLUDE = re.compile(r"^[ \t]*include[ \t]+(['\"])(.+?)\1", re.MULTILINE)
 # What the checkout calls `gin/` is installed under this name (see pyproject.toml).
 INSTALLED = PACKAGE / "gin_files"
 
@@ -67,6 +69,34 @@ def find(name: str | os.PathLike, paths: Sequence[pathlib.Path]) -> pathlib.Path
         f"no gin file {str(name)!r}",
         got=f"nothing of that name in\n       {looked_in}",
         fix=hint or "give its path, or add its folder with --gin_search_paths=FOLDER")
+
+
+def with_included(names: Iterable[str | os.PathLike], paths: Sequence[pathlib.Path]
+                  ) -> Iterator[str]:
+    """Yields the text of gin files and of all that they include, each once.
+
+    Args:
+        names: as `find` takes them.
+        paths: as `search_paths` returns them.
+
+    Raises:
+        UserError: one of `names` is not there; an included one is left to whoever reads the file
+            that names it, who can say where.
+    """
+    waiting, seen = [(name, True) for name in names], set()
+    while waiting:
+        name, must = waiting.pop(0)
+        try:
+            path = find(name, paths)
+        except UserError:
+            if must:
+                raise
+            continue
+        if path.resolve() not in seen:
+            seen.add(path.resolve())
+            text = path.read_text(encoding="utf-8")
+            waiting += [(found, False) for _, found in _INCLUDE.findall(text)]
+            yield text
 
 
 def _copy(url: str) -> pathlib.Path:

@@ -60,8 +60,9 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
         trainer_cls: microbatches, learning rate.
         model_dir: where the run is written.
         total_steps: last step, those of the initial checkpoint included.
-        eval_steps: batches of an evaluation.
-        eval_period: steps between evaluations.
+        eval_steps: batches of an evaluation; of each task so many times the rows of a batch are
+            read as examples.
+        eval_period: steps between evaluations; 0: none.
         random_seed: of parameters and dropout; None: 0.
         stats_period: steps between records; None: those between evaluations or saves.
         inference_evaluator_cls: how predictions are judged.
@@ -78,11 +79,12 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
     _check_steps(before, total_steps)
     save = checkpoint_cfg.save or t5x_utils.SaveCheckpointConfig()
     periods = [period for period in (eval_period, save.period) if period]
-    evaluated = train_eval_dataset_cfg and train_eval_dataset_cfg.ours(task_modules, seed)
-    judged = None
-    if infer_eval_dataset_cfg is not None:
+    evaluated, judged = None, None
+    if eval_period and train_eval_dataset_cfg is not None:
+        evaluated = train_eval_dataset_cfg.ours(task_modules, seed)
+    if eval_period and infer_eval_dataset_cfg is not None:
         judged = _infer_eval(infer_eval_dataset_cfg, model, inference_evaluator_cls(), data,
-                             eval_period or total_steps, task_modules)
+                             eval_period, task_modules)
     return {
         "model": model.module.ours(), "model_dir": model_dir,
         "objective": t5x_utils.objective(data, model.vocabulary_files()),
@@ -92,7 +94,7 @@ def train(*, model: BaseTransformerModel, train_dataset_cfg: DatasetConfig,
         "logical_axis_rules": partitioner.rules(), "checkpoint_cfg": save.ours(),
         "train_eval_dataset_cfg": evaluated, "eval_period": eval_period or total_steps,
         "infer_eval": judged,
-        "eval_examples": evaluated and max(eval_steps, 1) * evaluated.batch_size,
+        "eval_examples": evaluated and _eval_examples(eval_steps, evaluated),
         "stats_period": stats_period or min(periods, default=100),
         "num_microbatches": trainer.num_microbatches or 1, "random_seed": seed,
         # T5X judges no step; one that is not finite must not count all the same.
@@ -234,6 +236,21 @@ def _check_steps(before: int, total_steps: int) -> None:
         logging.info("the initial checkpoint is of step %d: %d of TRAIN_STEPS are left; steps are "
                      "counted from 0 here, the learning rate from %d", before, total_steps - before,
                      before)
+
+
+def _eval_examples(eval_steps: int, data: OurDatasetConfig) -> int:
+    """T5X counts batches, we count examples."""
+    if eval_steps < 1:
+        raise UserError("an evaluation takes at least one batch", got=f"eval_steps = {eval_steps}",
+                        fix="eval_steps = 20; eval_period = 0 or train_eval_dataset_cfg = None "
+                            "for no evaluation")
+    examples = eval_steps * data.batch_size
+    if data.pack:
+        logging.warning("train_eval_dataset_cfg.pack: T5X evaluates %d packed rows (eval_steps "
+                        "times the batch size), in which there are more examples than the first "
+                        "%d of each task, which are evaluated here; raise eval_steps for more",
+                        examples, examples)
+    return examples
 
 
 def _seed(random_seed: int | None) -> int:

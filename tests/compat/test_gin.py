@@ -64,6 +64,8 @@ def test_what_the_run_is_called_with(parse):
      "mesh.tensor", None),
     ("--gin.adafactor.Adafactor.beta1=0.9", "optimizer.beta1", 0.9),
     ("--gin.train.train_eval_dataset_cfg=None", "train_eval_dataset_cfg", None),
+    ("--gin.train.eval_period=0", "train_eval_dataset_cfg", None),
+    ("--gin.train.eval_steps=5", "eval_examples", 20),
 ])
 def test_overrides(parse, flag, name, value):
     if value is None and "submesh" in flag:
@@ -103,6 +105,8 @@ def test_mistakes(parse, flag, words):
     ("--gin.PjitPartitioner.params_on_devices=False", "params_on_devices is not honoured"),
     ("--gin.utils.SaveCheckpointConfig.dtype='bfloat16'", "vishwam convert"),
     ("--gin.seqio.ByteVocabulary.extra_ids=1000", "input_vocabulary does not fit the network"),
+    ("--gin.adafactor.Adafactor.learning_rate=0.1", "Adafactor.learning_rate is not honoured"),
+    ("--gin.train.eval_steps=0", "at least one batch"),
 ])
 def test_what_is_not_honoured(parse, flag, words):
     if "PjitPartitioner" in flag:
@@ -236,6 +240,27 @@ def test_installed_t5x(parse, tmp_path, monkeypatch):
         parse("--gin.train.x=1")
     assert commands[0][1:] == ["-m", "t5x.train", "--gin_file=pretrain.gin",
                                "--gin.MODEL_DIR='m'", "--gin.train.x=1"]
+
+
+def test_t5x_s_imports_may_be_in_an_included_file(parse, tmp_path, monkeypatch):
+    """A user's file that only includes others and binds macros is T5X's too."""
+    t5x_runs.write(tmp_path, "inner.gin", "include 'pretrain.gin'\nTRAIN_STEPS = 2\n")
+    t5x_runs.write(tmp_path, "outer.gin", "include 'inner.gin'\n")
+    assert translated(parse(file="outer.gin"))["total_steps"] == 2
+    with monkeypatch.context() as without:
+        without.setattr(installed.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="T5X is not installed"):
+            parse("--t5x=installed", file="outer.gin")
+    t5x_runs.write(tmp_path, "outer.gin", "include 'nowhere.gin'\n")
+    with pytest.raises(UserError, match="no gin file 'nowhere.gin'"):
+        parse(file="outer.gin")
+
+
+def test_a_choice_where_there_is_none_is_refused(parse, tmp_path):
+    t5x_runs.write(tmp_path, "ours.gin", "TRAIN_STEPS = 2\n")
+    for choice in names.CHOICES:
+        with pytest.raises(UserError, match="nothing to choose"):
+            parse(f"--t5x={choice}", file="ours.gin")
 
 
 def test_our_own_parameters_beside_t5x_s(parse, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vishwam_t5x.compat import refused
 from vishwam_t5x.compat.optimizers import LearningRate, OptimizerDef, shifted
 from vishwam_t5x.training import optimizers
 from vishwam_t5x.training.adafactor_layout import HParamMap as HParamMap
@@ -21,7 +22,7 @@ class Adafactor(OptimizerDef):
     """Adafactor; see `training.adafactor.AdafactorRules`.
 
     Attributes:
-        learning_rate: `trainer.Trainer.learning_rate_fn` says it.
+        learning_rate: None: `trainer.Trainer.learning_rate_fn` says it.
         global_norm_clip_threshold: gradients are scaled down to this global norm; None: never.
         factored, multiply_by_parameter_scale, beta1, decay_rate, step_offset, clipping_threshold,
             weight_decay_rate, min_dim_size_to_factor, epsilon1, epsilon2, dtype_momentum,
@@ -47,6 +48,9 @@ class Adafactor(OptimizerDef):
     global_norm_clip_threshold: float | None = None
     max_parameter_scale: float | None = None
     skip_nan_updates: bool = False
+
+    def __post_init__(self) -> None:
+        refused.check(f"{STANDS_FOR}.Adafactor", vars(self))
 
     def ours(self, learning_rate: LearningRate, before: int = 0) -> optimizers.Optimizer:
         """See `OptimizerDef.ours`."""

@@ -18,16 +18,25 @@ VARIABLE = "VISHWAM_T5X"
 _SCRIPTS = {"train": "t5x.train", "evaluate": "t5x.eval", "infer": "t5x.infer"}
 
 
-def choose(line: Any, verb: str) -> None:
+def choose(line: Any, verb: str, theirs: bool) -> None:
     """Says who runs the files; if T5X shall, it does, in the place of this process.
 
     Args:
         line: the `CommandLine`.
         verb: of the command line.
+        theirs: whether any of the files is T5X's; others are always run by us.
 
     Raises:
-        UserError: T5X is wanted and not installed, or has no such verb.
+        UserError: T5X is wanted and not installed, or has no such verb; or --t5x chooses where
+            there is nothing to choose.
     """
+    if not theirs:
+        if line.t5x:
+            raise UserError("none of these gin files is T5X's: there is nothing to choose",
+                            got=f"--t5x={line.t5x}, and no import of t5x or __main__ in "
+                                f"{', '.join(line.files) or 'no file'} or what they include",
+                            fix="leave --t5x out")
+        return
     choice = line.t5x or one_of(os.environ.get(VARIABLE) or "compat", CHOICES,
                                 f"value of ${VARIABLE}")
     spec = importlib.util.find_spec("t5x")

@@ -65,7 +65,7 @@ class PjitPartitioner:
         params_on_devices: True.
         backend: None.
         ici_mesh_shape: ('replica', 'data', 'model') within a slice.
-        dcn_mesh_shape: the same across slices.
+        dcn_mesh_shape: the same across slices; with `ici_mesh_shape` alone.
         use_cpu_pjit: False.
         use_shardy_partitioner: jax's own choice, whatever this says.
         logical_axis_rules: which dimension is split over which axis; None: the standard ones.
@@ -92,6 +92,18 @@ class PjitPartitioner:
             shape = getattr(self, name)
             if shape is not None and len(shape) != 3:
                 raise UserError(f"{name} is ('replica', 'data', 'model')", got=repr(shape))
+        if self.ici_mesh_shape is None:
+            if self.dcn_mesh_shape is not None:
+                raise UserError("dcn_mesh_shape says how slices lie, and nothing how each is cut",
+                                got=f"dcn_mesh_shape = {tuple(self.dcn_mesh_shape)}",
+                                fix="give ici_mesh_shape too")
+            return
+        model = self.ici_mesh_shape[2] * (self.dcn_mesh_shape or (1, 1, 1))[2]
+        given = self.num_partitions or (self.model_parallel_submesh and tile)
+        if given and given != model:
+            raise UserError("ici_mesh_shape and num_partitions or model_parallel_submesh say two "
+                            "things", got=f"'model' of {model} and of {given}",
+                            fix="num_partitions = None and model_parallel_submesh = None")
 
     def _rules(self) -> tuple[Rule, ...]:
         rules = self.logical_axis_rules

@@ -124,6 +124,9 @@ SETTINGS: dict[str, Setting] = {
         ((), []), _WRITTEN, _RENAME),
     "t5x.utils.SaveCheckpointConfig.use_gda": Setting((True,), "every array is a jax.Array",
                                                       "leave it out"),
+    "t5x.utils.RestoreCheckpointConfig.strict": Setting(
+        (True,), "it is about checkpoints of Mesh TensorFlow, and of others changes nothing in T5X "
+        "either", "fallback_to_scratch = True, for parameters that a checkpoint lacks"),
     "t5x.utils.RestoreCheckpointConfig.restore_dataset": Setting(
         (False,), "a run's own checkpoints restore the data's position by themselves; another "
         "run's position is of other data", "restore_dataset = False"),
@@ -176,6 +179,11 @@ SETTINGS: dict[str, Setting] = {
         (None,), "steps of decoding are compiled without callbacks", "leave it out"),
     "t5x.decoding.temperature_sample.logit_callback_fn": Setting(
         (None,), "steps of decoding are compiled without callbacks", "leave it out"),
+    "t5x.adafactor.Adafactor.learning_rate": Setting(
+        (None,), "the trainer's takes its place, in T5X too",
+        "trainer.Trainer.learning_rate_fn = @utils.create_learning_rate_scheduler()"),
+    "seqio.PassThroughVocabulary.eos_id": Setting(
+        (None, 1), "a text that is decoded ends with id 1", "eos_id = 1"),
     "seqio.Evaluator.use_memory_cache": Setting((True, False), "", ""),
     "seqio.JSONLogger.write_n_results": Setting(
         (None,), "every prediction is written", "seqio.Evaluator.num_examples"),

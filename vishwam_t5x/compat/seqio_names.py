@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vishwam_t5x.compat import refused
+from vishwam_t5x.core.errors import UserError
 
 STANDS_FOR = "seqio"
 _BYTES = 256
@@ -66,11 +67,14 @@ class PassThroughVocabulary(Vocabulary):
 
     Attributes:
         size: how many.
-        eos_id: the end, if there is one.
+        eos_id: the end: 1, or None.
     """
 
     size: int
     eos_id: int | None = None
+
+    def __post_init__(self) -> None:
+        refused.check(f"{STANDS_FOR}.PassThroughVocabulary", vars(self))
 
     @property
     def least_size(self) -> int:
@@ -102,6 +106,9 @@ class JSONLogger:
         refused.check(f"{STANDS_FOR}.JSONLogger", vars(self))
 
 
+_LOGGERS = (PyLoggingLogger, TensorBoardLogger, JSONLogger)
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
     """How predictions are judged.
@@ -109,7 +116,7 @@ class Evaluator:
     Attributes:
         num_examples: at most so many of each task; None: all.
         use_memory_cache: examples are read from the cache, some kept in memory.
-        logger_cls: who hears of the metrics.
+        logger_cls: who hears of the metrics: SeqIO's own loggers, which they all do anyway.
     """
 
     num_examples: int | None = None
@@ -119,6 +126,11 @@ class Evaluator:
     def __post_init__(self) -> None:
         refused.check(f"{STANDS_FOR}.Evaluator", vars(self))
         for logger in self.logger_cls:
+            if not (isinstance(logger, type) and issubclass(logger, _LOGGERS)):
+                raise UserError(
+                    f"{STANDS_FOR}.Evaluator.logger_cls is not honoured: metrics and predictions "
+                    "are written in one way", got=getattr(logger, "__name__", repr(logger)),
+                    fix="leave it out; read metrics.jsonl and the predictions beside it")
             logger()  # so that what is bound to it is looked at
 
 

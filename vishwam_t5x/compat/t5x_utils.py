@@ -168,8 +168,8 @@ class RestoreCheckpointConfig:
         path: a checkpoint, or a folder of some; [] or None: none.
         mode: 'specific', 'latest' or 'all'.
         assignment_map: (pattern, name in the checkpoint) pairs; None for the name leaves out.
-        strict: parameters that the checkpoint lacks are an error, unless `fallback_to_scratch`.
-        fallback_to_scratch: they start afresh.
+        strict: True.
+        fallback_to_scratch: parameters that the checkpoint lacks start afresh; else an error.
         dtype: of restored parameters, 'float32' or 'bfloat16'; None: as they are used.
         restore_dataset: False.
         checkpointer_cls: any.
