@@ -92,15 +92,51 @@ def test_other_settings_are_refused_while_it_is_not_finished(tmp_path):
     assert todo == PLAN
 
 
-def test_a_finished_file_is_replaced_by_one_with_other_settings(tmp_path):
+def test_a_finished_file_is_replaced_only_if_asked(tmp_path):
     path = tmp_path / "out.jsonl"
     work(path)
-    file, todo = job(path, {"mode": "score", "seed": 0})
+    with pytest.raises(UserError, match="was written with other settings\n.*predict") as error:
+        job(path, {"mode": "score", "seed": 0})
+    assert error.value.fix.startswith("--overwrite begins anew")
+    with pytest.raises(UserError, match="was written with other settings"):
+        job(path, {"mode": "score", "seed": 0}, num_shards=2)
+    file, todo = job(path, {"mode": "score", "seed": 0}, overwrite=True)
     assert todo == PLAN and path.read_text().splitlines() == EXPECTED
     for chunk in todo:
         file.write(chunk, ["{}"])
     assert file.finish() == Summary(5, [])
     assert path.read_text() == "{}\n" * 5
+
+
+def test_a_file_that_nobody_knows_is_not_replaced(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("mine\n")
+    with pytest.raises(UserError, match="nobody knows with what settings"):
+        job(path)
+    assert path.read_text() == "mine\n"
+    assert job(path, overwrite=True)[1] == PLAN
+
+
+def test_of_shards_with_other_settings_that_begin_at_once_one_is_refused(tmp_path, monkeypatch):
+    path, other = tmp_path / "out.jsonl", {"mode": "score", "seed": 0}
+    claim, first = ChunkedFile._claim, []
+
+    def meanwhile(self):
+        # Both have seen that there is nothing yet.
+        monkeypatch.setattr(ChunkedFile, "_claim", claim)
+        first.append(job(path, num_shards=2))
+        claim(self)
+
+    monkeypatch.setattr(ChunkedFile, "_claim", meanwhile)
+    with pytest.raises(UserError, match='mode: "predict" there, "score" now'):
+        job(path, other, shard_id=1, num_shards=2)
+    assert [name.name for name in path.with_name("out.jsonl.parts").iterdir()] == ["manifest.json"]
+    file, todo = first[0]
+    file.write(todo[0], lines(todo[0]))
+    # Begun anew by another job: what is written late must not get among its chunks.
+    job(path, other, overwrite=True)
+    with pytest.raises(UserError, match='mode: "score" there, "predict" now'):
+        file.write(todo[1], lines(todo[1]))
 
 
 def test_a_job_that_comes_while_another_puts_it_together(tmp_path, monkeypatch):

@@ -18,13 +18,14 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 
 from vishwam_t5x.core import storage
-from vishwam_t5x.core.distributed import from_primary, is_primary
+from vishwam_t5x.core.distributed import from_primary, is_primary, refuse_together
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.evaluation.predictions import plain
 
@@ -105,32 +106,35 @@ class ChunkedFile:
             overwrite: forget what was written with these or other settings.
 
         Raises:
-            UserError: what was written, and not finished, had other settings; or one of several
-                jobs would forget what another has just written.
+            UserError: what is there has other settings, or nobody knows which; or one of several
+                jobs would forget what another has just written. On all processes, if on one.
         """
         if overwrite and self._num_shards > 1:
             raise UserError("--overwrite would delete what the other shards write",
-                            fix=f"delete {self._folder}, then start all shards without it")
-        todo = " ".join(map(str, self._begin(overwrite))) if is_primary() else ""
-        numbers = set(map(int, from_primary("chunks to write", todo).split()))
+                            fix=f"delete {self._folder} and {self.path}, then start all shards "
+                                "without it")
+        mine: list[int] = []
+        self._in_primary("output begun", lambda: mine.extend(self._begin(overwrite)))
+        todo = from_primary("chunks to write", " ".join(map(str, mine)))
+        numbers = set(map(int, todo.split()))
         return [chunk for chunk in self._chunks if chunk.number in numbers]
 
     def _begin(self, overwrite: bool) -> list[int]:
+        there_is = storage.exists(self.path)
         found, done = self._read(_MANIFEST), self._read(_DONE)
-        same = found is not None and found["settings"] == self._settings
-        if same and not overwrite and done is not None and storage.exists(self.path):
-            return []
-        if found is not None and not same and not overwrite and done is None:
-            raise self._refusal(found["settings"])
-        if found is not None and (overwrite or not same):
-            logging.info("%s was written with %s settings: it is written anew", self.path,
-                         "these" if same else "other")
+        if overwrite:
             self._clear()
-        if done is not None:
-            storage.remove(self._folder / _DONE)
+        elif found is not None:
+            self._refuse_others(found, done is not None and there_is)
+            if done is not None and there_is:
+                return []
+            if done is not None:
+                storage.remove(self._folder / _DONE)
+        elif there_is:
+            raise UserError(f"{self.path} is there, and nobody knows with what settings",
+                            fix="--overwrite writes it anew; or give another --output_file")
+        self._claim()
         there = set(storage.names(self._folder))
-        storage.write_text(self._folder / _MANIFEST, json.dumps(
-            {"settings": self._settings, "chunks": len(self._chunks)}, indent=1))
         mine = [chunk for chunk in self._chunks if chunk.number % self._num_shards == self._shard]
         todo = [chunk.number for chunk in mine if self._name(chunk.number) not in there]
         if len(todo) < len(mine):
@@ -138,18 +142,50 @@ class ChunkedFile:
                          len(todo), len(mine))
         return todo
 
-    def write(self, chunk: Chunk, lines: Sequence[str], left_out: Sequence[Any] = ()) -> None:
+    def _claim(self) -> None:
+        """Says what is being written; of several jobs that come at once the first one does."""
+        text = json.dumps({"settings": self._settings, "chunks": len(self._chunks)}, indent=1)
+        if storage.is_remote(self._folder):
+            with contextlib.suppress(FileExistsError):
+                storage.write_bytes(self._folder / _MANIFEST, text.encode(), new_only=True)
+        else:
+            folder = pathlib.Path(self._folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f".{_MANIFEST}.{uuid.uuid4().hex}.tmp"
+            try:
+                temporary.write_text(text, encoding="utf-8")
+                os.link(temporary, folder / _MANIFEST)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                storage.write_text(folder / _MANIFEST, text)
+            finally:
+                temporary.unlink(missing_ok=True)
+        self._refuse_others(self._read(_MANIFEST), finished=False)
+
+    def _in_primary(self, what: str, do: Callable[[], object]) -> None:
+        """What process 0 does for all; if it cannot, all end alike."""
+        refuse_together(what, lambda: do() if is_primary() else None)
+
+    def write(self, chunk: Chunk, lines: Iterable[str], left_out: Sequence[Any] = ()) -> None:
         """Writes a chunk in one piece: a kill leaves all of it or nothing.
 
         Args:
             chunk: which.
-            lines: JSON objects, without their ends.
+            lines: JSON objects, without their ends; looked at in process 0 alone.
             left_out: what could not be used; JSON values.
+
+        Raises:
+            Exception: on every process, what went wrong in process 0: another job has begun the
+                file anew, or it cannot be written.
         """
-        if is_primary():
+        def write() -> None:
             notes = [json.dumps({LEFT_OUT: item}, ensure_ascii=False) for item in left_out]
-            storage.write_text(self._folder / self._name(chunk.number),
-                               "".join(f"{line}\n" for line in [*lines, *notes]))
+            text = "".join(f"{line}\n" for line in [*lines, *notes])
+            self._refuse_others(self._read(_MANIFEST), finished=False)
+            storage.write_text(self._folder / self._name(chunk.number), text)
+
+        self._in_primary("chunk written", write)
 
     def finish(self) -> Summary | None:
         """Puts the file together if all chunks of all jobs are there; None if some are missing.
@@ -157,11 +193,11 @@ class ChunkedFile:
         Returns:
             What is in it, the same for whoever of several jobs comes last, or comes again.
         """
-        summary = self._finish() if is_primary() else None
-        told = from_primary("chunks put together", json.dumps(
-            dataclasses.asdict(summary) if summary else None))
-        found = json.loads(told)
-        return Summary(**found) if found else None
+        made: list[Summary | None] = []
+        self._in_primary("output finished", lambda: made.append(self._finish()))
+        found = json.loads(from_primary("chunks put together", json.dumps(
+            [dataclasses.asdict(summary) for summary in made if summary])))
+        return Summary(**found[0]) if found else None
 
     def _finish(self) -> Summary | None:
         try:
@@ -234,15 +270,23 @@ class ChunkedFile:
     def _name(self, number: int) -> str:
         return f"{number:05d}.jsonl"
 
-    def _refusal(self, before: Mapping[str, Any]) -> UserError:
+    def _refuse_others(self, found: Mapping[str, Any] | None, finished: bool) -> None:
+        """Raises if what is being written, or was, has other settings than this job's."""
+        if found is None:
+            raise UserError(f"{self._folder} was deleted while it was written",
+                            fix="run the same command again")
+        before = found["settings"]
+        if before == self._settings:
+            return
         differing = [f"{name}: {_shown(before.get(name))} there, {_shown(value)} now"
                      for name, value in self._settings.items() if before.get(name) != value]
         differing += [f"{name}: {_shown(value)} there, not given now"
                       for name, value in before.items() if name not in self._settings]
-        return UserError(f"{self.path} was begun with other settings and is not finished",
-                         got="\n       ".join(differing),
-                         fix="the same settings go on; --overwrite begins anew; or give another "
-                             "--output_file")
+        what = ("was written with other settings" if finished
+                else "was begun with other settings and is not finished")
+        raise UserError(f"{self.path} {what}", got="\n       ".join(differing),
+                        fix=("" if finished else "the same settings go on; ")
+                        + "--overwrite begins anew; or give another --output_file")
 
 
 def _shown(value: Any) -> str:
