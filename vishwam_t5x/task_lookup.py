@@ -19,12 +19,14 @@ from vishwam_t5x import screen
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.data import fit, source
-from vishwam_t5x.data.records import TaskCache
+from vishwam_t5x.data.records import DamagedRecord, TaskCache, TaskRecords
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.objectives.vocabulary import EOS_ID, PAD_ID, VocabularyLayout
 
 _OF_T5 = ("inputs", "targets")  # what T5's own tasks call their text
+_CHECKPOINTS = "checkpoints"
+_LOOKED_AT = 8  # records of a task, for what all of them have
 
 
 class TextCodec(Protocol):
@@ -143,21 +145,71 @@ def text_codec(tasks: Sequence[TaskCache], config: DatasetConfig,
     return tokenizer(path, layout) if path else VocabularyCodec(vocabulary, layout)
 
 
-def check_vocabulary(tasks: Sequence[Any], checkpoint: str) -> None:
+def text_ends(tasks: Sequence[TaskRecords], objective: Any) -> tuple[str, ...]:
+    """Returns on which sides, 'inputs' and 'targets', the tasks' own texts carry an end token.
+
+    A T5 task appends it (SeqIO's `add_eos`) or does not, and only its examples say so. Of an
+    objective that adds ends itself nothing is read.
+
+    Args:
+        tasks: cached tasks; (): both sides, as SeqIO's features have it unless told otherwise.
+        objective: that of the model.
+    """
+    if getattr(objective, "adds_ends", True) or not tasks:
+        return _OF_T5
+    found: dict[str, list[str]] = {side: [] for side in _OF_T5}
+    for task in tasks:
+        for side in _OF_T5:
+            if any(_ends(task, record, side)
+                   for record in range(min(task.num_records, _LOOKED_AT))):
+                found[side].append(task.name)
+    for side, with_end in found.items():
+        if 0 < len(with_end) < len(tasks):
+            logging.warning("the %s of some tasks have an end (%s), those of others do not: text "
+                            "that is given gets one", side, ", ".join(with_end))
+    return tuple(side for side in _OF_T5 if found[side])
+
+
+def _ends(task: TaskRecords, record: int, side: str) -> bool:
+    try:
+        clean = task.read(record)
+    except DamagedRecord:
+        return False
+    ids = clean.get(side, clean.get(f"text_{side}", ()))
+    return len(ids) > 0 and int(ids[-1]) == EOS_ID
+
+
+def check_vocabulary(tasks: Sequence[Any], checkpoint: str, given: str | None = None) -> None:
     """Refuses a checkpoint that has learned another vocabulary than that of the tasks.
 
-    Looks at what lies beside it: the data.json of a run, the SentencePiece model of a folder of
-    Hugging Face's. Where neither says anything, nothing is refused.
+    Looks at what lies beside it: the data.json of the run whose it is, the SentencePiece model of a
+    folder of Hugging Face's. Where neither says anything, nothing is refused.
 
     Args:
         tasks: cached tasks.
         checkpoint: its path, or that of its MODEL_DIR.
+        given: SentencePiece model that texts are read with; it must be the tasks', too.
 
     Raises:
-        UserError: a task has another.
+        UserError: a task, or what is given, has another.
     """
-    mine = {task.name: entry for task in tasks
+    mine = {f"the vocabulary of task '{task.name}'": entry for task in tasks
             if isinstance(entry := getattr(task, "metadata", {}).get("vocabulary"), dict)}
+    if given is not None:
+        if not storage.is_file(given):
+            raise UserError("there is no such file", got=f"VOCABULARY_PATH = {given!r}")
+        digest = hashlib.sha256(storage.read_bytes(given)).hexdigest()
+        for what, entry in mine.items():
+            if digest != entry.get("sha256"):
+                raise UserError(f"{what} is not VOCABULARY_PATH",
+                                got=f"{entry['path']}; VOCABULARY_PATH: {given}",
+                                fix="VOCABULARY_PATH = None: the caches say what they were written "
+                                    "with")
+        if tasks and not mine:
+            logging.warning("VOCABULARY_PATH is not looked at: %s is read as SeqIO's tasks say",
+                            ", ".join(task.name for task in tasks))
+        else:
+            mine["VOCABULARY_PATH"] = {"path": given, "sha256": digest}
     if not mine:
         return
     digests, model, where = _vocabulary_of(checkpoint)
@@ -166,11 +218,11 @@ def check_vocabulary(tasks: Sequence[Any], checkpoint: str) -> None:
             continue
         if model is not None and _pieces(entry["path"]) == _pieces(model):
             continue
-        raise UserError(f"the vocabulary of task '{name}' is not the checkpoint's",
+        raise UserError(f"{name} is not the checkpoint's",
                         got=f"{entry['path']}, sha256 {str(entry.get('sha256'))[:12]}…; {where}: "
                             f"sha256 {min(digests)[:12]}…",
-                        fix="cache the task with the vocabulary that the checkpoint was trained "
-                            "with, or give another checkpoint")
+                        fix="take the vocabulary that the checkpoint was trained with, to cache "
+                            "the task or as VOCABULARY_PATH, or give another checkpoint")
 
 
 def _vocabulary_of(checkpoint: str) -> tuple[set[str], str | None, str]:
@@ -179,12 +231,23 @@ def _vocabulary_of(checkpoint: str) -> tuple[set[str], str | None, str]:
     for name in ("spiece.model", "tokenizer.model"):
         if storage.is_file(model := storage.join(folder, name)):
             return {hashlib.sha256(storage.read_bytes(model)).hexdigest()}, model, model
-    for _ in range(3):  # MODEL_DIR/checkpoints/STEP
-        if storage.is_file(data := storage.join(folder, "data.json")):
-            known = json.loads(storage.read_text(data)).values()
-            return {facts["vocabulary"] for facts in known if facts.get("vocabulary")}, None, data
-        folder = storage.parent(folder)
+    run = _run_of(folder)
+    if run is not None and storage.is_file(data := storage.join(run, "data.json")):
+        known = json.loads(storage.read_text(data)).values()
+        return {facts["vocabulary"] for facts in known if facts.get("vocabulary")}, None, data
     return set(), None, ""
+
+
+def _run_of(checkpoint: str) -> str | None:
+    """The MODEL_DIR of MODEL_DIR, MODEL_DIR/checkpoints and MODEL_DIR/checkpoints/STEP, each with
+    '/latest' or without; None of a checkpoint that lies elsewhere."""
+    place = storage.place(checkpoint)
+    if place.name == "latest":
+        place = place.parent
+    for folder in (place, place.parent):
+        if folder.name == _CHECKPOINTS:
+            return str(folder.parent)
+    return str(place) if storage.exists(place / _CHECKPOINTS) else None
 
 
 def _pieces(path: str) -> list[str]:

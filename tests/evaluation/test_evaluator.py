@@ -12,6 +12,7 @@ from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.records import DamagedRecord
 from vishwam_t5x.evaluation.evaluator import Evaluator
 from vishwam_t5x.evaluation.generator import DecodingConfig, Generator, Request, bucket
+from vishwam_t5x.evaluation.requests import Generated, Scored
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.parallelism.mesh import make_mesh
 
@@ -224,6 +225,56 @@ def test_damaged_records_are_counted_and_named(tiny, plain, caplog):
     assert "captions record 1: on purpose" in caplog.text
     with pytest.raises(UserError, match="no record of task 'captions' can be read"):
         plain.evaluate(params, _Damaged(small_model.text_task(2), {0, 1}), metrics)
+
+
+class _Echo:
+    """A generator that gives each target back, if it is no longer than three tokens."""
+
+    def misfit(self, request, modality=None):
+        size = request.target_slots()["text"]
+        return f"{size} tokens" if size > 3 else None
+
+    def generate(self, params, requests, modality, stream, token_scores):
+        for request in requests:
+            ids = request.targets["targets/text/targets"]
+            yield Generated(request.tag, {"text": ids}, {"text": -1.0}, {"text": ids},
+                            {"text": [(ids, -1.0)]})
+
+    def score(self, params, requests):
+        for request in requests:
+            yield Scored(request.tag, {"text": -2.0}, {"text": np.full(1, -2.0)})
+
+
+def test_examples_that_are_too_long_are_counted_and_left_out(caplog):
+    task, echo = small_model.text_task(8), Evaluator(_Echo(), small_model.objective(), text_of)
+    sizes = [len(task.read(record)["text_targets"]) + 1 for record in range(8)]
+    short = [record for record in range(8) if sizes[record] <= 3]
+    assert 0 < len(short) < 8
+
+    def scores(targets, scores):
+        return {"scored": len(scores)}
+
+    result = echo.evaluate(None, task, TaskMetrics("captions", (count, scores)))
+    assert [line.example for line in result.predictions] == short
+    assert result.metrics == {"count": len(short), "same": len(short), "scored": len(short),
+                              "num_examples": len(short), "num_left_out": 8 - len(short)}
+    assert caplog.text.count("left out of the evaluation: captions record") == 8 - len(short)
+    for mode in ("predict", "score"):
+        lines, left_out = echo.answer(None, task, range(8), mode)
+        assert [line.example for line in lines] == short and len(left_out) == 8 - len(short)
+    with pytest.raises(UserError, match="no record of task 'captions' can be used"):
+        echo.evaluate(None, _Only(task, [record for record in range(8) if record not in short]),
+                      TaskMetrics("captions", (count,)))
+
+
+class _Only(_Damaged):
+    """The records of a task with these numbers."""
+
+    def __init__(self, task, records):
+        super().__init__(task, ())
+        self.num_records = len(records)
+        self.clean_lengths = lambda record: task.clean_lengths(records[record])
+        self.read = lambda record: task.read(records[record])
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -95,6 +95,20 @@ def test_prompts_are_those_of_t5x(params):
         DecodingConfig(method="beam", prompt_with_targets=True)
 
 
+def test_what_does_not_fit_is_said_before_it_is_asked():
+    writer = generator(max_length=3, prompt_with_targets=True)
+
+    def misfit(size, modality):
+        return writer.misfit(Request({}, {"targets/text/targets": np.full(size, 5)}), modality)
+
+    assert misfit(3, None) is None
+    assert misfit(4, None) == "the target is too long to be scored (4 tokens, at most 3)"
+    assert misfit(2, "text") is None
+    assert "no room for what is to be written (3 tokens, at most 3 in all)" in misfit(3, "text")
+    assert generator(max_length=3).misfit(
+        Request({}, {"targets/text/targets": np.full(9, 5)}), "text") is None
+
+
 def test_token_scores_of_what_is_written_add_up(params):
     for decoding in ({}, {"method": "sample", "num_decodes": 3, "temperature": 2.0}):
         writer = generator(max_length=6, **decoding)  # cut: not all of them have an end

@@ -16,6 +16,7 @@ from vishwam_t5x.evaluation.input_file import BadLine, InputReader, read_image, 
 from vishwam_t5x.infer import _spectrogram
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
 from vishwam_t5x.objectives.masking import PatchSpec, patchify
+from vishwam_t5x.objectives.text_to_text import TextToText
 from vishwam_t5x.objectives.vocabulary import EOS_ID, VocabularyLayout
 
 LAYOUT = VocabularyLayout(base_size=64, num_sentinels=16, num_location_bins=0)
@@ -74,6 +75,34 @@ def test_a_picture_is_fitted_to_the_grid(tmp_path):
     assert colour.shape == (8, 8, 3)
     line, = lines(tmp_path, {"image": "a.png"})
     assert np.array_equal(line.example["inputs/image/input"], patchify(exact, OBJECTIVE.image))
+
+
+def test_t5_s_text_gets_the_end_that_its_tasks_append_and_is_never_cut(tmp_path):
+    t5 = {"objective": TextToText(4, 3), "needs_target": True, "grids": {},
+          "spec": BatchSpec(1, 4, 3, {"text": 4}, {"text": 3})}
+    fits, long_text, long_target = lines(
+        tmp_path, {"text": "abc", "target": "ab"}, {"text": "abcd", "target": "a"},
+        {"text": "a", "target": "abc"}, **t5)
+    letters = [ord(letter) % 60 + 3 for letter in "abc"]
+    assert fits.example["inputs/text/tokens"].tolist() == [*letters, EOS_ID]
+    assert fits.example["targets/text/targets"].tolist() == [*letters[:2], EOS_ID]
+    assert long_text.why == "the text is too long (5 tokens, with prefix and end, at most 4)"
+    assert long_target.why == "the target is too long (4 tokens, with the end, at most 3)"
+    without, = lines(tmp_path, {"text": "abcd", "target": "ab"}, **t5, ends=("targets",))
+    assert without.example["inputs/text/tokens"].tolist() == [*letters, ord("d") % 60 + 3]
+    # Nobody reads it: it may be as long as it likes.
+    unread, = lines(tmp_path, {"text": "abc", "target": "abcdef"}, **{**t5, "needs_target": False})
+    assert unread.fields["target"] == "abcdef"
+    prompt, = lines(tmp_path, {"text": "abc", "target": "abcdef"}, **{
+        **t5, "needs_target": False, "reads_target": True})
+    assert "target is too long" in prompt.why
+
+
+def test_a_target_that_is_scored_is_no_longer_than_a_row(tmp_path):
+    fits, long_target = lines(tmp_path, {"text": "a", "target": "a" * 7},
+                              {"text": "a", "target": "a" * 8}, needs_target=True)
+    assert len(fits.example["targets/text/targets"]) == 8
+    assert long_target.why == "the target is too long (9 tokens, with the end, at most 8)"
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])

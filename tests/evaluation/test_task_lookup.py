@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from vishwam_t5x import task_lookup
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.records import DamagedRecord
 from vishwam_t5x.data.source import DatasetConfig
+from vishwam_t5x.objectives.text_to_text import TextToText
 
 TASKS = """
 import numpy as np
@@ -75,6 +78,29 @@ def test_seqio_is_asked_where_the_manifest_says_nothing(run_python, tmp_path):
                 raise AssertionError('not refused')
     """)
     assert "['AB', 'C'] {'same': 0.5}" in out
+
+
+class _Records:
+    """Two records of a T5 task, the first of them damaged."""
+
+    num_records = 2
+
+    def __init__(self, **ids):
+        self.name, self._ids = "t5", {name: np.array(value) for name, value in ids.items()}
+
+    def read(self, record):
+        if not record:
+            raise DamagedRecord("t5", record, "broken")
+        return self._ids
+
+
+def test_examples_say_where_texts_have_an_end():
+    t5, both = TextToText(8, 8), ("inputs", "targets")
+    with_ends = _Records(inputs=[5, 6, 1], targets=[7, 1])
+    assert task_lookup.text_ends([with_ends], t5) == both
+    assert task_lookup.text_ends([_Records(inputs=[5, 6], targets=[7, 1])], t5) == ("targets",)
+    assert task_lookup.text_ends([_Records(text_inputs=[5], text_targets=[7])], t5) == ()
+    assert task_lookup.text_ends([], t5) == both
 
 
 def test_different_vocabularies_are_refused():

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from vishwam_t5x.core.distributed import refuse_together
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.records import META_PREFIX, DamagedRecord, TaskRecords
+from vishwam_t5x.evaluation import together
 from vishwam_t5x.evaluation.answers import Answer, DecodeText, ids, only, score, write
 from vishwam_t5x.evaluation.generator import Generator
 from vishwam_t5x.evaluation.loss_evaluator import without_augmentation
@@ -23,6 +25,7 @@ from vishwam_t5x.evaluation.task_metrics import (
     ModelOutputs,
     TaskMetrics,
 )
+from vishwam_t5x.evaluation.together import LeftOut
 from vishwam_t5x.objectives.features import feature_roles
 
 PRETOKENIZED = META_PREFIX + "targets_pretokenized"
@@ -54,7 +57,8 @@ class TaskResult:
 
     Attributes:
         task: its name.
-        metrics: by name, with `num_examples` and, if there were any, `num_damaged`.
+        metrics: by name, with `num_examples` and, if there were any, `num_damaged` (records that
+            cannot be read) and `num_left_out` (those that are too long).
         predictions: in the order of the records.
         samples: the first few, complete.
     """
@@ -100,26 +104,32 @@ class Evaluator:
             write_all: write something for every example even if no metric looks at it.
 
         Raises:
-            UserError: a metric or the postprocessor failed, or every record is damaged.
+            UserError: a metric or the postprocessor failed, or no record can be used.
         """
         limit = task.num_records if max_examples is None else min(max_examples, task.num_records)
         written = limit if metrics.needs_predictions or write_all else min(limit, num_samples)
         answers: dict[int, Answer] = {}
-        damaged: dict[int, DamagedRecord] = {}
-        self._write(params, task, range(written), answers, damaged)
+        left_out: dict[int, LeftOut] = {}
+        self._write(params, task, range(written), answers, left_out)
         if metrics.needs_scores:
-            self._score(params, task, range(limit), answers, damaged)
-        for error in damaged.values():
+            self._score(params, task, range(limit), answers, left_out)
+        for error in left_out.values():
             logging.warning("left out of the evaluation: %s", error)
-        if damaged and not answers:
-            raise UserError(f"no record of task '{task.name}' can be read",
-                            got=str(next(iter(damaged.values()))),
-                            fix=f"vishwam cache --task_or_mixture={task.name} --overwrite")
-        return self._judge(task, metrics, answers, num_samples, len(damaged))
+        answers = {record: answers[record] for record in answers if record not in left_out}
+        if left_out and not answers:
+            raise _none(task, next(iter(left_out.values())))
+        judged: list[TaskResult] = []
+        # A metric may fail on one process alone, for want of a package, say.
+        refuse_together(f"metrics of {task.name}", lambda: judged.append(
+            self._judge(task, metrics, answers, num_samples)))
+        for name, damaged in (("num_damaged", True), ("num_left_out", False)):
+            if count := sum(error.damaged == damaged for error in left_out.values()):
+                judged[0].metrics[name] = count
+        return judged[0]
 
     def answer(self, params: Any, task: TaskRecords, records: Sequence[int], mode: str,
                stream: int = 0, all_decodes: bool = False
-               ) -> tuple[list[Prediction], list[DamagedRecord]]:
+               ) -> tuple[list[Prediction], list[LeftOut]]:
         """Answers some records, judging nothing.
 
         Args:
@@ -131,21 +141,21 @@ class Evaluator:
             all_decodes: record everything that was sampled, not the best alone.
 
         Returns:
-            What was made of each record, in their order, and the records that cannot be read.
+            What was made of each record, in their order, and why others were left out.
         """
         found: dict[int, Answer] = {}
-        damaged: dict[int, DamagedRecord] = {}
+        left_out: dict[int, LeftOut] = {}
         if mode == SCORE:
-            self._score(params, task, records, found, damaged)
+            self._score(params, task, records, found, left_out)
         else:
-            self._write(params, task, records, found, damaged, stream, mode == PREDICT_WITH_AUX)
+            self._write(params, task, records, found, left_out, stream, mode == PREDICT_WITH_AUX)
         return [found[record].prediction(task.name, record, mode, self._decode_text, all_decodes)
-                for record in sorted(found)], list(damaged.values())
+                for record in sorted(found) if record not in left_out], list(left_out.values())
 
     # -- writing -------------------------------------------------------------------------------
 
     def _write(self, params: Any, task: TaskRecords, records: Sequence[int],
-               answers: dict[int, Answer], damaged: dict[int, DamagedRecord], stream: int = 0,
+               answers: dict[int, Answer], left_out: dict[int, LeftOut], stream: int = 0,
                token_scores: bool = False) -> None:
         by_modality: dict[str, list[int]] = {}
         for record in records:
@@ -160,37 +170,43 @@ class Evaluator:
                 self._progress(task.name, written, total)
 
         for modality, wanted in by_modality.items():
-            write(self._generator, params, self._requests(task, wanted, answers, damaged), modality,
-                  answers, stream, token_scores, done)
+            requests = self._requests(task, wanted, answers, left_out, modality)
+            write(self._generator, params, requests, modality, answers, stream, token_scores, done)
 
     def _score(self, params: Any, task: TaskRecords, records: Sequence[int],
-               answers: dict[int, Answer], damaged: dict[int, DamagedRecord]) -> None:
-        score(self._generator, params, self._requests(task, records, answers, damaged), answers)
+               answers: dict[int, Answer], left_out: dict[int, LeftOut]) -> None:
+        score(self._generator, params, self._requests(task, records, answers, left_out), answers)
 
     def _lengths(self, task: TaskRecords, record: int) -> Any:
         return self._objective.lengths(task.clean_lengths(record), seed=self._seed, example=record)
 
     def _requests(self, task: TaskRecords, records: Sequence[int], answers: dict[int, Answer],
-                  damaged: dict[int, DamagedRecord]) -> Iterator[Request]:
+                  left_out: dict[int, LeftOut], modality: str | None = None) -> Iterator[Request]:
         """Reads records, notes what the encoder will see of each, and hands them on."""
-        for record in records:
-            if record in damaged:
-                continue
+        def one(record: int) -> tuple[Request, Any]:
             try:
                 clean = task.read(record)
             except DamagedRecord as error:
-                damaged[record] = error
-                continue
+                raise LeftOut(str(error), damaged=True) from error
             example = self._objective.apply(_for_model(clean), seed=self._seed, example=record)
             request = Request.from_example(example, record)
-            answers.setdefault(record, Answer.to(request, self._decode_text,
-                                                 clean.get(PRETOKENIZED)))
+            if (why := self._generator.misfit(request, modality)) is not None:
+                raise LeftOut(f"{task.name} record {record}: {why}")
+            return request, clean.get(PRETOKENIZED)
+
+        wanted = [record for record in records if record not in left_out]
+        for record, found in together.read(f"records of {task.name}", wanted, one):
+            if isinstance(found, LeftOut):
+                left_out[record] = found
+                continue
+            request, pretokenized = found
+            answers.setdefault(record, Answer.to(request, self._decode_text, pretokenized))
             yield request
 
     # -- judging -------------------------------------------------------------------------------
 
     def _judge(self, task: TaskRecords, metrics: TaskMetrics, answers: Mapping[int, Answer],
-               num_samples: int, num_damaged: int) -> TaskResult:
+               num_samples: int) -> TaskResult:
         result = TaskResult(task.name, {})
         ordered = [answers[record] for record in sorted(answers)]
         targets, outputs, examples = [], [], []
@@ -220,8 +236,6 @@ class Evaluator:
                 targets, outputs if metrics.needs_predictions else None, found, examples,
                 self._target_feature(task)))
             result.metrics["num_examples"] = len(ordered)
-        if num_damaged:
-            result.metrics["num_damaged"] = num_damaged
         return result
 
     def _target_feature(self, task: TaskRecords) -> str:
@@ -229,6 +243,14 @@ class Evaluator:
                               self._objective.target_modalities,
                               getattr(self._objective, "ignored_features", ()))
         return next(iter(roles.targets.values()))
+
+
+def _none(task: TaskRecords, error: LeftOut) -> UserError:
+    if not error.damaged:
+        return UserError(f"no record of task '{task.name}' can be used", got=str(error),
+                         fix="raise task_feature_lengths, or DecodingConfig.max_length")
+    return UserError(f"no record of task '{task.name}' can be read", got=str(error),
+                     fix=f"vishwam cache --task_or_mixture={task.name} --overwrite")
 
 
 def _for_model(clean: Mapping[str, Any]) -> dict[str, np.ndarray]:

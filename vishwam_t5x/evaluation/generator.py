@@ -91,6 +91,11 @@ def bucket(length: int, most: int | None = None) -> int:
     return size if most is None else max(length, min(size, most))
 
 
+def _prompt(request: Request, modality: str) -> np.ndarray:
+    tokens = request.targets.get(f"targets/{modality}/targets", np.zeros((0,), np.int32))
+    return tokens[tokens != decoding.EOS_ID]
+
+
 class Generator:
     """Writes any target modality of a model; one compiled program for each shape of inputs.
 
@@ -115,7 +120,7 @@ class Generator:
                 that do not divide over the devices.
         """
         self._model, self._placement = model, Placement(mesh, rules, batch_size)
-        self._batch_size, self._largest = batch_size, dict(largest_inputs)
+        self.batch_size, self._largest = batch_size, dict(largest_inputs)
         self._max_text_length = max_text_length
         for modality, config in decoding_cfg.items():
             model.config.target(modality)
@@ -142,6 +147,29 @@ class Generator:
         """How each modality is written, in words that are the same in another process."""
         return repr({name: (self._length(name), config)
                      for name, config in sorted(self._configs.items())})
+
+    def is_prompted(self, modality: str) -> bool:
+        """Whether what is written of a modality begins with the example's target."""
+        return self._configs[modality].prompt_with_targets
+
+    def misfit(self, request: Request, modality: str | None = None) -> str | None:
+        """Returns why a request cannot be answered, in words; None if it can.
+
+        Args:
+            request: what is asked.
+            modality: what is to be written; None: the targets are to be scored.
+        """
+        if modality is None:
+            size = request.target_slots().get("text", 0)
+            return None if size <= self._max_text_length else (
+                f"the target is too long to be scored ({size} tokens, at most "
+                f"{self._max_text_length})")
+        if not self.is_prompted(modality):
+            return None
+        size, most = len(_prompt(request, modality)), self._length(modality)
+        return None if size < most else (
+            f"the prompt leaves no room for what is to be written ({size} tokens, at most {most} "
+            "in all)")
 
     def generate(self, params: Any, requests: Iterable[Request], modality: str, stream: int = 0,
                  token_scores: bool = False) -> Iterator[Generated]:
@@ -214,15 +242,11 @@ class Generator:
 
     def _prompts(self, requests: Iterable[Request], modality: str) -> Iterator[Request]:
         """Leaves of the targets what is a prompt: those of one modality, without their end."""
-        key, most = f"targets/{modality}/targets", self._length(modality)
         for request in requests:
-            prompt = request.targets.get(key, np.zeros((0,), np.int32))
-            prompt = prompt[prompt != decoding.EOS_ID]
-            if len(prompt) >= most:
-                raise UserError("a prompt leaves no room for what is to be written",
-                                got=f"a prompt of {len(prompt)} tokens, at most {most} in all",
-                                fix="DecodingConfig.max_length, or shorter prompts")
-            yield dataclasses.replace(request, targets={key: prompt})
+            if (why := self.misfit(request, modality)) is not None:
+                raise UserError(why, fix="DecodingConfig.max_length, or shorter prompts")
+            yield dataclasses.replace(request, targets={
+                f"targets/{modality}/targets": _prompt(request, modality)})
 
     # -- batches -------------------------------------------------------------------------------
 
@@ -234,7 +258,7 @@ class Generator:
             shape = self._shape(request, with_targets)
             rows = waiting.setdefault(shape, [])
             rows.append(request)
-            if len(rows) == self._batch_size:
+            if len(rows) == self.batch_size:
                 yield waiting.pop(shape)
         yield from waiting.values()
 
@@ -248,17 +272,17 @@ class Generator:
         inputs, shape = map(dict, self._shape(rows[0], with_targets))
         targets = dict(shape if targets is None else targets)
         # A spec has targets; where none are wanted, one slot that is thrown away below.
-        spec = BatchSpec(self._batch_size, sum(inputs.values()), sum(targets.values()) or 1,
+        spec = BatchSpec(self.batch_size, sum(inputs.values()), sum(targets.values()) or 1,
                          inputs, targets or {"text": 1}, self._model.config.patch_dims,
                          packed=False)
         placed = []
-        for index in range(self._batch_size):
+        for index in range(self.batch_size):
             # Empty rows are filled with the last request: one that never ends would hold up all.
             request = rows[min(index, len(rows) - 1)]
             lengths = ModalityLengths(request.slots(),
                                       request.target_slots() if with_targets else {})
             placed.append(PlacedExample(index, lengths, {**request.inputs, **request.targets}))
-        arrays = assemble(spec, self._batch_size, placed)
+        arrays = assemble(spec, self.batch_size, placed)
         return {key: value for key, value in arrays.items()
                 if with_targets or key.startswith("inputs/")}
 

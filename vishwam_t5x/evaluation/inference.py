@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from absl import logging
 
 from vishwam_t5x.data.records import TaskCache, TaskRecords
-from vishwam_t5x.evaluation import answers, input_file
+from vishwam_t5x.evaluation import answers, input_file, together
 from vishwam_t5x.evaluation.answers import Answer, DecodeText
 from vishwam_t5x.evaluation.chunks import Chunk, ChunkedFile, Summary
 from vishwam_t5x.evaluation.evaluator import Evaluator
@@ -20,6 +20,7 @@ from vishwam_t5x.evaluation.input_file import BadLine, InputLine, InputReader
 from vishwam_t5x.evaluation.predictions import Prediction
 from vishwam_t5x.evaluation.requests import Request
 from vishwam_t5x.evaluation.task_metrics import PREDICT, PREDICT_WITH_AUX, SCORE
+from vishwam_t5x.evaluation.together import LeftOut
 
 Said = Callable[[str, int, int], None]
 
@@ -73,13 +74,14 @@ class TaskSource:
         return found
 
     def answer(self, params: Any, chunk: Chunk, how: How) -> tuple[list[Prediction], list[Any]]:
-        """See `Source.answer`; what could not be used are damaged records, in words."""
-        lines, damaged = self._evaluator.answer(
+        """See `Source.answer`; what could not be used are records, damaged or too long, in words.
+        """
+        lines, left_out = self._evaluator.answer(
             params, self._task, range(chunk.first, chunk.end), how.mode, chunk.number,
             how.all_decodes)
-        for error in damaged:
+        for error in left_out:
             logging.warning("left out: %s", error)
-        return lines, [str(error) for error in damaged]
+        return lines, [str(error) for error in left_out]
 
 
 class LinesSource:
@@ -98,7 +100,8 @@ class LinesSource:
 
     def facts(self) -> dict[str, Any]:
         """See `Source.facts`."""
-        return {"file": self.name, "lines": self.size, "sha256": self._sha256[:16]}
+        return {"file": self.name, "lines": self.size, "sha256": self._sha256[:16],
+                "ends": list(self._reader.ends)}
 
     def answer(self, params: Any, chunk: Chunk, how: How) -> tuple[list[Prediction], list[Any]]:
         """See `Source.answer`; what could not be used are [number of the line, why]."""
@@ -107,17 +110,25 @@ class LinesSource:
         found: dict[int, Answer] = {}
         fields: dict[int, dict[str, str]] = {}
         bad: list[BadLine] = []
+        modality = None if how.mode == SCORE else self._reader.target
+
+        def one(numbered: tuple[int, bytes]) -> tuple[InputLine, Request]:
+            line = self._reader.line(self.name, *numbered)
+            if isinstance(line, BadLine):
+                raise LeftOut(line.why)
+            request = Request.from_example(line.example, line.number)
+            if (why := self._generator.misfit(request, modality)) is not None:
+                raise LeftOut(why)
+            return line, request
 
         def requests() -> Iterator[Request]:
-            for number, text in raw:
-                if not text.strip():
+            wanted = ((number, text) for number, text in raw if text.strip())
+            for (number, _), read in together.read(f"lines of {self.name}", wanted, one):
+                if isinstance(read, LeftOut):
+                    bad.append(BadLine(number, read.why))
+                    logging.warning("%s: %s", self.name, bad[-1])
                     continue
-                line = self._reader.line(self.name, number, text)
-                if isinstance(line, BadLine):
-                    bad.append(line)
-                    logging.warning("%s: %s", self.name, line)
-                    continue
-                request = Request.from_example(line.example, number)
+                line, request = read
                 found[number] = Answer.to(request, self._decode_text, line.fields.get("target"))
                 fields[number] = _without_text(line)
                 yield request
@@ -147,7 +158,7 @@ def run(params: Any, sources: Sequence[Source], file: ChunkedFile, todo: Sequenc
         file: where the chunks go.
         todo: chunks of this job, in rising order; see `ChunkedFile.begin`.
         how: what is wanted.
-        changed: what becomes of each line before it is written.
+        changed: what becomes of each line before it is written; called in process 0.
         said: called with (name, examples done, examples to do).
 
     Returns:
@@ -159,7 +170,7 @@ def run(params: Any, sources: Sequence[Source], file: ChunkedFile, todo: Sequenc
     done = [0] * len(sources)
     for chunk in todo:
         lines, left_out = sources[chunk.source].answer(params, chunk, how)
-        file.write(chunk, [changed(line).to_json() for line in lines], left_out)
+        file.write(chunk, (changed(line).to_json() for line in lines), left_out)
         done[chunk.source] += chunk.end - chunk.first
         said(sources[chunk.source].name, done[chunk.source], to_do[chunk.source])
     return file.finish()

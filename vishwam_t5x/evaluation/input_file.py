@@ -7,7 +7,7 @@ import io
 import json
 import os
 import wave
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.objectives.masking import PatchSpec
+from vishwam_t5x.objectives.vocabulary import EOS_ID
 
 FIELDS = ("text", "image", "audio")
 TARGET = "target"
@@ -65,6 +66,9 @@ class InputReader:
         grids: (rows, columns) of patches the model knows, by continuous modality.
         spectrogram: for recordings; None: they cannot be read.
         needs_target: whether a line without a "target" cannot be used.
+        reads_target: whether a target is read where there is one, as a prompt say.
+        ends: which of 'inputs' and 'targets' get an end token, as SeqIO's tasks append it, where
+            the objective adds none.
     """
 
     objective: Any
@@ -74,6 +78,8 @@ class InputReader:
     grids: Mapping[str, tuple[int, int]]
     spectrogram: Spectrogram | None = None
     needs_target: bool = False
+    reads_target: bool = False
+    ends: Sequence[str] = ("inputs", "targets")
 
     def read(self, path: str | os.PathLike) -> Iterator[InputLine | BadLine]:
         """Yields every line that is not blank: as inputs, or what is wrong with it.
@@ -111,7 +117,7 @@ class InputReader:
             if name not in self.objective.input_modalities:
                 raise UserError(f"the model reads no {name}")
             if name == "text":
-                clean["text_inputs"] = np.asarray(self.encode(value), np.int32)
+                clean["text_inputs"] = self._ids(value, "inputs")
             elif name == "image":
                 clean["image_inputs"] = read_image(
                     storage.join(folder, value), self.objective.image, self.grids["image"])
@@ -125,12 +131,20 @@ class InputReader:
         # The objective wants something to predict; if there is no target, what it makes of it is
         # thrown away.
         wanted = "text_targets" if self.target == "text" else f"{self.target}_target_codes"
-        clean[wanted] = (np.asarray(self.encode(target), np.int32) if target is not None else
+        clean[wanted] = (self._ids(target, "targets") if target is not None else
                          np.zeros((0 if self.target == "text" else 1,), np.int32))
         example = self.objective.apply(clean, seed=0, example=0)
-        self._check_lengths(example)
+        self._check_lengths(clean, example)
+        if target is not None and (self.needs_target or self.reads_target):
+            self._check_target(clean, example)
         kept = ("inputs/",) if target is None else ("inputs/", "targets/text/")
         return {key: value for key, value in example.items() if key.startswith(kept)}
+
+    def _ids(self, text: str, side: str) -> np.ndarray:
+        ids = np.asarray(self.encode(text), np.int32)
+        if side in self.ends and not getattr(self.objective, "adds_ends", True):
+            ids = np.append(ids, np.int32(EOS_ID))
+        return ids
 
     def _audio(self, path: str) -> np.ndarray:
         if self.spectrogram is None:
@@ -148,11 +162,14 @@ class InputReader:
                             got=f"{rows * spec.height} frames, at most {most * spec.height}")
         return spectrogram
 
-    def _check_lengths(self, example: Mapping[str, np.ndarray]) -> None:
+    def _check_lengths(self, clean: Mapping[str, np.ndarray], example: Mapping[str, np.ndarray]
+                       ) -> None:
         total = 0
         for modality, most in self.spec.input_capacities.items():
             name = "tokens" if modality == "text" else "input"
             length = len(example.get(f"inputs/{modality}/{name}", ()))
+            if modality == "text" and (given := len(clean.get("text_inputs", ()))) > length:
+                most, length = length, given  # T5X's objectives cut what is too long
             total += length
             if length > most:
                 unit = "tokens, with prefix and end" if modality == "text" else "patches"
@@ -161,6 +178,16 @@ class InputReader:
         if total > self.spec.input_length:
             raise UserError("the inputs are too long together",
                             got=f"{total} tokens and patches, at most {self.spec.input_length}")
+
+
+    def _check_target(self, clean: Mapping[str, np.ndarray], example: Mapping[str, np.ndarray]
+                      ) -> None:
+        kept, given = len(example["targets/text/targets"]), len(clean["text_targets"])
+        most = kept if given > kept else min(
+            self.spec.target_length, self.spec.target_capacities.get("text", kept))
+        if (length := max(kept, given)) > most:
+            raise UserError("the target is too long",
+                            got=f"{length} tokens, with the end, at most {most}")
 
 
 def raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:

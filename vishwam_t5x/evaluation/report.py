@@ -15,7 +15,8 @@ from vishwam_t5x.evaluation import page
 from vishwam_t5x.evaluation.evaluator import Sample, TaskResult
 
 _MOST_FIGURES = 12
-_LOSS_METRICS = ("loss", "cross_entropy", "accuracy", "weight_sum", "num_examples", "num_damaged")
+_LOSS_METRICS = ("loss", "cross_entropy", "accuracy", "weight_sum", "num_examples", "num_damaged",
+                 "num_left_out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,7 @@ class TextToText:
     input_modalities = ("text",)
     target_modalities = ("text",)
     vocabulary = None
+    adds_ends = False
 
     def __post_init__(self) -> None:
         for name in ("max_inputs", "max_targets"):
