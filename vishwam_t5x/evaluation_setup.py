@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import inspect
 import pathlib
 import re
 import sys
 import time
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from absl import logging
 from jax.sharding import Mesh
 
+from vishwam_t5x.core import distributed
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import source
@@ -27,6 +31,9 @@ from vishwam_t5x.training import compilation, setup
 if TYPE_CHECKING:
     from vishwam_t5x.checkpointing.restore import RestoreReport
 
+Made = TypeVar("Made")
+CACHE_FILLED = 24 * 3600.0
+"""Seconds that a process waits for the slowest to have its caches."""
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -53,8 +60,10 @@ class Prepared:
     generator: Generator
 
     def load(self, checkpoint: str | None, model_dir: str) -> tuple[Any, RestoreReport]:
-        """Restores the parameters that `--checkpoint` means; see `evaluation.restoring`."""
-        return self.restore(restoring.checkpoint_place(checkpoint, model_dir))
+        """Restores the parameters that `--checkpoint` means, on all processes or on none; see
+        `evaluation.restoring`."""
+        return on_all("checkpoint restored", lambda: self.restore(
+            restoring.checkpoint_place(checkpoint, model_dir)))
 
     def restore(self, place: str) -> tuple[Any, RestoreReport]:
         """Restores the parameters that lie at a path."""
@@ -134,6 +143,39 @@ def number(flags: Mapping[str, str], name: str) -> int:
         return int(flags[name])
     except ValueError:
         raise UserError(f"--{name} must be a whole number", got=repr(flags[name])) from None
+
+
+def on_all(what: str, make: Callable[[], Made], seconds: float = CACHE_FILLED) -> Made:
+    """Returns what `make` makes; if it fails on one process, it does on all: see
+    `core.distributed.refuse_together`."""
+    made: list[Made] = []
+    distributed.refuse_together(what, lambda: made.append(make()), seconds)
+    return made[0]
+
+
+def agreed_identity(report: RestoreReport) -> str:
+    """Returns `restoring.identity` of what was restored, as process 0 sees it."""
+    return on_all("identity of the checkpoint", lambda: (
+        restoring.identity(report.path) if distributed.is_primary() else ""))
+
+
+def code_of(function: Any) -> str:
+    """Returns what tells a function, or a callable object, from others: its name and arguments
+    that are bound to it, and a hash of the file that it is written in."""
+    if isinstance(function, functools.partial):
+        return (f"{code_of(function.func)} of {described(function.args)} "
+                f"{described(sorted(function.keywords.items()))}")
+    plain = inspect.unwrap(function)
+    inside = [described(cell.cell_contents) for cell in getattr(plain, "__closure__", None) or ()]
+    what = plain if hasattr(plain, "__qualname__") else type(plain)
+    if what is not plain or getattr(plain, "__self__", None) is not None:
+        inside.append(described(getattr(plain, "__self__", plain)))
+    try:
+        source = pathlib.Path(inspect.getsourcefile(what) or "").read_bytes()
+    except (OSError, TypeError):  # built in, or typed in
+        source = b""
+    return " ".join([f"{what.__module__}:{what.__qualname__}",
+                     hashlib.sha256(source).hexdigest()[:12], *inside])
 
 
 def described(value: Any) -> str:

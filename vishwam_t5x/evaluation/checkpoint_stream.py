@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 
 from absl import logging
 
 from vishwam_t5x.core import storage
-from vishwam_t5x.core.distributed import from_primary, is_primary
+from vishwam_t5x.core.distributed import from_primary, is_primary, refuse_together
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.evaluation import restoring
 
@@ -77,8 +78,17 @@ def places(checkpoint: str | None, model_dir: str, skip: Callable[[int], bool],
 
 
 def is_gone(place: str) -> bool:
-    """Whether a checkpoint that was there is not any more: the run's keep rules deleted it."""
-    return _agreed(lambda: [int(not storage.exists(place))]) == [1]
+    """Whether a checkpoint that was there is not any more: the run's keep rules deleted it.
+
+    Every process must ask together. In a bucket one is gone as soon as its deletion has begun.
+    """
+    def look() -> list[int]:
+        if not storage.is_remote(place):
+            return [int(not storage.exists(place))]
+        return [int(int(pathlib.PurePosixPath(place).name) not in _steps_in_folder(
+            storage.parent(place)))]
+
+    return _agreed(look) == [1]
 
 
 def _steps_of(checkpoint: str) -> list[int]:
@@ -94,9 +104,13 @@ def _folder(model_dir: str) -> str:
 
 
 def _steps_in(model_dir: str) -> list[int]:
+    return _steps_in_folder(_folder(model_dir))
+
+
+def _steps_in_folder(folder: str) -> list[int]:
     from vishwam_t5x.checkpointing import directory
 
-    return directory.steps_in(directory.absolute(_folder(model_dir)))
+    return directory.steps_in(directory.absolute(folder))
 
 
 def _as_list(skip: Callable[[int], bool], step: int) -> list[int]:
@@ -104,6 +118,8 @@ def _as_list(skip: Callable[[int], bool], step: int) -> list[int]:
 
 
 def _agreed(look: Callable[[], list[int]]) -> list[int]:
-    """What process 0 sees, on every process."""
-    return json.loads(from_primary("checkpoints to evaluate",
-                                   json.dumps(look()) if is_primary() else ""))
+    """What process 0 sees, on every process; what it raises, all do."""
+    seen: list[int] = []
+    refuse_together("checkpoints looked at",
+                    lambda: seen.extend(look()) if is_primary() else None)
+    return json.loads(from_primary("checkpoints to evaluate", json.dumps(seen)))

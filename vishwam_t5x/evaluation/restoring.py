@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
+import pathlib
+import zipfile
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -71,6 +75,45 @@ def load_params(model: Any, path: str | os.PathLike, mesh: Mesh,
         raise OtherModel(error.problem, differences,
                          "give the gin file the checkpoint was trained with (its MODEL_DIR has "
                          "it: config.gin)", getattr(error, "checkpoint_leaves", None)) from error
+
+
+def identity(path: str | os.PathLike) -> str:
+    """Returns what tells the contents of a checkpoint from others that had its path.
+
+    No array is read: ours has a manifest of checksums, a local `.npz` keeps a CRC-32 of each array,
+    a bucket one of each object. Files of others are known by size and time of change.
+
+    Args:
+        path: a checkpoint folder or a file, as `RestoreReport.path` gives it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from vishwam_t5x.checkpointing import manifest
+
+    place = storage.place(path)
+    if storage.is_file(own := place / manifest.FILE_NAME):
+        return _digest([storage.read_bytes(own)])
+    if storage.is_remote(place):
+        if storage.is_file(place):
+            return _digest([storage.fingerprint(place)])
+        return _digest([(name, storage.fingerprint(place / name))
+                        for name in storage.files_below(place)])
+    if (file := pathlib.Path(place)).is_file():
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                return _digest([(entry.filename, entry.file_size, entry.CRC)
+                                for entry in archive.infolist()])
+        return _digest([(file.stat().st_size, file.stat().st_mtime_ns)])
+    if not file.exists():
+        raise FileNotFoundError(os.fspath(path))
+    return _digest([(below.relative_to(file).as_posix(), below.stat().st_size,
+                     below.stat().st_mtime_ns)
+                    for below in sorted(file.rglob("*")) if below.is_file()])
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def checkpoint_place(checkpoint: str | None, model_dir: str) -> str:
