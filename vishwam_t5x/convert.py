@@ -13,7 +13,8 @@ usage: vishwam convert --from=PATH --to=PATH [--format=F] [--verify] [--dtype=D]
 --drop       arrays that may be lost, as a regular expression of their whole name; repeatable. An
              array that has no place in the other layout is refused unless it is named here
 --verify     read what was written again and compare every bit; where the other side's library (t5x;
-             torch and transformers) is installed, compare the logits of both sides too
+             torch and transformers) is installed, compare the logits of both sides too. Where
+             anything differs nothing is left at --to
 --gin_file   file that binds MODEL: what a config.json says and no parameter tells
 
 The optimizer's state goes along where both layouts have one: of T5X's Adafactor, both ways.
@@ -31,6 +32,7 @@ from vishwam_t5x.core.errors import EXIT_OK, UserError, one_of
 
 if TYPE_CHECKING:
     import numpy as np
+    from etils import epath
 
     from vishwam_t5x.checkpointing.convert.conversion import Conversion, Opened
     from vishwam_t5x.checkpointing.convert.t5_network import T5Network
@@ -51,32 +53,57 @@ def main(argv: Sequence[str]) -> int:
     if dtype is not None:
         one_of(dtype, _DTYPES, "dtype of parameters")
     from vishwam_t5x.checkpointing.convert import conversion as conversions
+    from vishwam_t5x.checkpointing.convert import interrupted
     from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 
-    opened = conversions.open_any(line.flags["from"])
+    source, to = line.flags["from"], line.flags["to"]
+    opened = conversions.open_any(source)
     kind = line.flags.get("format") or _default_format(opened)
+    opened = interrupted.same_again(opened, source, kind, to)
     fresh = _run_state() if kind == conversions.OURS else None
-    plan = conversions.plan(opened, kind, line.flags["to"], drop, dtype, fresh)
+    plan = conversions.plan(opened, kind, to, drop, dtype, fresh)
     network = _network(opened, words if line.files else None)
     vocabulary = None
     if opened.kind == conversions.HUGGINGFACE:
         from vishwam_t5x.checkpointing.convert import huggingface
 
         vocabulary = huggingface.vocabulary(opened.place)
-    try:
-        report = conversions.write(plan, network, vocabulary)
-        print(dataclasses.replace(report, source=f"{opened.kind}: {opened.place}",
-                                  target=f"{kind}: {plan.target}"))
-        _say_more(plan, network)
-        if "verify" in line.flags:
-            print(f"verified: {conversions.verify(plan)} arrays read again, every bit equal")
-            from vishwam_t5x import conversion_check
+    found: list[str] = []
 
-            print(conversion_check.compare_logits(plan, network))
+    def check(written: Conversion) -> None:
+        if "verify" in line.flags:
+            found.extend(_verified(written, network, plan.target))
+
+    try:
+        with interrupted.kept_in_mind(plan, source, to):
+            report = conversions.write(plan, network, vocabulary, check)
     except DamagedCheckpoint as damage:
         raise UserError("this checkpoint is damaged", got=f"{damage.path}: {damage.why}",
                         fix="copy it again") from damage
+    print(dataclasses.replace(report, source=f"{opened.kind}: {opened.place}",
+                              target=f"{kind}: {plan.target}"))
+    _say_more(plan, network)
+    print(*found, sep="\n", end="\n" if found else "")
     return EXIT_OK
+
+
+def _verified(written: Conversion, network: T5Network | None, target: epath.Path) -> list[str]:
+    """Holds what was written, wherever it lies so far, against what was to be."""
+    from vishwam_t5x import conversion_check
+    from vishwam_t5x.checkpointing.convert import conversion
+    from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
+
+    left = f"nothing is left at {target}"
+    try:
+        return [f"verified: {conversion.verify(written)} arrays read again, every bit equal",
+                conversion_check.compare_logits(written, network)]
+    except DamagedCheckpoint as damage:
+        raise UserError("what was written reads otherwise than it was", got=damage.why,
+                        fix=f"{left}; see whether its disk is sound, and convert again"
+                        ) from damage
+    except UserError as error:
+        raise UserError(error.problem, got=error.got,
+                        fix="; ".join(filter(None, (error.fix, left)))) from error
 
 
 def _prepared(argv: Sequence[str]) -> tuple[list[str], list[str]]:

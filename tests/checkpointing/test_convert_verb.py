@@ -13,7 +13,7 @@ from flax import linen as nn
 import helpers
 from vishwam_t5x import __main__ as program
 from vishwam_t5x import convert, presets
-from vishwam_t5x.checkpointing.convert import conversion, t5_network
+from vishwam_t5x.checkpointing.convert import conversion, interrupted, t5_network
 from vishwam_t5x.checkpointing.convert.t5x_legacy import write_legacy
 from vishwam_t5x.checkpointing.manager import Checkpoints
 from vishwam_t5x.checkpointing.manifest import Leaf
@@ -122,6 +122,51 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(theirs, tmp_path, capsy
     assert run(f"--from={theirs}", f"--to={tmp_path}", "--format=t5x") == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert t5x_folders.files(tmp_path) == before == t5x_folders.files(theirs)
+
+
+@pytest.mark.parametrize("kind", ["t5x", "vishwam"])
+def test_what_does_not_verify_is_not_left(theirs, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setattr(conversion, "_same", lambda before, after, dtype: before.ndim != 2)
+    assert run(f"--from={theirs}", f"--to={tmp_path}", f"--format={kind}", "--verify") == 2
+    said = capsys.readouterr().err
+    assert "reads otherwise" in said and f"nothing is left at {tmp_path}" in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("*300*"))
+
+
+def test_a_killed_conversion_goes_on_with_the_same_checkpoint(theirs, tmp_path, caplog):
+    """The run it is of has saved a newer one since: its folder would be another."""
+    source, to = tmp_path / "source", tmp_path / "to"
+    source.mkdir()
+    (source / "checkpoint_300").symlink_to(theirs / "checkpoint_300")
+    killed = interrupted.kept_in_mind(
+        conversion.plan(conversion.open_any(source), "vishwam", to), source, to)
+    killed.__enter__()
+    (to / "checkpoints" / "300.convert-tmp").mkdir(parents=True)
+    newer = {"target/decoder/decoder_norm/scale": np.ones(3, np.float32),
+             "state/step": np.asarray(400, np.int32)}
+    t5x_folders.write(newer, source / "checkpoint_400")
+    assert run(f"--from={source}", f"--to={to}") == 0
+    assert [path.name for path in (to / "checkpoints").iterdir()] == ["300"]
+    assert "checkpoint_300 that was interrupted" in caplog.text
+    assert not (to / interrupted.FILE).exists()
+    assert run(f"--from={source}", f"--to={to}") == 0
+    assert (to / "checkpoints" / "400").is_dir()
+
+
+def test_a_killed_conversion_whose_checkpoint_is_gone_leaves_nothing(tmp_path):
+    source, to = tmp_path / "source", tmp_path / "to"
+    scale = {"target/decoder/decoder_norm/scale": np.ones(3, np.float32)}
+    t5x_folders.write(scale, source / "checkpoint_3")
+    killed = interrupted.kept_in_mind(
+        conversion.plan(conversion.open_any(source), "vishwam", to), source, to)
+    killed.__enter__()
+    (to / "checkpoints" / "3.convert-tmp").mkdir(parents=True)
+    (source / "checkpoint_3").rename(source / "checkpoint_4")
+    assert run(f"--from={source}", f"--to={to}") == 0
+    assert [path.name for path in (to / "checkpoints").iterdir()] == ["4"]
+    (to / interrupted.FILE).write_text("{")
+    assert run(f"--from={source}", f"--to={to}") == 2
 
 
 def test_another_conversion_to_the_same_place_is_refused(theirs, tmp_path, monkeypatch, capsys):

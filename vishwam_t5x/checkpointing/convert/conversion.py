@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 OURS, HUGGINGFACE, NPZ = "vishwam", "huggingface", "npz"
 FORMATS = (t5x.LEGACY, t5x.ORBAX, HUGGINGFACE, OURS)
-_TEMPORARY = ".convert-tmp"
+TEMPORARY = ".convert-tmp"
+"""What the name of a folder ends with while it is written."""
 _SHOWN = 12
 
 
@@ -243,13 +244,16 @@ def target_of(to: str | os.PathLike, kind: str, step: int) -> epath.Path:
 
 
 def write(conversion: Conversion, network: T5Network | None = None,
-          vocabulary: str | None = None) -> ConversionReport:
+          vocabulary: str | None = None,
+          check: Callable[[Conversion], None] = lambda written: None) -> ConversionReport:
     """Writes what was planned, array by array, and returns the report.
 
     Args:
         conversion: what `plan` returned.
         network: for Hugging Face's config.json, what parameters do not tell; None: as published.
         vocabulary: SentencePiece model for a Hugging Face folder.
+        check: called with the conversion as it was written, its target the folder where it lies so
+            far; what it raises is raised, and nothing is left.
 
     Raises:
         UserError: the target is there already.
@@ -273,22 +277,28 @@ def write(conversion: Conversion, network: T5Network | None = None,
         else:
             t5x.write_t5x(conversion.source, conversion.names, folder, conversion.dtypes(),
                           conversion.kind)
+        check(dataclasses.replace(conversion, target=folder))
     return report
 
 
 @contextlib.contextmanager
 def _new_folder(target: epath.Path) -> Iterator[epath.Path]:
     """Yields the folder to write to: another one, which is renamed if all went well; in an object
-    store the very one, where what makes a checkpoint of it is written last.
+    store the very one, where what makes a checkpoint of it is written last. Removed if not.
     """
     taken = UserError("there is something already, and nothing is overwritten", got=str(target),
                       fix="give another --to, or move it away")
     if storage.names(target) or storage.is_file(target):
         raise taken
     if storage.is_remote(target):
-        yield target
+        try:
+            yield target
+        except BaseException:
+            with contextlib.suppress(storage.StorageError):  # what has failed is raised, not this
+                directories.remove(target)
+            raise
         return
-    temporary = target.parent / (target.name + _TEMPORARY)
+    temporary = target.parent / (target.name + TEMPORARY)
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{temporary}.lock", "w", encoding="utf-8") as lock:
         try:  # ends with the process, however that ends
