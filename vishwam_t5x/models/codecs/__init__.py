@@ -1,0 +1,1 @@
+"""Codecs: pictures and sound to discrete codes and back, and the vocoder."""
