@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,10 +47,12 @@ def compare_logits(plan: Conversion, network: T5Network | None) -> str:
             if absent else "neither side is one whose own program could compute it here")
     leaves = {name.removeprefix("params/"): leaf for name, leaf in plan.source.leaves.items()
               if name.startswith("params/")}
-    stacked = any(name.startswith("encoder/encoder/") for name in leaves)
-    if theirs == t5x.LEGACY and stacked:
-        return "no forward pass: T5X's plain network has no stacked layers"
-    network = network or t5_network.from_leaves(leaves)
+    try:
+        network = network or t5_network.from_leaves(leaves)
+    except UserError as error:
+        return f"no forward pass: {error.problem.partition(':')[0]}, an encoder and a decoder"
+    if theirs == t5x.LEGACY and (why := _beyond_t5x(network, leaves)):
+        return f"no forward pass: {why}"
     batch = random_batch(network.vocab_size)
     # Both sides in float32, from what each was stored as.
     ours = our_logits(plan.opened.place if theirs == plan.kind else plan.target, network, batch)
@@ -68,6 +71,18 @@ def compare_logits(plan: Conversion, network: T5Network | None) -> str:
             "give the model: --gin_file=gin/models/…; assumed were " + ", ".join(network.assumed)
             if network.assumed else "the model is not the one these parameters are of"))
     return f"forward pass of both sides: {said}"
+
+
+def _beyond_t5x(network: T5Network, leaves: Mapping[str, Any]) -> str | None:
+    """Why T5X's plain network (t5x.examples.t5) cannot compute a model; None if it can."""
+    if any(name.startswith("encoder/encoder/") for name in leaves):
+        return "T5X's plain network has no stacked layers"
+    if network.per_layer:
+        return "T5X's plain network has no positions in each layer, as a umT5 has"
+    if (network.num_buckets, network.max_distance) != (32, 128):
+        return (f"T5X's plain network has 32 buckets of positions up to 128, this one "
+                f"{network.num_buckets} up to {network.max_distance}")
+    return None
 
 
 def _is_installed(name: str) -> bool:
