@@ -1,5 +1,7 @@
 """Optax's optimizers by name: what they are equal to, where their state lies, what is refused."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,10 +58,24 @@ def test_every_name_of_t5x_is_known():
     ("adam", {"settings": {"learning_rate": 0.9}}, "setting of optax.adam"),
     ("adam", {"no_decay": ("scale$",)}, "no_decay"),
     ("adam", {"learning_rate": -1.0}, "learning_rate"),
+    ("adam", {"settings": {"b1": 1.0}}, "b1 = 0.9, optax's default"),
+    ("adamw", {"settings": {"eps": 0.0}}, "eps = 1e-08"),
+    ("adamw", {"settings": {"weight_decay": -0.1}}, "at least 0"),
+    ("rmsprop", {"settings": {"decay": "0.9"}}, "must be a number"),
+    ("lion", {"settings": {"b2": float("nan")}}, "below 1"),
 ])
 def test_mistakes(name, fields, words):
     with pytest.raises(UserError, match=words):
         OptaxOptimizer(name=name, **fields)
+
+
+def test_optax_s_own_defaults_are_in_range():
+    for name in FAMILY:
+        defaults = {setting: known.default for setting, known in inspect.signature(
+            getattr(optax, name)).parameters.items()
+            if known.default is not inspect.Parameter.empty and "mask" not in setting
+            and setting != "key"}
+        OptaxOptimizer(name=name, settings=defaults)
 
 
 # All at once, one compiled program for the mesh and one for a single device.

@@ -1,5 +1,7 @@
 """Optimizers by name: what they are equal to, what does not decay, what a mistake gets."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,12 +88,26 @@ def test_schedule_is_what_the_update_uses():
     assert float(optimizers.SGD(0.25).schedule(7)) == 0.25
 
 
+def test_what_adamw_says_of_optax_s_defaults_is_so():
+    theirs = inspect.signature(optax.adamw).parameters
+    said = " ".join(optimizers.AdamW.__doc__.split())
+    assert "b2 = 0.999, weight_decay = 1e-4 and no mask" in said
+    assert [theirs[name].default for name in ("b2", "weight_decay", "mask")] == [0.999, 1e-4, None]
+    assert [theirs[name].default for name in ("b1", "eps")] == [
+        optimizers.AdamW().b1, optimizers.AdamW().eps]
+
+
 @pytest.mark.parametrize(("name", "fields", "words"), [
     ("adamv", {}, "adamw"),
     ("adamw", {"beta2": 0.98}, "field of optimizer"),
     ("adamw", {"wieght_decay": 0.1}, "weight_decay"),
     ("adamw", {"b2": 1.0}, "b2"),
     ("adamw", {"weight_decay": -0.1}, "weight_decay"),
+    ("adamw", {"weight_decay": float("nan")}, "weight_decay"),
+    ("adamw", {"eps": 0.0}, "eps = 1e-8"),
+    ("adamw", {"learning_rate": float("inf")}, "learning_rate"),
+    ("adamw", {"learning_rate": -1e-3}, "learning_rate = 1e-3"),
+    ("sgd", {"momentum": 1.0}, "momentum"),
     ("adafactor", {"decay_rat": 0.8}, "decay_rate"),
     ("sgd", {"nesterov": True}, "momentum"),
     ("lion", {"learning_rate": 0.0}, "learning_rate"),

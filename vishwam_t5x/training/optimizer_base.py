@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,31 @@ def tree_mask(decays: Callable[[str], bool]) -> Callable[[Any], Any]:
     return mask
 
 
+def check_range(what: str, value: Any, least: float, most: float = math.inf, *,
+                above: bool = False, below: bool = True, fix: str | None = None) -> None:
+    """Refuses a setting that is no number, not finite, or out of its range.
+
+    Args:
+        what: the setting, e.g. 'AdamW: eps'.
+        value: what it is set to.
+        least: smallest value.
+        most: largest.
+        above: whether it must be above `least`.
+        below: whether it must be below `most`.
+        fix: a value that will do, in words.
+
+    Raises:
+        UserError: it is.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and math.isfinite(value) and (value > least if above else value >= least) and (
+            value < most if below else value <= most):
+        return
+    first = f"above {least:g}" if above else f"at least {least:g}"
+    last = "" if math.isinf(most) else f" and {'below' if below else 'at most'} {most:g}"
+    raise UserError(f"{what} must be a number, {first}{last}", got=repr(value), fix=fix)
+
+
 class Optimizer(abc.ABC):
     """What a training run asks of an optimizer's config."""
 
@@ -87,12 +113,13 @@ class SingleOptimizer(Optimizer):
     no_decay: Sequence[str] = NO_DECAY
 
     def __post_init__(self) -> None:
-        if not callable(self.learning_rate) and not self.learning_rate > 0:
-            raise UserError("learning_rate must be positive, or a schedule",
-                            got=repr(self.learning_rate))
-        if self.global_norm_clip is not None and not self.global_norm_clip > 0:
-            raise UserError("global_norm_clip must be positive, or None for no clipping",
-                            got=repr(self.global_norm_clip))
+        if not callable(self.learning_rate):
+            check_range("learning_rate, where it is no schedule,", self.learning_rate, 0.0,
+                        above=True, fix="learning_rate = 1e-3, say; OptimizerGroups freeze "
+                                        "parameters")
+        if self.global_norm_clip is not None:
+            check_range("global_norm_clip", self.global_norm_clip, 0.0, above=True,
+                        fix="global_norm_clip = 1.0, or None for no clipping")
         if isinstance(self.no_decay, str):
             raise UserError("no_decay must be a list of regular expressions",
                             got=repr(self.no_decay), fix=f"no_decay = ({self.no_decay!r},)")
@@ -115,11 +142,9 @@ class SingleOptimizer(Optimizer):
 
     def _check_betas(self, **betas: float) -> None:
         for name, value in betas.items():
-            if not 0 <= value < 1:
-                raise UserError(f"{type(self).__name__}: {name} must be in [0, 1)",
-                                got=repr(value))
+            check_range(f"{type(self).__name__}: {name}", value, 0.0, 1.0,
+                        fix=f"{name} = 0.9, say: the share that is kept each update")
 
     def _check_decay(self, weight_decay: float) -> None:
-        if weight_decay < 0:
-            raise UserError(f"{type(self).__name__}: weight_decay must not be negative",
-                            got=repr(weight_decay))
+        check_range(f"{type(self).__name__}: weight_decay", weight_decay, 0.0,
+                    fix="weight_decay = 0.0 for none")

@@ -1,4 +1,7 @@
-"""Optax's optimizers by the names T5X wraps them under, with optax's own defaults."""
+"""Optax's optimizers by the names T5X wraps them under, with optax's own defaults.
+
+Weights decay as optax has it, but for those of `no_decay`; T5X's names leave none out (`compat`).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from vishwam_t5x.training.optimizer_base import (
     NO_DECAY,
     LogicalAxes,
     SingleOptimizer,
+    check_range,
     tree_mask,
 )
 
@@ -28,6 +32,11 @@ REFUSED = {
 """Names of T5X that no run can use, and why."""
 
 _MASKS = ("mask", "weight_decay_mask")
+# Optax takes any number: a run would end in NaN, or climb. None and schedules are optax's to judge.
+_SHARES = ("b1", "b2", "decay", "momentum")  # of what is kept each update
+_NOT_NEGATIVE = ("eps", "eps_root", "weight_decay", "min_norm", "initial_scale", "eta", "gamma",
+                 "initial_accumulator_value", "trust_coefficient")
+_MAY_BE_ZERO = ("lars", "eps")
 _OURS = ("learning_rate", "key", "trust_ratio_mask", *_MASKS)
 
 
@@ -54,9 +63,22 @@ class OptaxOptimizer(SingleOptimizer):
         settings = [name for name in known if name not in _OURS]
         for setting in self.settings:
             one_of(setting, settings, f"setting of optax.{self.name}")
+            self._check_setting(setting, self.settings[setting])
         if tuple(self.no_decay) != NO_DECAY and not any(mask in known for mask in _MASKS):
             raise UserError(f"optax.{self.name} decays no weights: no_decay has no meaning",
                             got=repr(self.no_decay), fix="leave no_decay out")
+
+    def _check_setting(self, setting: str, value: Any) -> None:
+        what = f"optax.{self.name}: {setting}"
+        if value is None or callable(value):
+            return
+        default = inspect.signature(getattr(optax, self.name)).parameters.get(setting)
+        usual = f"{setting} = {default.default!r}, optax's default" if default else None
+        if setting in _SHARES:
+            check_range(what, value, 0.0, 1.0, fix=usual)
+        elif setting in _NOT_NEGATIVE:
+            check_range(what, value, 0.0, fix=usual,
+                        above=setting == "eps" and (self.name, setting) != _MAY_BE_ZERO)
 
     def _parameters(self) -> tuple[str, ...]:
         return tuple(inspect.signature(getattr(optax, self.name)).parameters)
