@@ -13,7 +13,15 @@ from compat import t5x_runs
 
 import helpers
 from vishwam_t5x import gin_config, t5x_scripts
-from vishwam_t5x.compat import adafactor, checkpoints, decoding, optimizers, partitioning, t5x_utils
+from vishwam_t5x.compat import (
+    adafactor,
+    checkpoints,
+    decoding,
+    optimizers,
+    partitioning,
+    seqio_names,
+    t5x_utils,
+)
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.objectives.text_to_text import TextToText
 
@@ -112,6 +120,35 @@ def test_meshes_and_rules():
             partitioning.PjitPartitioner(logical_axis_rules=(("batch", axes),)).rules()
 
 
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"dcn_mesh_shape": (1, 2, 1), "num_partitions": 2}, "nothing how each is cut"),
+    ({"ici_mesh_shape": (1, 2, 2), "num_partitions": 4}, "'model' of 2 and of 4"),
+    ({"ici_mesh_shape": (1, 2, 2), "model_parallel_submesh": (2, 2, 1, 1)}, "of 2 and of 4"),
+])
+def test_a_mesh_is_said_once(settings, words):
+    with pytest.raises(UserError) as error:
+        partitioning.PjitPartitioner(**settings)
+    assert words in str(error.value)
+    partitioning.PjitPartitioner(ici_mesh_shape=(1, 2, 2), num_partitions=2)
+
+
+def test_loggers_of_another_kind_are_refused():
+    seqio_names.Evaluator(logger_cls=(seqio_names.JSONLogger, seqio_names.TensorBoardLogger))
+    for logger in (dict, print):
+        with pytest.raises(UserError, match="logger_cls is not honoured"):
+            seqio_names.Evaluator(logger_cls=(logger,))
+    with pytest.raises(UserError, match="eos_id is not honoured"):
+        seqio_names.PassThroughVocabulary(size=10, eos_id=2)
+
+
+def test_packed_evaluations_read_fewer_examples_and_it_is_said(caplog):
+    config = t5x_utils.DatasetConfig(
+        mixture_or_task_name="copy", task_feature_lengths={"inputs": 4, "targets": 4},
+        split="train", batch_size=2, shuffle=True, seed=None, use_cached=True, pack=True)
+    assert t5x_scripts._eval_examples(3, config.ours()) == 6
+    assert "6 packed rows" in caplog.text
+
+
 def test_optimizers():
     rate = t5x_utils.create_learning_rate_scheduler(factors="constant", base_learning_rate=0.1)
     found = adafactor.Adafactor(global_norm_clip_threshold=2.0, beta1=0.9).ours(rate)
@@ -138,6 +175,10 @@ def test_optax_s_optimizers_have_learning_rates_of_their_own():
                                          ("^encoder/", adafactor.Adafactor()))).ours(trainer)
     assert [float(optimizer.schedule(0)) for _, optimizer in several.groups] == pytest.approx(
         [0.03, 0.1])
+    assert several.label("decoder/x") == "0"
+    twice = optimizers.MultiOptimizer((("a", adafactor.Adafactor()), ("b", adafactor.Adafactor())))
+    with pytest.raises(UserError, match="more than one optimizer"):
+        twice.ours(trainer).check_names(["ab", "a", "b"])
     with pytest.raises(UserError, match="optimizers.adam has no learning rate"):
         optimizers.adam(b1=0.8)
 

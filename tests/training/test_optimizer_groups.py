@@ -94,10 +94,22 @@ def test_a_pattern_that_decides_nothing(groups, words):
     assert words in str(caught.value)
 
 
+def test_disjoint_groups_refuse_a_parameter_of_two():
+    overlapping = (("encoder/scale", 0.5), ("encoder", None))
+    OptimizerGroups(groups=overlapping, default=SGD(0.1)).build().init(PARAMS)
+    refusing = OptimizerGroups(groups=overlapping, default=SGD(0.1), disjoint=True).build()
+    with pytest.raises(UserError, match="more than one optimizer") as caught:
+        refusing.init(PARAMS)
+    assert "'encoder/scale' and 'encoder'" in caught.value.got
+    apart = (("encoder/scale", 0.5), ("^table", None))
+    OptimizerGroups(groups=apart, default=SGD(0.1), disjoint=True).build().init(PARAMS)
+
+
 @pytest.mark.parametrize("fields, words", [
     ({"groups": (("(", None),)}, "regular expression"), ({"groups": ()}, "pairs"),
     ({"groups": (("x", "adam"),)}, "optimizer, a number or None"),
     ({"groups": ("x",)}, "pair"), ({"groups": (("x", 0.0),)}, "positive"),
+    ({"groups": (("x", float("inf")),)}, "factor of the learning rate"),
     ({"groups": (("x", True),)}, "optimizer, a number or None"),
     ({"groups": (("x", 0.5),), "default": None}, "not there"),
     ({"groups": (("x", None),), "default": None}, "freeze everything"),

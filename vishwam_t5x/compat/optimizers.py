@@ -136,8 +136,9 @@ class MultiOptimizer(OptimizerDef):
     """Optimizers by the names of parameters.
 
     Attributes:
-        traversals_and_optimizers: (regular expression, optimizer) pairs; the first whose expression
-            is found in a parameter's name has it; parameters of none are frozen, as in T5X.
+        traversals_and_optimizers: (regular expression, optimizer) pairs; the one whose expression
+            is found in a parameter's name has it. As in T5X parameters of none are frozen, and one
+            of two is refused.
     """
 
     traversals_and_optimizers: Sequence[tuple[str, OptimizerDef]]
@@ -153,4 +154,4 @@ class MultiOptimizer(OptimizerDef):
                                 got=repr(pair), fix="(('^decoder/', @adafactor.Adafactor()),)")
         return OptimizerGroups(groups=tuple(
             (pattern, optimizer.ours(learning_rate, before))
-            for pattern, optimizer in self.traversals_and_optimizers), default=None)
+            for pattern, optimizer in self.traversals_and_optimizers), default=None, disjoint=True)

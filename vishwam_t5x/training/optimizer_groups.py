@@ -15,10 +15,16 @@ from jaxtyping import Array, Float
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names, unflatten_names
-from vishwam_t5x.training.optimizer_base import LogicalAxes, Optimizer, SingleOptimizer
+from vishwam_t5x.training.optimizer_base import (
+    LogicalAxes,
+    Optimizer,
+    SingleOptimizer,
+    check_range,
+)
 
 DEFAULT = "default"
 """Label of the parameters that no pattern is found in."""
+_SHOWN = 3  # parameters named in a message
 
 
 class GroupsState(NamedTuple):
@@ -54,11 +60,14 @@ class OptimizerGroups(Optimizer):
         default: optimizer of the parameters that none is found in; None: they are frozen.
         global_norm_clip: gradients of all trained parameters together are scaled down to this
             global norm first; None: never.
+        disjoint: a parameter that two expressions are found in is refused, as T5X's MultiOptimizer
+            refuses it; False: the order of the groups decides.
     """
 
     groups: Sequence[tuple[str, SingleOptimizer | float | None]]
     default: SingleOptimizer | None
     global_norm_clip: float | None = None
+    disjoint: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.groups, str) or not self.groups:
@@ -69,9 +78,9 @@ class OptimizerGroups(Optimizer):
         if self.default is not None and not isinstance(self.default, SingleOptimizer):
             raise UserError("OptimizerGroups.default must be an optimizer, or None",
                             got=repr(self.default), fix="default = @optimizers.Adafactor()")
-        if self.global_norm_clip is not None and not self.global_norm_clip > 0:
-            raise UserError("global_norm_clip must be positive, or None for no clipping",
-                            got=repr(self.global_norm_clip))
+        if self.global_norm_clip is not None:
+            check_range("global_norm_clip", self.global_norm_clip, 0.0, above=True,
+                        fix="global_norm_clip = 1.0, or None for no clipping")
         if all(optimizer is None for optimizer in self._optimizers().values()):
             raise UserError("OptimizerGroups freeze everything: there is nothing to train",
                             got=repr(self.groups), fix="give one group or the default an optimizer")
@@ -91,9 +100,8 @@ class OptimizerGroups(Optimizer):
         if isinstance(treatment, bool) or not isinstance(treatment, (int, float)):
             raise UserError(f"group '{pattern}' needs an optimizer, a number or None",
                             got=repr(treatment))
-        if not treatment > 0:
-            raise UserError(f"the learning rate of group '{pattern}' must be times a positive "
-                            "number", got=treatment, fix="None freezes the group")
+        check_range(f"the factor of the learning rate of group '{pattern}'", treatment, 0.0,
+                    above=True, fix="a positive one; None freezes the group")
         if self.default is None:
             raise UserError(f"group '{pattern}' multiplies the learning rate of a default "
                             "optimizer that is not there", got=treatment,
@@ -127,8 +135,11 @@ class OptimizerGroups(Optimizer):
         return (self.default or trained[0]).schedule(step)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Raises `UserError` if a pattern decides about none of these parameters."""
+        """Raises `UserError` if a pattern decides about none of these parameters, or two about one
+        where the groups are to be disjoint."""
         names = list(names)
+        if self.disjoint:
+            self._check_disjoint(names)
         taken = {self.label(name) for name in names}
         for number, (pattern, _) in enumerate(self.groups):
             if str(number) in taken:
@@ -143,6 +154,20 @@ class OptimizerGroups(Optimizer):
             raise UserError(f"pattern '{pattern}' of OptimizerGroups matches no parameter",
                             got=f"{len(names)} parameters",
                             fix="nearest names: " + ", ".join(_nearest(pattern, names)))
+
+    def _check_disjoint(self, names: Sequence[str]) -> None:
+        patterns = [pattern for pattern, _ in self.groups]
+        both = {name: found for name in names
+                if len(found := [one for one in patterns if re.search(one, name)]) > 1}
+        if both:
+            first, found = next(iter(both.items()))
+            more = f" and {len(both) - _SHOWN} more" if len(both) > _SHOWN else ""
+            raise UserError(
+                f"{len(both)} parameters have more than one optimizer",
+                got=f"{', '.join(list(both)[:_SHOWN])}{more}: in '{first}' "
+                    + " and ".join(f"'{one}'" for one in found) + " are found",
+                fix="narrow the expressions, e.g. '^encoder/(?!.*scale$)', until each parameter "
+                    "has one")
 
     def build(self, logical_axes: LogicalAxes | None = None) -> optax.GradientTransformation:
         """Returns the transformation.
