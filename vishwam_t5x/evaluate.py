@@ -3,6 +3,7 @@
 usage: vishwam evaluate --gin_file=RECIPE [--gin.NAME=VALUE ...]
                         [--checkpoint=latest|STEP|STEP,STEP|all|watch|PATH] [--timeout=SECONDS]
                         [--split=SPLIT] [--tasks=A,B]
+                        [--coordinator_address=HOST:PORT --process_count=N --process_index=I]
 
 --checkpoint=C   latest (the default) or a step of MODEL_DIR's checkpoints; or a path: a MODEL_DIR,
                  a checkpoint folder, a flat .npz of '/'-joined parameter names. Several steps, or
@@ -12,6 +13,7 @@ usage: vishwam evaluate --gin_file=RECIPE [--gin.NAME=VALUE ...]
 --split=SPLIT    split of the tasks; default: EVAL_SPLIT, which is 'test' unless set
 --tasks=A,B      only these tasks of the mixture
 
+On several hosts run the same command on each; they find each other as those of `vishwam train` do.
 The recipe is the one you trained with; it includes gin/runs/evaluate.gin. For every task the
 teacher-forced loss is taken; for tasks with metric functions the model writes an answer to every
 example and the task judges it; for the others the loss stands beside that of a unigram model.
@@ -26,17 +28,17 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from vishwam_t5x import evaluation_setup, screen, task_lookup
+from vishwam_t5x import evaluation_setup, joining, screen, task_lookup
 from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.data import source
 from vishwam_t5x.data.records import TaskCache
 from vishwam_t5x.data.source import DatasetConfig
-from vishwam_t5x.evaluation import checkpoint_stream, predictions, report
+from vishwam_t5x.evaluation import checkpoint_stream, predictions, report, restoring
 from vishwam_t5x.evaluation.evaluator import Evaluator, TaskResult
 from vishwam_t5x.evaluation.generator import DecodingConfig
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator, SplitSums
@@ -47,7 +49,10 @@ from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.training import ledger
 
-FLAGS = ("checkpoint", "split", "tasks", "timeout")
+if TYPE_CHECKING:
+    from vishwam_t5x.checkpointing.restore import RestoreReport
+
+FLAGS = ("checkpoint", "split", "tasks", "timeout", *joining.FLAGS)
 MIXTURE = "(all tasks)"
 _SETTINGS = "settings.json"
 
@@ -118,36 +123,35 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
     Raises:
         UserError: the parts do not fit together, or a task's metric failed.
     """
-    ready = evaluation_setup.prepare(model, objective, dataset_cfg, split, decoding,
-                                     decode_batch_size, mesh, logical_axis_rules,
-                                     compilation_cache_dir)
-    config = ready.config
-    caches = task_lookup.open_tasks(config, ready.objective, tasks)
-    page = None if tasks else page
-    if page is not None:
-        report.check_tasks(page, [task.name for task in caches])
-    judges = {task.name: task_lookup.metrics_of(task, config) for task in caches}
-    codec = task_lookup.text_codec(caches, config, getattr(objective, "vocabulary", None))
-    losses = LossEvaluator(model, loss, ready.objective, config, ready.devices, ready.rules,
-                           max_examples, caches)
-    directory = storage.place(output_dir or storage.join(model_dir, "evaluation"))
-    at = config.split if config.split != dataset_cfg.split else ""
-    one = _OneCheckpoint(ready, caches, judges, codec, losses, loss, max_examples,
-                         _Baseline(losses, ready, baseline_examples), page, model_dir, directory,
-                         at)
+    def set_up() -> _OneCheckpoint:
+        ready = evaluation_setup.prepare(model, objective, dataset_cfg, split, decoding,
+                                         decode_batch_size, mesh, logical_axis_rules,
+                                         compilation_cache_dir)
+        config = ready.config
+        caches = task_lookup.open_tasks(config, ready.objective, tasks)
+        shown = None if tasks else page
+        if shown is not None:
+            report.check_tasks(shown, [task.name for task in caches])
+        judges = {task.name: task_lookup.metrics_of(task, config) for task in caches}
+        codec = task_lookup.text_codec(caches, config, getattr(objective, "vocabulary", None))
+        losses = LossEvaluator(model, loss, ready.objective, config, ready.devices, ready.rules,
+                               max_examples, caches)
+        directory = storage.place(output_dir or storage.join(model_dir, "evaluation"))
+        at = config.split if config.split != dataset_cfg.split else ""
+        return _OneCheckpoint(ready, caches, judges, codec, losses, loss, max_examples,
+                              _Baseline(losses, ready, baseline_examples), baseline_examples,
+                              shown, model_dir, directory, at)
+
+    one = evaluation_setup.on_all("evaluation", set_up)
     last = None
     for place in checkpoint_stream.places(
-            checkpoint_path, model_dir, lambda step: one.is_done(str(step)),
+            checkpoint_path, model_dir, lambda step: one.is_done(step),
             lambda: _is_finished(model_dir), poll_seconds, watch_timeout):
-        try:
-            last = one.evaluate(place)
-        except (UserError, OSError):
-            if not (checkpoint_stream.is_several(checkpoint_path)
-                    and checkpoint_stream.is_gone(place)):
-                raise
+        if (loaded := one.load(place, checkpoint_stream.is_several(checkpoint_path))) is None:
             logging.warning("%s was deleted before it was evaluated: the run keeps only so many",
                             place)
             continue
+        last = one.evaluate(*loaded)
         done(last)
     return last
 
@@ -164,6 +168,7 @@ class _OneCheckpoint:
     loss: LossConfig
     max_examples: int | None
     baseline: _Baseline
+    baseline_examples: int
     page: report.PageConfig | None
     model_dir: str
     directory: pathlib.PurePath
@@ -178,17 +183,40 @@ class _OneCheckpoint:
         """Where the files of a step, or of a file of parameters, go."""
         return self.directory / name / self.subfolder if self.subfolder else self.directory / name
 
-    def is_done(self, name: str) -> bool:
-        """Whether a step was evaluated with these settings."""
+    def is_done(self, step: int) -> bool:
+        """Whether a step was evaluated with these settings, and is what it was then."""
         try:
-            return json.loads(storage.read_text(self.folder(name) / _SETTINGS)) == self._settings()
+            found = json.loads(storage.read_text(self.folder(str(step)) / _SETTINGS))
+            return found == self._settings(restoring.identity(storage.join(
+                storage.expanded(self.model_dir), "checkpoints", str(step))))
         except FileNotFoundError:
             return False
 
-    def evaluate(self, place: str) -> Evaluation:
-        """Evaluates a checkpoint and writes what was found."""
-        params, restored = self.ready.restore(place)
-        task_lookup.check_vocabulary(self.caches, restored.path)
+    def load(self, place: str, may_be_gone: bool) -> tuple[Any, RestoreReport, str] | None:
+        """Restores a checkpoint; None if it `may_be_gone` and is: the same on every process.
+
+        Returns:
+            Parameters, what became of them, and in process 0 the checkpoint's identity.
+        """
+        loaded: list[tuple[Any, RestoreReport, str]] = []
+        failure: Exception | None = None
+        try:
+            params, restored = self.ready.restore(place)
+            loaded.append((params, restored, restoring.identity(restored.path)
+                           if distributed.is_primary() else ""))
+        except (UserError, OSError) as error:
+            failure = error
+        if not distributed.any_process(failure is not None, "checkpoint not restored"):
+            return loaded[0]
+        if may_be_gone and checkpoint_stream.is_gone(place):
+            return None
+        raise failure or UserError("another process cannot read the checkpoint", got=place,
+                                   fix="see its own message")
+
+    def evaluate(self, params: Any, restored: RestoreReport, weights: str) -> Evaluation:
+        """Evaluates what was restored, of that identity, and writes what was found."""
+        distributed.refuse_together("vocabulary", lambda: task_lookup.check_vocabulary(
+            self.caches, restored.path))
         results, splits = [], []
         for task in self.caches:
             begin = time.monotonic()
@@ -207,18 +235,30 @@ class _OneCheckpoint:
             results.append(TaskResult(MIXTURE, SplitSums.of_all(splits).metrics(self.loss)))
         directory = self.folder(evaluation_setup.checkpoint_name(restored))
         found = Evaluation(restored.step, results, directory)
-        if distributed.is_primary():
-            # Last, and first removed: files of two evaluations must not pass for one.
-            storage.remove(directory / _SETTINGS)
-            _write(found, self.ready.config, self.model_dir, self.page)
-            storage.write_text(directory / _SETTINGS, json.dumps(self._settings(), indent=1))
+        distributed.refuse_together("evaluation written", lambda: self._write(found, weights))
         return found
 
-    def _settings(self) -> dict[str, Any]:
-        """What the metrics depend on beside the checkpoint."""
-        described = evaluation_setup.described
+    def _write(self, found: Evaluation, weights: str) -> None:
+        if not distributed.is_primary():
+            return
+        # Last, and first removed: files of two evaluations must not pass for one.
+        storage.remove(found.directory / _SETTINGS)
+        _write(found, self.ready.config, self.model_dir, self.page)
+        storage.write_text(found.directory / _SETTINGS,
+                           json.dumps(self._settings(weights), indent=1))
+
+    def _settings(self, weights: str) -> dict[str, Any]:
+        """What the files depend on; JSON values."""
+        described, code_of = evaluation_setup.described, evaluation_setup.code_of
+        metrics = {
+            name: [code_of(function) for function in (
+                *judge.metric_fns, *filter(None, [judge.postprocess_fn]), *judge.metric_objs)]
+            for name, judge in self.judges.items()}
         config = self.ready.config
-        return {"split": config.split, "tasks": [task.name for task in self.caches],
+        return {"weights": weights, "metrics": metrics, "seed": config.seed,
+                "baseline_examples": self.baseline_examples, "page": described(self.page),
+                "batch_sizes": [config.batch_size, self.ready.generator.batch_size],
+                "split": config.split, "tasks": [task.name for task in self.caches],
                 "records": [task.manifest.lengths_sha256 for task in self.caches],
                 "max_examples": self.max_examples, "lengths": dict(config.task_feature_lengths),
                 "loss": described(self.loss), "decoding": self.ready.generator.description,
@@ -294,12 +334,15 @@ def main(argv: Sequence[str]) -> int:
         if config.flags.get("checkpoint") != checkpoint_stream.WATCH:
             raise UserError("--timeout goes with --checkpoint=watch")
         given["watch_timeout"] = evaluation_setup.number(config.flags, "timeout")
-    if config.call(evaluate, done=_show, **given) is None:
+    joining.join(config)
+    if config.call(evaluate, done=_show, **given) is None and distributed.is_primary():
         print("nothing was left to evaluate")
     return EXIT_OK
 
 
 def _show(found: Evaluation) -> None:
+    if not distributed.is_primary():
+        return
     if found.step is not None:
         print(f"step {found.step}")
     print(found.table())

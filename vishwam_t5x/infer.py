@@ -3,6 +3,7 @@
 usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=latest|STEP|PATH]
                      [--mode=predict|score|predict_with_aux] [--split=SPLIT] [--tasks=A,B]
                      [--output_file=FILE.jsonl] [--shard_id=I --num_shards=N]
+                     [--coordinator_address=HOST:PORT --process_count=N --process_index=I]
        vishwam infer --gin_file=RECIPE --input_file=FILE.jsonl [--target=text|image] [...]
 
 --mode=M          predict (the default): what the model writes and its log-probability in nats;
@@ -20,15 +21,21 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
 --return_all_decodes   write all of them, by rising score, and not the best alone
 --shard_id=I --num_shards=N   this is job I (from 0) of N that share the work; the last puts the
                   file together, which is the same however many jobs there were
---overwrite       begin anew what another command with other settings has begun
+--overwrite       begin anew what another command with other settings has begun, or finished
 
 Each output line has the task (or file), example (or line), inputs, prediction and its score.
-Pictures are written as PNG files beside the output. Lines are written in chunks to FILE.jsonl.parts
-as they are made; a job that is killed goes on there when the same command is run again.
+Records and lines that are damaged or too long are named, counted and left out. Pictures are written
+as PNG files beside the output, whose name theirs begin with. Lines are written in chunks to
+FILE.jsonl.parts as they are made; a job that is killed goes on there when the same command is run
+again.
+
+On several hosts run the same command on each; they find each other as those of `vishwam train` do.
+Jobs of --num_shards are commands of their own, each of which may be of several hosts by its flags.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import pathlib
@@ -37,12 +44,12 @@ from typing import Any
 
 import numpy as np
 
-from vishwam_t5x import evaluation_setup, screen, task_lookup
+from vishwam_t5x import evaluation_setup, joining, screen, task_lookup
 from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError, one_of
 from vishwam_t5x.data import fit
 from vishwam_t5x.data.source import DatasetConfig
-from vishwam_t5x.evaluation import chunks, inference
+from vishwam_t5x.evaluation import chunks, inference, restoring
 from vishwam_t5x.evaluation import input_file as input_files
 from vishwam_t5x.evaluation.answers import MODES
 from vishwam_t5x.evaluation.chunks import ChunkedFile, Summary
@@ -56,7 +63,8 @@ from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 
 FLAGS = ("checkpoint", "mode", "split", "tasks", "input_file", "output_file", "target",
-         "num_decodes", "return_all_decodes", "shard_id", "num_shards", "overwrite")
+         "num_decodes", "return_all_decodes", "shard_id", "num_shards", "overwrite",
+         *joining.FLAGS)
 SWITCHES = ("return_all_decodes", "overwrite")
 _SHOWN = 20  # lines named that could not be used
 DecodeImage = Callable[[np.ndarray], np.ndarray]
@@ -71,14 +79,14 @@ class Inference:
         path: the file of predictions or scores.
         num_predictions: lines in it; 0 while chunks of other jobs are missing.
         bad_lines: lines of the input file that could not be used.
-        num_damaged: records of tasks that could not be read.
+        left_out: records of tasks that could not be read, or were too long, in words.
         missing_chunks: that other jobs have not written yet; the file is there when it is 0.
     """
 
     path: pathlib.PurePath
     num_predictions: int
     bad_lines: list[input_files.BadLine] = dataclasses.field(default_factory=list)
-    num_damaged: int = 0
+    left_out: list[str] = dataclasses.field(default_factory=list)
     missing_chunks: int = 0
 
 
@@ -113,7 +121,7 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         num_decodes: instead of that of each modality that is sampled or searched by beam.
         return_all_decodes: record all of them, not the best alone.
         max_examples: at most so many of each task.
-        vocabulary: SentencePiece model for `input_file`; None: that of the cached tasks.
+        vocabulary: SentencePiece model for `input_file`, or the tasks' own; None: that.
         decode_image: turns codes into a picture; None: codes are written as numbers.
         log_mel: `data.tf.audio.LogMelConfig` for recordings of `input_file`.
         shard_id: number of this job among `num_shards`.
@@ -125,48 +133,54 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         compilation_cache_dir: as for `train`.
 
     Raises:
-        UserError: the parts do not fit together, no example can be used, or the output was begun
-            with other settings.
+        UserError: the parts do not fit together, no example can be used, or other settings began
+            or wrote the output.
     """
-    decoding = _decoding(decoding or {}, num_decodes, return_all_decodes, one_of(
-        mode, MODES, "mode of inference"))
-    ready = evaluation_setup.prepare(model, objective, dataset_cfg, split, decoding,
-                                     decode_batch_size, mesh, logical_axis_rules,
-                                     compilation_cache_dir)
-    layout = getattr(objective, "vocabulary", None)
-    caches = () if input_file is not None and vocabulary is not None else (
-        task_lookup.open_tasks(ready.config, ready.objective, tasks))
-    fit.check_model(caches, model.config, layout)
-    codec = task_lookup.text_codec(caches, ready.config, layout) if caches else (
-        task_lookup.tokenizer(str(vocabulary), layout))
-    sources, bar = _sources(ready, caches, codec, max_examples), Progress()
-    if input_file is not None:
-        reader = _reader(ready, codec, target, decode_image, log_mel, mode)
-        sources = [LinesSource(ready.generator, reader, codec.decode, str(input_file))]
+    decoding = _decoding(decoding or {}, num_decodes, return_all_decodes, mode)
+
+    def set_up() -> tuple[evaluation_setup.Prepared, Sequence[Any], Sequence[inference.Source]]:
+        ready = evaluation_setup.prepare(
+            model, objective, dataset_cfg, split, decoding, decode_batch_size, mesh,
+            logical_axis_rules, compilation_cache_dir)
+        layout = getattr(objective, "vocabulary", None)
+        caches = () if input_file is not None and vocabulary is not None else (
+            task_lookup.open_tasks(ready.config, ready.objective, tasks))
+        fit.check_model(caches, model.config, layout)
+        codec = task_lookup.text_codec(caches, ready.config, layout) if caches else (
+            task_lookup.tokenizer(str(vocabulary), layout))
+        if input_file is None:
+            return ready, caches, _sources(ready, caches, codec, max_examples)
+        reader = _reader(ready, codec, target, decode_image, log_mel, mode, caches)
+        return ready, caches, [LinesSource(ready.generator, reader, codec.decode, str(input_file))]
+    ready, caches, sources = evaluation_setup.on_all("inference", set_up)
     params, restored = ready.load(checkpoint_path, model_dir)
-    task_lookup.check_vocabulary(caches, restored.path)
-    stem = ready.config.split if input_file is None else pathlib.Path(input_file).stem
+    distributed.refuse_together("vocabulary", lambda: task_lookup.check_vocabulary(
+        caches, restored.path, vocabulary))
     path = storage.place(output_file or storage.join(
         model_dir, "inference", evaluation_setup.checkpoint_name(restored),
-        f"{stem}.jsonl" if mode == PREDICT else f"{stem}-{mode}.jsonl"))
-    settings = _settings(ready, restored, decoding, sources) | {
-        "mode": mode, "all_decodes": return_all_decodes, "decode_batch_size": decode_batch_size,
-        "chunk_size": chunk_size, "vocabulary": vocabulary, "pictures": decode_image is not None,
+        _name(input_file, ready.config.split, mode)))
+    settings = _settings(ready, restored, decoding, sources, log_mel, decode_image) | {
+        "mode": mode, "all_decodes": return_all_decodes, "chunk_size": chunk_size,
+        "vocabulary": vocabulary and [vocabulary, restoring.identity(vocabulary)],
         "target": None if input_file is None else target}
     plan = chunks.plan([source.size for source in sources], chunk_size)
     file = ChunkedFile(path, settings, plan, shard_id, num_shards)
-    summary = inference.run(
-        params, sources, file, file.begin(overwrite), How(mode, return_all_decodes),
-        lambda line: _with_picture(line, path, decode_image), bar)
-    bar.close()
-    if summary is None:
-        return Inference(path, 0, missing_chunks=file.missing())
-    return _checked(path, summary, sources, input_file)
+    with contextlib.closing(Progress()) as bar:
+        summary = inference.run(
+            params, sources, file, file.begin(overwrite), How(mode, return_all_decodes),
+            lambda line: _with_picture(line, path, decode_image, input_file is None), bar)
+    return _checked(file, summary, sources, input_file)
+
+
+def _name(input_file: str | None, split: str, mode: str) -> str:
+    stem = split if input_file is None else pathlib.Path(input_file).stem
+    return f"{stem}.jsonl" if mode == PREDICT else f"{stem}-{mode}.jsonl"
 
 
 def _decoding(decoding: Mapping[str, DecodingConfig], num_decodes: int | None, return_all: bool,
               mode: str) -> dict[str, DecodingConfig]:
     """Returns how each modality is written, with `num_decodes` where more than one can be."""
+    one_of(mode, MODES, "mode of inference")
     several = [name for name, config in decoding.items() if config.method != "greedy"]
     if mode == SCORE and (num_decodes is not None or return_all):
         raise UserError("scoring writes nothing", got="num_decodes or return_all_decodes",
@@ -181,12 +195,16 @@ def _decoding(decoding: Mapping[str, DecodingConfig], num_decodes: int | None, r
 
 
 def _settings(ready: evaluation_setup.Prepared, restored: Any,
-              decoding: Mapping[str, DecodingConfig], sources: Sequence[inference.Source]
-              ) -> dict[str, Any]:
+              decoding: Mapping[str, DecodingConfig], sources: Sequence[inference.Source],
+              log_mel: Any, decode_image: DecodeImage | None) -> dict[str, Any]:
     """What the lines of a file depend on, beside the arguments that are plain values."""
+    pictures = None if decode_image is None else evaluation_setup.code_of(decode_image)
     return {"checkpoint": restored.path, "step": restored.step,
+            "weights": evaluation_setup.agreed_identity(restored), "seed": ready.config.seed,
+            "log_mel": evaluation_setup.described(log_mel), "pictures": pictures,
             "examples": [source.facts() for source in sources], "split": ready.config.split,
             "lengths": dict(ready.config.task_feature_lengths),
+            "decode_batch_size": ready.generator.batch_size,
             "decoding": evaluation_setup.described(dict(sorted(decoding.items()))),
             "model": evaluation_setup.described(ready.model.config),
             "objective": evaluation_setup.described(ready.objective)}
@@ -198,20 +216,23 @@ def _sources(ready: evaluation_setup.Prepared, caches: Sequence[Any],
     return [TaskSource(evaluator, task, max_examples) for task in caches]
 
 
-def _checked(path: pathlib.PurePath, summary: Summary, sources: Sequence[inference.Source],
+def _checked(file: ChunkedFile, summary: Summary | None, sources: Sequence[inference.Source],
              input_file: str | None) -> Inference:
-    """Returns what a finished file holds.
+    """Returns what a file holds, finished or not.
 
     Raises:
         UserError: nothing, though there were examples.
     """
+    path = file.path
+    if summary is None:
+        return Inference(path, 0, missing_chunks=file.missing())
     why = str(summary.left_out[0]) if summary.left_out else "it is empty"
     if input_file is None:
         if summary.left_out and not summary.lines:
-            raise UserError("no record of the tasks can be read", got=why,
-                            fix="vishwam cache --task_or_mixture="
+            raise UserError("no record of the tasks can be used", got=why,
+                            fix="of damaged ones: vishwam cache --task_or_mixture="
                                 f"{sources[0].name} --overwrite")
-        return Inference(path, summary.lines, num_damaged=len(summary.left_out))
+        return Inference(path, summary.lines, left_out=summary.left_out)
     bad = [input_files.BadLine(*item) for item in summary.left_out]
     if not summary.lines:
         raise UserError(f"no line of {input_file} can be used",
@@ -221,7 +242,8 @@ def _checked(path: pathlib.PurePath, summary: Summary, sources: Sequence[inferen
 
 
 def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, target: str,
-            decode_image: DecodeImage | None, log_mel: Any, mode: str) -> input_files.InputReader:
+            decode_image: DecodeImage | None, log_mel: Any, mode: str, caches: Sequence[Any]
+            ) -> input_files.InputReader:
     config = ready.model.config
     one_of(target, config.target_modalities, "target modality of this model")
     if target == "image" and decode_image is None:
@@ -229,21 +251,24 @@ def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, targ
                         fix="DECODE_IMAGE = @a function from codes to pixels")
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
     return input_files.InputReader(ready.objective, target, codec.encode, ready.spec, grids,
-                                   _spectrogram(log_mel), mode == SCORE)
+                                   _spectrogram(log_mel), mode == SCORE,
+                                   ready.generator.is_prompted(target),
+                                   task_lookup.text_ends(caches, ready.objective))
 
 
-def _with_picture(line: Prediction, path: pathlib.PurePath, decode_image: DecodeImage | None
-                  ) -> Prediction:
+def _with_picture(line: Prediction, path: pathlib.PurePath, decode_image: DecodeImage | None,
+                  of_task: bool) -> Prediction:
     """Writes the picture of a line whose prediction is codes, and notes its file."""
     codes = line.prediction
-    if decode_image is None or not isinstance(codes, np.ndarray) or not distributed.is_primary():
+    if decode_image is None or not isinstance(codes, np.ndarray):
         return line
     from PIL import Image
 
     pixels = np.asarray(decode_image(codes), np.float32)
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
-    stem = line.task.replace("/", "_") if line.target is not None else path.stem
+    # Other outputs, of other splits say, may lie in the same folder.
+    stem = f"{path.stem}-{line.task.replace('/', '_')}" if of_task else path.stem
     file = path.with_name(f"{stem}-{line.example}.png")
     drawn = io.BytesIO()
     Image.fromarray(np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)).save(drawn, "PNG")
@@ -291,19 +316,23 @@ def main(argv: Sequence[str]) -> int:
     if "input_file" in given and ({"split", "tasks"} & given.keys()):
         raise UserError("--split and --tasks do not go with --input_file",
                         fix="give the one or the other")
+    joining.join(config)
     found = config.call(infer, **given)
+    if distributed.is_primary():
+        _show(found, "scores" if given.get("mode") == SCORE else "predictions")
+    return EXIT_OK
+
+
+def _show(found: Inference, what: str) -> None:
     if found.missing_chunks:
         print(f"{found.missing_chunks} chunks of other shards are missing; the last shard puts "
               f"{found.path} together")
-        return EXIT_OK
-    what = "scores" if given.get("mode") == SCORE else "predictions"
+        return
     print(f"{found.num_predictions} {what}: {found.path}")
-    if found.bad_lines:
-        print(f"{len(found.bad_lines)} lines could not be used:")
-        for line in found.bad_lines[:_SHOWN]:
-            print(f"  {line}")
-        if len(found.bad_lines) > _SHOWN:
-            print(f"  … and {len(found.bad_lines) - _SHOWN} more")
-    if found.num_damaged:
-        print(f"{found.num_damaged} damaged records were left out")
-    return EXIT_OK
+    for kind, bad in (("lines", found.bad_lines), ("records", found.left_out)):
+        if bad:
+            print(f"{len(bad)} {kind} could not be used:")
+        for one in bad[:_SHOWN]:
+            print(f"  {one}")
+        if len(bad) > _SHOWN:
+            print(f"  … and {len(bad) - _SHOWN} more")

@@ -27,14 +27,13 @@ from typing import Any, Protocol
 import jax
 from absl import logging
 
-from vishwam_t5x import gin_config, gin_differences, screen, task_lookup
+from vishwam_t5x import gin_config, gin_differences, joining, screen, task_lookup
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data import fit, source
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator
-from vishwam_t5x.infer_eval import InferEval
 from vishwam_t5x.objectives.denoisers import Objective
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
@@ -49,7 +48,7 @@ from vishwam_t5x.training.signals import StopRequest
 from vishwam_t5x.training.stability import StabilityConfig
 from vishwam_t5x.training.state import StateFactory, TrainState
 from vishwam_t5x.training.step import StepConfig
-from vishwam_t5x.training.watchdog import Watchdog, WatchdogConfig, limited
+from vishwam_t5x.training.watchdog import Watchdog, WatchdogConfig
 from vishwam_t5x.training.writers import (
     JsonlWriter,
     TensorBoardWriter,
@@ -57,8 +56,7 @@ from vishwam_t5x.training.writers import (
     Writers,
 )
 
-FLAGS = ("coordinator_address", "process_count", "process_index", "roll_call_seconds")
-_DEVICES_STARTED = 1800.0  # seconds that a driver, or the other hosts of a slice, may need
+FLAGS = joining.FLAGS
 _CACHE_FILLED = 24 * 3600.0  # seconds that a process waits for the slowest to have its data
 
 
@@ -72,6 +70,12 @@ class Trainable(Protocol):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
+class InLoop(Protocol):
+    """What looks at a model between its steps: `InferEval`, `Reconstructions`."""
+
+    def hook(self, parts: setup.Parts, objective: Any) -> hooks.EvaluateHook: ...
+
+
 def train(model: Trainable, model_dir: str, objective: Objective,
           train_dataset_cfg: source.DatasetConfig, optimizer: Optimizer, total_steps: int,
           loss: LossConfig = LossConfig(),
@@ -83,7 +87,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
           fallback_to_scratch: bool = False,
           train_eval_dataset_cfg: source.DatasetConfig | None = None,
           eval_period: int = 1000, eval_examples: int | None = None,
-          early_stop: hooks.EarlyStop | None = None, infer_eval: InferEval | None = None,
+          early_stop: hooks.EarlyStop | None = None, infer_eval: InLoop | None = None,
           stats_period: int = 100, num_microbatches: int = 1,
           max_rows_per_device: int | None = None, watchdog: WatchdogConfig = WatchdogConfig(),
           stability: StabilityConfig = StabilityConfig(), random_seed: int = 0,
@@ -111,7 +115,8 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         eval_period: steps between evaluations.
         eval_examples: examples of each task per evaluation; None: all.
         early_stop: ends the run when evaluation no longer improves.
-        infer_eval: lets the model answer, and the tasks judge, during training; None: no.
+        infer_eval: lets the model answer, and the tasks judge, during training, or shows what a
+            codec makes of pictures; None: no.
         stats_period: steps between metric records.
         num_microbatches: parts a batch is cut into to save memory.
         max_rows_per_device: rows that a device may hold at a time: on fewer devices the batch is
@@ -303,7 +308,7 @@ def _check_vocabulary(examples: Any, checkpoint: str | None) -> None:
 
 def _evaluations(parts: setup.Parts, objective: Objective, config: source.DatasetConfig | None,
                  num_examples: int | None, period: int, early_stop: hooks.EarlyStop | None,
-                 infer_eval: InferEval | None, step_ready: concurrent.futures.Future
+                 infer_eval: InLoop | None, step_ready: concurrent.futures.Future
                  ) -> list[hooks.Hook]:
     found: list[hooks.Hook] = []
     if config is not None:
@@ -361,23 +366,7 @@ def check_config(run_dir: RunDir, config: gin_config.ParsedConfig) -> None:
 def main(argv: Sequence[str]) -> int:
     """Runs `vishwam train ARGV` and returns the exit code."""
     config = gin_config.parse(argv, "train", flags=FLAGS)
-    numbers = {name: _whole_number(name, config.flags.get(name)) for name in FLAGS[1:]}
     screen.show_messages()
-    distributed.initialize(config.flags.get("coordinator_address"), numbers["process_count"],
-                           numbers["process_index"], numbers["roll_call_seconds"] or 300)
-    with limited("starting the devices", _DEVICES_STARTED):
-        jax.devices()
-    distributed.compare(
-        "configuration or code", {"config": config.text(), "code": distributed.code_version()},
-        fix="start the same command with the same version of everything on every host")
+    joining.join(config)
     config.call(train, check_run=lambda run_dir: check_config(run_dir, config))
     return EXIT_OK
-
-
-def _whole_number(name: str, text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"--{name} must be a whole number", got=repr(text)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import signal
 import subprocess
@@ -129,7 +130,7 @@ def test_what_the_modes_write(settings, tmp_path):
         lines("predict_with")
 
 
-def test_evaluating_all_checkpoints_skips_those_that_are_done(settings, tmp_path):
+def test_evaluating_all_checkpoints_skips_those_that_are_done(settings, tmp_path, monkeypatch):
     seen = []
     more = {name: settings[name] for name in settings if name != "chunk_size"}
     more |= {"output_dir": str(tmp_path), "done": seen.append, "max_examples": 4,
@@ -141,6 +142,27 @@ def test_evaluating_all_checkpoints_skips_those_that_are_done(settings, tmp_path
     assert evaluate(**{**more, "max_examples": 3}, checkpoint_path="all").step == 7
     assert evaluate(**{**more, "max_examples": 3}, checkpoint_path="7").step == 7
     assert len(seen) == 3
+    # Nor is it done if the step has other weights, or the task judges otherwise, than it had then.
+    more["max_examples"] = 3
+    assert evaluate(**more, checkpoint_path="all") is None
+    monkeypatch.setattr("vishwam_t5x.evaluation.restoring.identity", lambda path: "retrained")
+    assert evaluate(**more, checkpoint_path="all").step == 7
+    assert evaluate(**more, checkpoint_path="all") is None
+    monkeypatch.setattr("vishwam_t5x.evaluation_setup.code_of", lambda function: "mended")
+    assert evaluate(**more, checkpoint_path="all").step == 7
+
+
+def test_what_was_written_with_other_weights_is_not_taken_for_done(settings, tmp_path, monkeypatch):
+    job = {**settings, "mode": "score", "max_examples": 2,
+           "decoding": {"text": DecodingConfig(max_length=6)},
+           "output_file": str(tmp_path / "out.jsonl")}
+    assert infer(**job).num_predictions == infer(**job).num_predictions == 2
+    monkeypatch.setattr("vishwam_t5x.evaluation.restoring.identity", lambda path: "retrained")
+    with pytest.raises(UserError, match="other settings\n  got: weights: .* \"retrained\" now"):
+        infer(**job)
+    assert infer(**job, overwrite=True).num_predictions == 2
+    with pytest.raises(UserError, match="seed: 0 there, 1 now"):
+        infer(**{**job, "dataset_cfg": dataclasses.replace(job["dataset_cfg"], seed=1)})
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(run, tmp_path):

@@ -138,6 +138,8 @@ def test_infer_predicts_a_split_and_writes_pictures(run, settings, tmp_path):
             expected = np.rint(small_run.pixels(np.array(line["prediction"])) * 255)
             assert np.array_equal(np.asarray(image), expected[..., 0])
     assert len({line["picture"] for line in drawn}) == 5
+    # Those of another output in the same folder would have other names.
+    assert all(line["picture"] == f"out-drawings-{line['example']}.png" for line in drawn)
     judged = evaluate(**settings).results[0].predictions
     assert [line["prediction"] for line in lines[:6]] == [line.prediction for line in judged]
 

@@ -1,0 +1,98 @@
+"""`vishwam infer` and `vishwam evaluate` as one job of two processes: the files of one process."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import process_groups
+import pytest
+from evaluation import small_model, small_run
+
+import helpers
+from vishwam_t5x.evaluation.predictions import read_lines
+
+pytestmark = pytest.mark.slow
+# On four devices and on two alike: rows are split over all of them.
+GIN = f"{small_run.GIN}\nBATCH_SIZE = 4\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(gin file, cache directory, folder)."""
+    folder = tmp_path_factory.mktemp("run")
+    module = small_model.model()
+    cache_dir, model_dir = small_run.write(folder, module, small_model.params(module))
+    gin_file = folder / "tiny.gin"
+    gin_file.write_text(f"{GIN}CACHE_DIR = '{cache_dir}'\nMODEL_DIR = '{model_dir}'\n")
+    return str(gin_file), cache_dir, folder
+
+
+def job(run, count, *arguments, odd=()):
+    """Runs a verb in `count` processes of two devices each; returns (exit codes, what they said).
+    """
+    gin_file, cache_dir, folder = run
+    joined = () if count == 1 else (f"--coordinator_address=localhost:{process_groups.free_port()}",
+                                    f"--process_count={count}")
+    env = helpers.environment(2, {"PYTHONPATH": f"{helpers.ROOT}/tests",
+                                  "VISHWAM_CACHE_DIR": cache_dir,
+                                  "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")})
+    processes = [subprocess.Popen(
+        [sys.executable, "-m", "vishwam_t5x", arguments[0], f"--gin_file={gin_file}",
+         *arguments[1:], *joined, *([f"--process_index={index}"] if joined else []),
+         *(odd if index else ())],
+        env=env, cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for index in range(count)]
+    said = [process.communicate(timeout=1800)[0] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def equal(path: pathlib.Path, other: pathlib.Path) -> None:
+    lines, others = list(read_lines(path)), list(read_lines(other))
+    assert len(lines) == len(others) > 0
+    for line, theirs in zip(lines, others, strict=True):
+        assert line.keys() == theirs.keys()
+        for name, value in line.items():
+            assert theirs[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float)
+                                    else value), name
+
+
+def test_infer(run, tmp_path):
+    for count in (1, 2):
+        codes, said = job(run, count, "infer", f"--output_file={tmp_path}/{count}.jsonl")
+        assert codes == [0] * count, "\n".join(said)
+        assert ["18 predictions" in text for text in said] == [True, False][:count]
+    equal(tmp_path / "1.jsonl", tmp_path / "2.jsonl")
+
+
+def test_evaluate(run, tmp_path):
+    for count in (1, 2):
+        codes, said = job(run, count, "evaluate", f"--gin.EVAL_OUTPUT_DIR='{tmp_path}/{count}'")
+        assert codes == [0] * count, "\n".join(said)
+        assert ["exact_match" in text for text in said] == [True, False][:count]
+    for name in ("metrics.jsonl", "predictions-captions.jsonl", "predictions-drawings.jsonl"):
+        equal(tmp_path / "1" / "7" / name, tmp_path / "2" / "7" / name)
+    # What one process of several did is done for the other way to run it, too.
+    codes, said = job(run, 1, "evaluate", f"--gin.EVAL_OUTPUT_DIR='{tmp_path}/2'",
+                      "--checkpoint=all")
+    assert codes == [0] and "nothing was left to evaluate" in said[0]
+
+
+def test_what_is_wrong_in_one_process_ends_both_alike(run, tmp_path):
+    codes, said = job(run, 2, "infer", f"--output_file={tmp_path}/a.jsonl", odd=("--mode=score",))
+    assert codes == [2, 2] and all("mode" in text and "differ" in text for text in said)
+    # Only process 0 writes, and it cannot.
+    (tmp_path / "b.jsonl").write_text("somebody's\n")
+    codes, said = job(run, 2, "infer", f"--output_file={tmp_path}/b.jsonl")
+    assert codes == [2, 2], "\n".join(said)
+    assert "nobody knows with what settings" in said[0] and "process 0" in said[1]
+    assert (tmp_path / "b.jsonl").read_text() == "somebody's\n"
+    # What one host cannot read, both leave out.
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+        {"text": "what is this"}, {"image": "gone.png"}, {"text": "draw a one"})))
+    codes, said = job(run, 2, "infer", f"--input_file={tmp_path}/in.jsonl",
+                      f"--output_file={tmp_path}/c.jsonl")
+    assert codes == [0, 0], "\n".join(said)
+    assert [line["example"] for line in read_lines(tmp_path / "c.jsonl")] == [1, 3]

@@ -1,0 +1,97 @@
+"""What several processes leave out, and what ends them, is the same on all."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import pytest
+
+from vishwam_t5x import joining
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.evaluate import _OneCheckpoint
+from vishwam_t5x.evaluation import checkpoint_stream, together
+from vishwam_t5x.evaluation.together import LeftOut
+
+
+def read(number):
+    if number % 3 == 0:
+        raise LeftOut(f"{number} is broken", damaged=True)
+    return number * 10
+
+
+def test_alone_one_is_read_at_a_time_and_what_cannot_be_used_is_named():
+    read_so_far = []
+    found = together.read("numbers", range(5), lambda number: (
+        read_so_far.append(number), read(number))[1])
+    number, error = next(found)
+    assert (number, error.why, error.damaged, read_so_far) == (0, "0 is broken", True, [0])
+    assert [value if isinstance(value, int) else None for _, value in found] == [10, 20, None, 40]
+
+
+def test_what_another_process_cannot_read_is_left_out_here_too(monkeypatch):
+    monkeypatch.setattr(together.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(together, "refuse_together", lambda what, check: check())
+    monkeypatch.setattr(together, "exchange", lambda name, mine: [
+        mine, json.dumps([[1, "gone", False], [3, "3 is broken too", True]])])
+    found = dict(together.read("numbers", range(5), read))
+    assert found[2] == 20 and found[4] == 40
+    assert found[1].why == "gone (process 1)" and not found[1].damaged
+    assert found[0].why == "0 is broken" and found[3].why == "3 is broken"
+
+
+def checkpoint(restore):
+    one = object.__new__(_OneCheckpoint)
+    one.ready = types.SimpleNamespace(restore=restore)
+    return one
+
+
+def test_a_checkpoint_is_passed_over_only_if_it_is_gone(tmp_path, monkeypatch):
+    def fail(place):
+        raise UserError("it cannot be read")
+
+    here = tmp_path / "checkpoints" / "10"
+    here.mkdir(parents=True)
+    with pytest.raises(UserError, match="it cannot be read"):
+        checkpoint(fail).load(str(here), may_be_gone=True)
+    here.rmdir()
+    with pytest.raises(UserError, match="it cannot be read"):
+        checkpoint(fail).load(str(here), may_be_gone=False)
+    assert checkpoint(fail).load(str(here), may_be_gone=True) is None
+    # Another process could not read it: this one, which could, does not go on alone.
+    (tmp_path / "a.npz").write_bytes(b"")
+    report = types.SimpleNamespace(path=str(tmp_path / "a.npz"))
+    whole = checkpoint(lambda place: ({}, report))
+    assert whole.load(str(here), may_be_gone=True)[1] is report
+    monkeypatch.setattr("vishwam_t5x.core.distributed.any_process", lambda *args: True)
+    assert whole.load(str(here), may_be_gone=True) is None
+    here.mkdir()
+    with pytest.raises(UserError, match="another process cannot read the checkpoint"):
+        whole.load(str(here), may_be_gone=True)
+
+
+def test_a_look_that_fails_in_process_0_fails_everywhere(monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint_stream, "refuse_together", lambda what, check: (
+        asked.append(what), check()))
+    checkpoint_stream.is_gone("/nowhere")
+    assert asked == ["checkpoints looked at"]
+
+
+@pytest.mark.parametrize(("flags", "text", "alone"), [
+    ({}, "", False), ({"num_shards": "1"}, "", False), ({"num_shards": "4"}, "", True),
+    ({}, "infer.infer:\n  num_shards = 4\n", True), ({}, "NUM_SHARDS = 12\n", True),
+    ({}, "infer.infer.num_shards = 1\n", False)])
+def test_jobs_that_share_work_do_not_join_by_themselves(monkeypatch, flags, text, alone):
+    joined = []
+    monkeypatch.setattr(joining.distributed, "initialize", lambda *args: joined.append(args))
+    config = types.SimpleNamespace(flags=flags, text=lambda: text)
+    joining.join(config)
+    assert joined == ([] if alone else [(None, None, None, 300)])
+    config.flags = {**flags, "coordinator_address": "h:1", "process_count": "2",
+                    "process_index": "x"}
+    with pytest.raises(UserError, match="--process_index must be a whole number"):
+        joining.join(config)
+    config.flags["process_index"] = "1"
+    joining.join(config)
+    assert joined[-1] == ("h:1", 2, 1, 300)
