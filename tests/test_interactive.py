@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
 import pathlib
@@ -13,6 +14,8 @@ from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.evaluation.predictions import read_lines
 from vishwam_t5x.infer import infer
 from vishwam_t5x.interactive import InteractiveModel
+from vishwam_t5x.objectives.text_to_text import TextToText
+from vishwam_t5x.training.run_dir import RunDir
 
 GIN = """
 include 'gin/runs/pretrain.gin'
@@ -66,6 +69,36 @@ def test_it_says_what_the_verb_says(run, asked, tmp_path, monkeypatch):
                                 "right": sum(map(str.__eq__, targets, predictions)),
                                 "seen": len(predictions)}])
     assert judged == {"seen": 2, "right": sum(text == "one" for text in predictions)}
+
+
+def test_t5_s_text_gets_its_end(asked, monkeypatch):
+    monkeypatch.setattr(asked, "_ready", dataclasses.replace(
+        asked._ready, objective=TextToText(6, 4)))
+    request, = asked._requests([{"inputs": "one two", "targets": "one"}], "text", True)
+    one, two = asked._codec.encode("one"), asked._codec.encode("one two")
+    assert request.inputs["inputs/text/tokens"].tolist() == [*two, 1]
+    assert request.targets["targets/text/targets"].tolist() == [*one, 1]
+    with pytest.raises(UserError, match="example 1: the target is too long"):
+        asked.train_step([{"text": "one", "target": text} for text in ("one", "one " * 9)])
+
+
+def test_a_checkpoint_is_neither_replaced_nor_written_beside_a_run(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(asked, "_output_dir", str(tmp_path))
+    under_way = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
+    under_way.mkdir(parents=True)
+    with RunDir.open(tmp_path).held(0.0), pytest.raises(UserError, match="another process"):
+        asked.save_checkpoint()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [under_way.name]
+    saved = asked.save_checkpoint()
+    assert pathlib.Path(saved).name == "0" and under_way.exists()
+    before = (tmp_path / "checkpoints" / "0" / "manifest.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match="there is a checkpoint of step 0"):
+        asked.save_checkpoint()
+    (tmp_path / "checkpoints" / "9").mkdir()  # newer: restoring an older one leaves it where it is
+    asked.restore(saved)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "0", "5.orbax-checkpoint-tmp", "9"]
+    assert (tmp_path / "checkpoints" / "0" / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_mistakes_name_the_example(asked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from flax.core import meta
 from vishwam_t5x import evaluation_setup, task_lookup
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import DataPosition
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import UserError, one_of
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data.assembly import PlacedExample, assemble, example_lengths
 from vishwam_t5x.data.source import DatasetConfig
@@ -28,7 +29,7 @@ from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import sharding
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.parallelism.mesh import MeshConfig
-from vishwam_t5x.training import setup
+from vishwam_t5x.training import beginning, setup
 from vishwam_t5x.training.state import TrainState
 from vishwam_t5x.training.step import StepConfig
 
@@ -62,7 +63,8 @@ class InteractiveModel:
                  decoding: Mapping[str, DecodingConfig] | None = None,
                  loss: LossConfig = LossConfig(), mesh: MeshConfig | None = None,
                  logical_axis_rules: LogicalAxisRules = LogicalAxisRules(), seed: int = 0,
-                 compilation_cache_dir: str | None = None) -> None:
+                 compilation_cache_dir: str | None = None,
+                 text_ends: Sequence[str] = ("inputs", "targets")) -> None:
         """Restores parameters, or makes them up where there are none.
 
         Args:
@@ -80,6 +82,7 @@ class InteractiveModel:
             logical_axis_rules: which dimension is split over which mesh axis.
             seed: of random parameters and dropout.
             compilation_cache_dir: as for `train`.
+            text_ends: where text gets an end token, if the objective adds none.
 
         Raises:
             UserError: the parts do not fit together, or the checkpoint is not this model's.
@@ -88,11 +91,12 @@ class InteractiveModel:
         self._ready = evaluation_setup.prepare(
             model, objective, config, None, decoding, batch_size, mesh, logical_axis_rules,
             compilation_cache_dir)
+        self._vocabulary = codec if isinstance(codec, str) else None
         self._codec = codec if not isinstance(codec, str) else task_lookup.tokenizer(
             codec, getattr(objective, "vocabulary", None))
         self._parts = setup.Parts(model, optimizer, self._ready.devices, logical_axis_rules,
                                   StepConfig(loss=loss, seed=seed), self._ready.spec)
-        self._output_dir, self._seed = output_dir, seed
+        self._output_dir, self._seed, self._ends = output_dir, seed, tuple(text_ends)
         self._factory = None if optimizer is None else self._parts.factory()
         self._compiled: Any = None
         self._state: TrainState | None = None
@@ -147,7 +151,7 @@ class InteractiveModel:
             found.setdefault("checkpoint_path", config.macro("INITIAL_CHECKPOINT_PATH"))
         if "codec" not in found:
             vocabulary = vocabulary or config.macro("VOCABULARY_PATH")
-            found["codec"] = vocabulary or _codec_of_tasks(
+            found |= {"codec": vocabulary} if vocabulary else _text_of_tasks(
                 DatasetConfig(wanted("MIXTURE_OR_TASK_NAME"), lengths, found["batch_size"],
                               module=config.macro("MIXTURE_OR_TASK_MODULE"),
                               cache_dir=config.macro("CACHE_DIR")), found["objective"])
@@ -247,13 +251,7 @@ class InteractiveModel:
         placed = []
         for row, request in enumerate(self._requests(examples, "text", needs_target=True)):
             arrays = {**request.inputs, **request.targets}
-            lengths = example_lengths(arrays)
-            for modality, size in lengths.targets.items():
-                if size > min(spec.target_capacities[modality], spec.target_length):
-                    raise UserError(f"example {row}: the target is too long",
-                                    got=f"{size} tokens, at most {spec.target_length}",
-                                    fix="raise task_feature_lengths['targets']")
-            placed.append(PlacedExample(row, lengths, arrays))
+            placed.append(PlacedExample(row, example_lengths(arrays), arrays))
         return self.train_step_on_batch(assemble(spec, spec.batch_size, placed))
 
     def train_step_on_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -272,8 +270,7 @@ class InteractiveModel:
 
     def train_loop(self, num_steps: int, examples: Iterable[Example]) -> list[dict[str, float]]:
         """Takes steps on the examples, in order and over again; returns the metrics of each."""
-        given = list(examples)
-        if not given:
+        if not (given := list(examples)):
             raise UserError("there is no example to train on")
         endless, size = itertools.cycle(given), min(len(given), self._ready.spec.batch_size)
         return [self.train_step(list(itertools.islice(endless, size))) for _ in range(num_steps)]
@@ -281,40 +278,59 @@ class InteractiveModel:
     # -- checkpoints ---------------------------------------------------------------------------
 
     def save_checkpoint(self) -> str:
-        """Writes `output_dir`/checkpoints/STEP and returns its path; `vishwam` reads it, too."""
+        """Writes `output_dir`/checkpoints/STEP and returns its path; `vishwam` reads it, too.
+
+        Nothing else that lies there is touched.
+
+        Raises:
+            UserError, Resumable: there is a checkpoint of this step, or a run trains there.
+            OSError: it cannot be written.
+        """
+        from vishwam_t5x.checkpointing import directory
         from vishwam_t5x.checkpointing.manager import Checkpoints
         from vishwam_t5x.checkpointing.policy import CheckpointConfig
 
         if not self._output_dir:
             raise UserError("there is no output_dir to save to",
                             fix="InteractiveModel(..., output_dir='runs/try')")
-        folder = storage.join(self._output_dir, "checkpoints")
-        with Checkpoints(folder, CheckpointConfig(keep=None)) as saver:
-            saver.save(self.step, self._state or {"params": self._params})
-            if not saver.wait():
-                raise OSError(f"the checkpoint could not be written to {folder}; see above")
+        run_dir = beginning.opened(self._output_dir)
+        folder = storage.join(self._output_dir, directory.FOLDER)
+
+        def refuse_another(_: Any) -> None:
+            if self.step in directory.steps_in(directory.absolute(folder)):
+                raise UserError(f"there is a checkpoint of step {self.step}", got=folder,
+                                fix="train a step, or save to another output_dir")
+
+        with contextlib.closing(run_dir), contextlib.ExitStack() as stack:
+            beginning.hold(stack, run_dir, 0.0, refuse_another)
+            with Checkpoints(folder, CheckpointConfig(keep=None), tidy=False) as saver:
+                saver.save(self.step, self._state or {"params": self._params})
+                if not saver.wait():
+                    raise OSError(f"the checkpoint could not be written to {folder}; see above")
         return storage.join(folder, str(self.step))
 
     def restore(self, checkpoint: str) -> None:
         """Takes the parameters of a checkpoint: a path, as INITIAL_CHECKPOINT_PATH takes it.
 
         Of one that `save_checkpoint` or `vishwam train` wrote in this `output_dir`, training goes
-        on with the same optimizer state.
+        on with the same optimizer state. The folder may be one that a run is saving to.
+
+        Raises:
+            UserError: there is none, it is damaged, or it is another model's or vocabulary's.
         """
         from vishwam_t5x.checkpointing import directory
-        from vishwam_t5x.checkpointing.manager import Checkpoints
-        from vishwam_t5x.checkpointing.policy import CheckpointConfig
+        from vishwam_t5x.checkpointing.restore import restore_state
 
         params, report = self._ready.restore(checkpoint)
+        task_lookup.check_vocabulary((), report.path, self._vocabulary)
         self._set_params(params)
         folder = storage.parent(report.path)
         # A checkpoint of step 0 holds parameters alone.
         if self._factory is not None and report.step and self._output_dir and (
                 folder == str(directory.absolute(storage.join(self._output_dir, "checkpoints")))):
-            with Checkpoints(folder, CheckpointConfig(keep=None)) as saver:
-                state = saver.restore(self._factory.abstract, report.step)
-            if state is not None:
-                self._state, self._params = self._factory.adopt(state), None
+            # Its checksums were compared just now.
+            state = restore_state(directory.absolute(report.path), self._factory.abstract, False)
+            self._state, self._params = self._factory.adopt(state), None
 
     def _set_params(self, params: Any) -> None:
         self._state, self._params = None, params
@@ -351,10 +367,12 @@ class InteractiveModel:
         if isinstance(examples, str | Mapping):
             raise UserError("give a list of examples", got=repr(examples), fix="[…] around it")
         config = self._ready.model.config
+        one_of(target, config.target_modalities, "target modality of this model")
         grids = {module.modality: module.grid for module in config.inputs
                  if hasattr(module, "grid")}
         reader = InputReader(self._ready.objective, target, self._codec.encode, self._ready.spec,
-                             grids, needs_target=needs_target)
+                             grids, None, needs_target,
+                             self._ready.generator.is_prompted(target), self._ends)
         found = []
         for number, example in enumerate(examples):
             try:
@@ -376,6 +394,7 @@ def _fields(example: Example) -> dict[str, str]:
     return fields
 
 
-def _codec_of_tasks(config: DatasetConfig, objective: Any) -> task_lookup.TextCodec:
+def _text_of_tasks(config: DatasetConfig, objective: Any) -> dict[str, Any]:
     tasks = task_lookup.open_tasks(config, objective)
-    return task_lookup.text_codec(tasks, config, getattr(objective, "vocabulary", None))
+    codec = task_lookup.text_codec(tasks, config, getattr(objective, "vocabulary", None))
+    return {"codec": codec, "text_ends": task_lookup.text_ends(tasks, objective)}

@@ -21,11 +21,10 @@ from etils import epath
 
 from vishwam_t5x.checkpointing import directory as directories
 from vishwam_t5x.checkpointing import manifest as manifests
-from vishwam_t5x.checkpointing.layers import make_plan, refuse_other_model
 from vishwam_t5x.checkpointing.local_tier import LocalTier, run_id
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
-from vishwam_t5x.checkpointing.sources import CheckpointSource, assemble, request_of
+from vishwam_t5x.checkpointing.restore import restore_state
 from vishwam_t5x.checkpointing.writing import Writer, can_snapshot, snapshot
 from vishwam_t5x.core import coordination, storage
 from vishwam_t5x.core.coordination import process_name
@@ -46,12 +45,12 @@ class Checkpoints:
     """The checkpoints of one run, in MODEL_DIR/checkpoints/STEP/.
 
     One run at a time may hold a directory: opening it removes the remains of a killed save. To read
-    checkpoints of a run that may be going on, use `restore.restore_params`.
+    checkpoints of a run that may be going on, use `restore.restore_params` or `.restore_state`.
     """
 
     def __init__(self, folder: str | os.PathLike, config: CheckpointConfig, *,
                  clock: Callable[[], float] = time.monotonic,
-                 before_commit: Callable[[], None] | None = None) -> None:
+                 before_commit: Callable[[], None] | None = None, tidy: bool = True) -> None:
         """Opens the folder, removing what a killed save left there.
 
         Args:
@@ -60,10 +59,11 @@ class Checkpoints:
             clock: seconds, for saving by time.
             before_commit: called in process 0, in the background, just before a checkpoint
                 becomes one; if it raises, the save has failed.
+            tidy: remove what other saves left there, killed or set aside; False: only add.
         """
         self.folder = directories.absolute(folder)
         self._policy, self._keep = config.policy(), config.retention()
-        self._verify, self._clock = config.verify, clock
+        self._verify, self._clock, self._tidy = config.verify, clock, tidy
         self._writer = Writer(config.compress, before_commit)
         self._local: LocalTier | None = None
         if config.local_folder is not None:
@@ -82,7 +82,7 @@ class Checkpoints:
         """How long the last `save` held its caller."""
         self.restored_step: int | None = None
         """Step of the checkpoint last restored."""
-        if is_primary():  # nobody waits: no process writes before all begin their first save
+        if tidy and is_primary():  # nobody waits: none writes before all begin their first save
             directories.sweep(self.folder)
 
     # --- saving ---
@@ -226,7 +226,8 @@ class Checkpoints:
             log.info("checkpoint %s saved: %.1f MB in %.2f s", self.folder / str(step), size / 1e6,
                      time.monotonic() - start)
             self._metrics[step] = metrics
-            self._discard()
+            if self._tidy:
+                self._discard()
         return True
 
     def _report_failure(self, step: int, error: Exception) -> None:
@@ -361,16 +362,7 @@ class Checkpoints:
                                   [arrays[name] for name in wanted])
 
     def _restore_one(self, step: int, abstract_state: Any) -> Any:
-        place = self.folder / str(step)
-        manifest = directories.verify_together(place, self._verify)
-        wanted = flatten_names(abstract_state)
-        plan = make_plan({name: tuple(leaf.shape) for name, leaf in wanted.items()},
-                         {name: leaf.shape for name, leaf in manifest.leaves.items()})
-        refuse_other_model(place, plan)
-        arrays = assemble(CheckpointSource(place, manifest), plan.recipes,
-                          {name: request_of(leaf) for name, leaf in wanted.items()})
-        return jax.tree.unflatten(jax.tree.structure(abstract_state),
-                                  [arrays[name] for name in wanted])
+        return restore_state(self.folder / str(step), abstract_state, self._verify)
 
     def _set_aside(self, restored: int, damaged: Mapping[int, str]) -> None:
         self._last_step, self._last_time = restored, self._clock()

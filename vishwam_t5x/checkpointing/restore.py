@@ -14,7 +14,7 @@ from etils import epath
 from vishwam_t5x.checkpointing import directory as directories
 from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.convert import names as t5x_names
-from vishwam_t5x.checkpointing.layers import Plan, make_plan
+from vishwam_t5x.checkpointing.layers import Plan, make_plan, refuse_other_model
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Leaf
 from vishwam_t5x.checkpointing.sources import (
     CheckpointSource,
@@ -186,6 +186,29 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, *,
         raise UserError("this checkpoint is damaged", got=str(damage)) from damage
     leaves = [arrays.get(name, leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), report
+
+
+def restore_state(place: epath.Path, abstract_state: Any, checksums: bool = True) -> Any:
+    """Restores all of one checkpoint, which may be another's: nothing in its folder is touched.
+
+    Args:
+        place: MODEL_DIR/checkpoints/STEP.
+        abstract_state: see `Checkpoints.restore`.
+        checksums: compare every byte with what was written.
+
+    Raises:
+        DamagedCheckpoint: it is.
+        UserError: it is of another model.
+    """
+    manifest = directories.verify_together(place, checksums)
+    wanted = flatten_names(abstract_state)
+    plan = make_plan({name: tuple(leaf.shape) for name, leaf in wanted.items()},
+                     {name: leaf.shape for name, leaf in manifest.leaves.items()})
+    refuse_other_model(place, plan)
+    arrays = assemble(CheckpointSource(place, manifest), plan.recipes,
+                      {name: request_of(leaf) for name, leaf in wanted.items()})
+    return jax.tree.unflatten(jax.tree.structure(abstract_state),
+                              [arrays[name] for name in wanted])
 
 
 def _assign(names: Sequence[str], assignment_map: AssignmentMap, available: Mapping[str, Any]
