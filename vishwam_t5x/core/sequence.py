@@ -44,6 +44,21 @@ class InputSequence:
 
 
 @struct.dataclass
+class Pattern:
+    """What decides which earlier slots of its example a target slot sees; see `models.patterns`.
+
+    Attributes:
+        places: [B, M] int32, row-major place of the slot's target in its grid.
+        widths: [B, M] int32, columns of that grid; 0: no grid, all earlier slots are seen.
+        visible: [B, M] bool, whether the slot's input may be seen by others.
+    """
+
+    places: Int[Array, "B M"]
+    widths: Int[Array, "B M"]
+    visible: Bool[Array, "B M"]
+
+
+@struct.dataclass
 class TargetSequence:
     """Embedded decoder inputs of one target modality and what they should predict.
 
@@ -51,9 +66,11 @@ class TargetSequence:
         embeddings: [B, M, D] in the compute dtype (of the inputs shifted right).
         angles: [B, M, head_dim / 2] float32, or None.
         segment_ids: [B, M] int32, as in `InputSequence`.
-        modality: [B, M] int32, number of the modality; attention stays within it.
+        modality: [B, M] int32, number of the modality, or of one of several answers in it;
+            attention stays within it.
         prefix: [B, M] bool, slots that all slots of the prefix of their example see, later ones
             too (decoder-only models); None: causal throughout.
+        pattern: what narrows causal attention further; None: nothing.
     """
 
     embeddings: Float[Array, "B M D"]
@@ -61,6 +78,7 @@ class TargetSequence:
     segment_ids: Int[Array, "B M"]
     modality: Int[Array, "B M"]
     prefix: Bool[Array, "B M"] | None = None
+    pattern: Pattern | None = None
 
     @staticmethod
     def concatenate(parts: Sequence[TargetSequence]) -> TargetSequence:

@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped keys, QK-norm, and rotary or relative positions."""
+"""Multi-head attention: grouped keys, QK-norm or cosines, and rotary or relative positions."""
 
 from __future__ import annotations
 
@@ -115,6 +115,12 @@ def _drop(weights: jax.Array, values: jax.Array, key_dropout: nn.Dropout
     return weights * kept.swapaxes(2, 3), values
 
 
+def _unit(heads: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """Vectors of length one, float32."""
+    wide = heads.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), -1, keepdims=True) + 1e-12)
+
+
 class Attention(nn.Module):
     """Projections, QK-norm (arXiv 2302.05442), rotation, `attend`, output projection.
 
@@ -130,6 +136,10 @@ class Attention(nn.Module):
         dropout_rate: share of attention weights zeroed, the same keys for every query of a head.
         dtype: dtype of matmuls.
         param_dtype: dtype of stored parameters.
+        scaled_cosine: logits are cosines of query and key times a learned factor of each head, at
+            most 100 (arXiv 2111.09883); goes without `qk_norm`, and `scale_logits` is not looked
+            at.
+        use_bias: each of the four projections adds a vector (a ViT's do).
     """
 
     num_heads: int
@@ -142,11 +152,15 @@ class Attention(nn.Module):
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    scaled_cosine: bool = False
+    use_bias: bool = False
 
     def setup(self) -> None:
+        assert not (self.scaled_cosine and self.qk_norm)
+
         def dense(features: int, axes: tuple[str, str], init: Initializer = ATTENTION_KERNEL
                   ) -> Dense:
-            return Dense(features, axes, init, self.dtype, self.param_dtype)
+            return Dense(features, axes, init, self.dtype, self.param_dtype, self.use_bias)
 
         query_init = ATTENTION_KERNEL if self.scale_logits else nn.initializers.variance_scaling(
             1.0 / self.head_dim, "fan_in", "normal")
@@ -157,6 +171,11 @@ class Attention(nn.Module):
         if self.qk_norm:
             self.query_norm = RMSNorm("kv", dtype=self.dtype, param_dtype=self.param_dtype)
             self.key_norm = RMSNorm("kv", dtype=self.dtype, param_dtype=self.param_dtype)
+        if self.scaled_cosine:
+            self.logit_scale = self.param(
+                "logit_scale", nn.with_logical_partitioning(
+                    nn.initializers.constant(math.log(10)), ("heads",)),
+                (self.num_heads,), self.param_dtype)
         self.key_dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-1,))
 
     def queries(self, x: Float[Array, "B L D"], rope: positions.Rope | None
@@ -165,6 +184,9 @@ class Attention(nn.Module):
         heads = self._heads(self.query(x), self.num_heads)
         if self.qk_norm:
             heads = self.query_norm(heads)
+        if self.scaled_cosine:
+            factor = jnp.exp(jnp.minimum(self.logit_scale.astype(jnp.float32), math.log(100)))
+            heads = (_unit(heads) * factor[:, None]).astype(heads.dtype)
         if rope is not None:
             heads = positions.apply_rotary(heads, rope)
         return heads.swapaxes(1, 2)
@@ -175,6 +197,8 @@ class Attention(nn.Module):
         values = self._heads(self.value(x), self.num_kv_heads)
         if self.qk_norm:
             keys = self.key_norm(keys)
+        if self.scaled_cosine:
+            keys = _unit(keys).astype(keys.dtype)
         if rope is not None:
             keys = positions.apply_rotary(keys, rope)
         return KeysValues(keys.swapaxes(1, 2), values.swapaxes(1, 2))
@@ -185,8 +209,7 @@ class Attention(nn.Module):
         """Returns the attended values after the output projection."""
         use_dropout = enable_dropout and self.dropout_rate > 0
         context = attend(queries, keys_values, bias, relative, float32_logits=self.float32_logits,
-                         scale=1.0 / math.sqrt(self.head_dim) if self.scale_logits else 1.0,
-                         key_dropout=self.key_dropout if use_dropout else None)
+                         scale=self._scale, key_dropout=self.key_dropout if use_dropout else None)
         context = context.swapaxes(1, 2)
         context = checkpoint_name(context.reshape(*context.shape[:2], -1), ATTENTION_CONTEXT)
         context = constrain(context, ("batch", "length", "joined_kv"))
@@ -198,7 +221,7 @@ class Attention(nn.Module):
         """Returns what `attend_after_prefix` does, after the output projection."""
         context = attend_after_prefix(
             queries, prefix, own, bias, relative, float32_logits=self.float32_logits,
-            scale=1.0 / math.sqrt(self.head_dim) if self.scale_logits else 1.0)
+            scale=self._scale)
         context = context.swapaxes(1, 2)
         return self.out(context.reshape(*context.shape[:2], -1))
 
@@ -219,6 +242,11 @@ class Attention(nn.Module):
         """
         return self.attend_to(self.queries(x, rope), self.keys_values(context, context_rope), bias,
                               relative, enable_dropout)
+
+    @property
+    def _scale(self) -> float:
+        plain = self.scaled_cosine or not self.scale_logits
+        return 1.0 if plain else 1.0 / math.sqrt(self.head_dim)
 
     def _heads(self, projected: jax.Array, num_heads: int) -> jax.Array:
         projected = checkpoint_name(projected, QKV)

@@ -31,7 +31,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Dense(nn.Module):
-    """x·W without bias; the one matmul with a kernel, where LoRA and quantization take hold.
+    """x·W, perhaps with a bias; the one matmul with a kernel: LoRA and quantization take hold.
 
     The leading dimensions of x are folded into one: XLA:CPU runs the backward pass of the plain
     2-D matmul 1.3 times as fast as that of the 3-D one, and other backends do not mind.
@@ -42,6 +42,7 @@ class Dense(nn.Module):
         kernel_init: initializer of the kernel.
         dtype: dtype of the matmul and its result.
         param_dtype: dtype of the stored kernel.
+        use_bias: add a vector, zero at first.
     """
 
     features: int
@@ -49,6 +50,7 @@ class Dense(nn.Module):
     kernel_init: Initializer = MLP_KERNEL
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
@@ -57,6 +59,11 @@ class Dense(nn.Module):
             (x.shape[-1], self.features), self.param_dtype)
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         y = jax.lax.dot_general(rows, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
+        if self.use_bias:
+            bias = self.param("bias", nn.with_logical_partitioning(
+                nn.initializers.zeros_init(), self.kernel_axes[1:]), (self.features,),
+                self.param_dtype)
+            y = y + bias.astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
