@@ -1,4 +1,4 @@
-"""Which models fit which hardware: writes results/plans.jsonl and results/plans.md.
+"""Which models fit which hardware: writes results/plans.jsonl, results/plans.md and README's table.
 
 usage: python benchmarks/plan_table.py [--models=base,large,xl,xxl] [--targets=tpu-v3-8,...]
                                        [--search=3] [--table]
@@ -25,6 +25,9 @@ TARGETS = ("tpu-v3-8", "tpu-v3-32", "tpu-v4-8", "tpu-v4-32", "tpu-v4-128", "tpu-
            "tpu-v5e-16", "h200x2", "gtx1650")
 ROWS = {"gtx1650": 1}
 FILE, TABLE = RESULTS / "plans.jsonl", RESULTS / "plans.md"
+BEGIN, END = "<!-- plans: python benchmarks/plan_table.py --table -->\n", "<!-- end of plans -->"
+SHORT = (0, 1, 2, 3, 4, 5, 6, 8, 10)
+"""Columns of the table that README shows."""
 
 
 def flags(model: str, target: str) -> list[str]:
@@ -84,6 +87,22 @@ def markdown(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short(table: str) -> str:
+    """Returns README's part of the table: fewer columns."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return "".join("|" + "|".join(row[n] for n in SHORT) + "|\n" for row in rows)
+
+
+def publish(table: str) -> None:
+    """Puts the table into README, between its two marks."""
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{path} has no line {BEGIN.strip()!r} followed by {END!r}")
+    path.write_text(f"{before}{BEGIN}{short(table)}{end}{after}", encoding="utf-8")
+
+
 def main(argv: list[str]) -> None:
     given = dict(word.lstrip("-").partition("=")[::2] for word in argv)
     found = rows()
@@ -100,7 +119,9 @@ def main(argv: list[str]) -> None:
                     file.write(json.dumps(row) + "\n")
                 print(model, target, row.get("error") or ("fits" if row["fits"] else "too big"),
                       flush=True)
+    found = rows()  # with what another process has added meanwhile
     TABLE.write_text(markdown(found))
+    publish(markdown(found))
     print(markdown(found))
 
 
