@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from vishwam_t5x.core.errors import UserError, one_of
+from vishwam_t5x.models.inputs.audio import AudioInput as AudioInput
+from vishwam_t5x.models.inputs.history import HistoryInput as HistoryInput
+from vishwam_t5x.models.inputs.image import ImageInput as ImageInput
 from vishwam_t5x.models.inputs.patches import PatchInput as PatchInput
 from vishwam_t5x.models.inputs.text import TextInput as TextInput
 from vishwam_t5x.models.layers import ACTIVATIONS
 from vishwam_t5x.models.modalities import InputConfig, Table, TargetConfig, check_positive
 from vishwam_t5x.models.outputs.codes import CodeOutput as CodeOutput
 from vishwam_t5x.models.outputs.text import TextOutput as TextOutput
+from vishwam_t5x.models.perceiver import Resampler as Resampler
+from vishwam_t5x.models.vision_transformer import AudioTransformer as AudioTransformer
+from vishwam_t5x.models.vision_transformer import ImageTransformer as ImageTransformer
+from vishwam_t5x.models.vision_transformer import Transformer
 from vishwam_t5x.parallelism.remat import remat_policy
 from vishwam_t5x.precision.policy import Policy, resolve_policy
 
@@ -58,6 +66,27 @@ class RelativePositions:
             raise UserError("RelativePositions.max_distance must exceed half of num_buckets",
                             got=f"{self.max_distance} and {self.num_buckets} buckets",
                             fix="128 and 32, as in T5")
+
+
+def choose(modules: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
+    """Returns the inputs or targets of the given modalities, in the order of `modules`.
+
+    For gin: a subset of what a file sets up, by one list of names.
+
+    Args:
+        modules: configs of inputs or of targets.
+        names: modalities to keep.
+
+    Raises:
+        UserError: a name that no module has, or not a list of names.
+    """
+    if isinstance(names, str):  # Its letters would pass for a list of names.
+        raise UserError("the modalities to choose must be a list", got=repr(names),
+                        fix=f"({names!r},)")
+    known = tuple(module.modality for module in modules)
+    for name in names:
+        one_of(name, known, "modality to choose")
+    return tuple(module for module in modules if module.modality in names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +203,14 @@ class EncoderDecoderConfig:
                     "differ in vocab_size",
                     got=f"{sizes[table.name].num_embeddings} and {table.num_embeddings}",
                     fix="set both to the larger one")
+        transformers: dict[str, Transformer] = {}
+        for module in self.inputs:
+            found = module.transformer
+            if found is not None and transformers.setdefault(found.name, found) != found:
+                raise UserError(
+                    f"two inputs share the transformer '{found.name}', but differ in its settings",
+                    got=f"{transformers[found.name]} and {found}",
+                    fix="give both the same, or the second another name")
 
     @property
     def decoder_only(self) -> bool:
@@ -210,6 +247,17 @@ class EncoderDecoderConfig:
         """Rows of each embedding table by name."""
         found = (module.table for module in (*self.inputs, *self.targets))
         return {table.name: table.num_embeddings for table in found if table is not None}
+
+    @property
+    def transformers(self) -> dict[str, Transformer]:
+        """The transformers that inputs go through, by name."""
+        found = (module.transformer for module in self.inputs)
+        return {config.name: config for config in found if config is not None}
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether the attention of some target is narrowed further than causal."""
+        return any(module.pattern_width or module.dynamic_mask for module in self.targets)
 
     @property
     def patch_dims(self) -> dict[str, int]:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vishwam_t5x.core.sequence import TargetSequence
-from vishwam_t5x.models import masks, positions
+from vishwam_t5x.models import masks, patterns, positions
 from vishwam_t5x.models.attention import KeysValues
 from vishwam_t5x.models.cache import DecodeCache, LayerCache, write_token
 from vishwam_t5x.models.config import EncoderDecoderConfig
@@ -103,11 +103,13 @@ class DecoderLayer(nn.Module):
 
     def step(self, x: Float[Array, "R 1 D"], cache: LayerCache, index: Int[Array, ""],
              rope: positions.Rope | None, cross_bias: Float[Array, "B 1 1 L"],
-             relative: Float[Array, "1 H 1 T"] | None = None
+             relative: Float[Array, "1 H 1 T"] | None = None,
+             pattern: Bool[Array, " T"] | None = None
              ) -> tuple[Float[Array, "R 1 D"], KeysValues]:
         """Runs one token; returns its output and its self-attention keys and values.
 
         Of a decoder-only model `cross_bias` and `relative` are of the prefix and the own tokens.
+        `pattern` says which of the earlier tokens are seen, None: all.
         """
         y = self.pre_self_attention_layer_norm(x)
         new = self.self_attention.keys_values(y, rope)
@@ -119,6 +121,8 @@ class DecoderLayer(nn.Module):
         if self.relpos_bias is not None:
             relative = self.relpos_bias.at(index, max_length)
         seen = jnp.arange(max_length) <= index
+        if pattern is not None:
+            seen = seen & pattern
         bias = masks.to_bias(seen[None, None, :], logits_dtype(self.config))
         queries = self.self_attention.queries(y, rope)
         x = x + self.self_attention.attend_to(queries, own, bias, relative)
@@ -170,8 +174,11 @@ class Decoder(nn.Module):
         cfg = self.config
         dtype = logits_dtype(cfg)
         rope = positions.rope(sequence.angles)
-        self_bias = masks.to_bias(masks.decoder_mask(
-            sequence.segment_ids, sequence.modality, sequence.prefix), dtype)
+        allowed = masks.decoder_mask(sequence.segment_ids, sequence.modality, sequence.prefix)
+        pattern = sequence.pattern
+        if pattern is not None:
+            allowed = allowed & patterns.visible_mask(pattern.visible)
+        self_bias = masks.to_bias(allowed, dtype)
         read = encoded_rope = cross_bias = None
         if encoded is not None:
             read, encoded_rope = encoded.hidden, positions.rope(encoded.angles)
@@ -180,14 +187,17 @@ class Decoder(nn.Module):
         length = sequence.segment_ids.shape[1]
         relative = None if self.relpos_bias is None else self.relpos_bias(length, length)
 
-        def body(layer: DecoderLayer, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
-            return layer(x, read, rope, encoded_rope, self_bias, cross_bias, relative,
+        def body(layer: DecoderLayer, x: jax.Array, plane: Any) -> tuple[jax.Array, None]:
+            bias = self_bias
+            if pattern is not None and plane is not None:
+                bias = masks.to_bias(allowed & patterns.plane_mask(plane, pattern), dtype)
+            return layer(x, read, rope, encoded_rope, bias, cross_bias, relative,
                          enable_dropout), None
 
         x = constrain(sequence.embeddings, RESIDUAL)
         x = self.input_dropout(x, deterministic=not enable_dropout)
-        x, _ = apply_layers(self._layers(), body, x, num_layers=cfg.num_decoder_layers,
-                            policy=cfg.remat_policy)
+        x, _ = apply_layers(self._layers(), body, x, self._planes(),
+                            num_layers=cfg.num_decoder_layers, policy=cfg.remat_policy)
         return self.output_dropout(self.decoder_norm(x), deterministic=not enable_dropout)
 
     def init_cache(self, encoded: Encoded, max_length: int, num_decodes: int = 1) -> DecodeCache:
@@ -244,8 +254,12 @@ class Decoder(nn.Module):
         return DecodeCache(jnp.zeros((), jnp.int32), layers, seen, sequence.embeddings[:, -1:])
 
     def step(self, x: Float[Array, "R 1 D"], angles: Float[Array, "1 1 P"] | None,
-             cache: DecodeCache) -> tuple[Float[Array, "R 1 D"], DecodeCache]:
-        """Returns the hidden state of one more token, after the final norm, and the cache."""
+             cache: DecodeCache, pattern_width: int = 0
+             ) -> tuple[Float[Array, "R 1 D"], DecodeCache]:
+        """Returns the hidden state of one more token, after the final norm, and the cache.
+
+        `pattern_width`: columns of the grid whose patterns narrow the attention; 0: none do.
+        """
         cfg = self.config
         rope = positions.rope(angles)
         before, bias = 0, cache.cross_bias
@@ -259,13 +273,29 @@ class Decoder(nn.Module):
         relative = None if self.relpos_bias is None else self.relpos_bias.at(
             before + cache.index, before + cache.max_length)
 
-        def body(layer: DecoderLayer, x: jax.Array, layer_cache: LayerCache
+        def body(layer: DecoderLayer, x: jax.Array, own: tuple[LayerCache, Any]
                  ) -> tuple[jax.Array, KeysValues]:
-            return layer.step(x, layer_cache, cache.index, rope, bias, relative)
+            layer_cache, plane = own
+            pattern = None
+            if pattern_width:
+                pattern = patterns.in_pattern(plane, cache.index, jnp.arange(cache.max_length),
+                                              jnp.full(cache.max_length, pattern_width))
+            return layer.step(x, layer_cache, cache.index, rope, bias, relative, pattern)
 
-        x, new = apply_layers(self._layers(), body, x, cache.layers,
-                              num_layers=cfg.num_decoder_layers)
+        planes = self._planes()
+        if cfg.scan_layers:
+            each: Any = (cache.layers, planes)
+        else:
+            each = tuple(zip(cache.layers, planes or (None,) * len(cache.layers), strict=True))
+        x, new = apply_layers(self._layers(), body, x, each, num_layers=cfg.num_decoder_layers)
         return self.decoder_norm(x), cache.advance(new)
 
     def _layers(self) -> Any:
         return self.decoder if self.config.scan_layers else self.layers
+
+    def _planes(self) -> Any:
+        """The pattern each layer follows, None where the config has no patterns."""
+        if not any(target.pattern_width for target in self.config.targets):
+            return None
+        planes = patterns.layer_planes(self.config.num_decoder_layers)
+        return jnp.asarray(planes) if self.config.scan_layers else planes

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from vishwam_t5x.core.batch import Batch
 from vishwam_t5x.core.errors import UserError, did_you_mean
-from vishwam_t5x.core.sequence import InputSequence, TargetSequence
-from vishwam_t5x.models import modalities, prefix, rows
+from vishwam_t5x.core.sequence import InputSequence, Pattern, TargetSequence
+from vishwam_t5x.models import modalities, patterns, prefix, rows
 from vishwam_t5x.models.cache import DecodeCache
 from vishwam_t5x.models.config import EncoderDecoderConfig
 from vishwam_t5x.models.decoder import Decoder, Encoded
@@ -55,7 +55,8 @@ class EncoderDecoder(nn.Module):
 
     Every method takes a flat batch (see `core.batch`): arrays of each modality and, for packed
     rows, `inputs/row/index` and `targets/row/index`. A batch may leave configured modalities out;
-    one that has others is refused.
+    one that has others is refused. Several answers to the same inputs may follow each other in one
+    target: `subsegment_ids` [B, M] tells them apart, and none sees another.
 
     Attributes:
         config: sizes, modalities, precision.
@@ -73,8 +74,16 @@ class EncoderDecoder(nn.Module):
         def embedder(module: Any) -> Embed | None:
             return None if module.table is None else self.embedders[module.table.name]
 
+        self.transformers = {name: transformer.build(policy, cfg.remat_policy)
+                             for name, transformer in cfg.transformers.items()}
+
+        def transformer(module: Any) -> nn.Module | None:
+            return (None if module.transformer is None
+                    else self.transformers[module.transformer.name])
+
         self.input_encoders = {
-            module.modality: module.build(cfg, embedder(module)) for module in cfg.inputs}
+            module.modality: module.build(cfg, embedder(module), transformer(module))
+            for module in cfg.inputs}
         self.target_encoders = {
             module.modality: module.build(cfg, embedder(module)) for module in cfg.targets}
         if not cfg.decoder_only:
@@ -212,25 +221,33 @@ class EncoderDecoder(nn.Module):
         Returns:
             Logits [R, V] of the next token in the policy's output dtype, and the new cache.
         """
-        self.config.target(modality)
+        width = self.config.target(modality).pattern_width
         position = cache.index.reshape(1, 1)
         x, angles = self.target_encoders[modality](tokens[:, None], position)
         if self.config.decoder_only:
             angles = prefix.column_angles(cache.cross_bias.shape[-1] + cache.index, 1,
                                           self.config.head_dim, self.config.rope_theta)
-        hidden, cache = self.decoder.step(x, angles, cache)
+        hidden, cache = self.decoder.step(x, angles, cache, width)
         return self._logits(modality, hidden)[:, 0], cache
 
     def _embed_target(self, name: str, fields: modalities.Fields) -> TargetSequence:
-        where = f"targets/{name}"
-        inputs = modalities.require(fields, "inputs", where)
+        target, where = self.config.target(name), f"targets/{name}"
+        inputs = target.decoder_inputs(fields)
         mask = modalities.require(fields, "mask", where)
         pos_ids = modalities.positions_or_default(fields, inputs.shape)
         embeddings, angles = self.target_encoders[name](inputs, pos_ids)
         segments = fields.get("segment_ids", mask) * (mask > 0)
-        number = self.config.target_modalities.index(name)
-        return TargetSequence(embeddings, angles, segments.astype(jnp.int32),
-                              jnp.full(inputs.shape, number, jnp.int32))
+        modality = jnp.full(inputs.shape, self.config.target_modalities.index(name), jnp.int32)
+        if "subsegment_ids" in fields:
+            modality = modality + len(self.config.targets) * fields["subsegment_ids"]
+        pattern = None
+        if self.config.has_patterns:
+            visible = jnp.ones(inputs.shape, jnp.bool_)
+            if target.dynamic_mask and "task_mask" in fields:
+                visible = patterns.visible_inputs(fields["task_mask"], pos_ids)
+            pattern = Pattern(pos_ids, jnp.full(inputs.shape, target.pattern_width), visible)
+        return TargetSequence(embeddings, angles, segments.astype(jnp.int32), modality, None,
+                              pattern)
 
     def _logits(self, name: str, hidden: jax.Array) -> jax.Array:
         logits = constrain(self.target_encoders[name].logits(hidden), LOGITS)
@@ -272,4 +289,5 @@ def _to_row(sequence: Any, index: Int[Array, "B L"]) -> list[jax.Array]:
                            for field in dataclasses.fields(sequence))
     inverse = rows.invert(index, embeddings.shape[1])
     gathered = constrain(rows.permute(embeddings, index, inverse), RESIDUAL)
-    return [gathered, *(None if array is None else rows.take(array, index) for array in others)]
+    return [gathered, *(jax.tree.map(lambda array: rows.take(array, index), part)
+                        for part in others)]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from vishwam_t5x.models.config import EncoderDecoderConfig
     from vishwam_t5x.models.layers import Embed
+    from vishwam_t5x.models.vision_transformer import Transformer
 
 Fields = Mapping[str, jax.Array]
 """The arrays of one modality of a batch, by the last part of their key ('tokens', 'mask', …)."""
@@ -46,7 +47,11 @@ class InputConfig(Protocol):
 
     @property
     def patch_dim(self) -> int | None:
-        """Numbers in one slot of a continuous modality; None for tokens."""
+        """Numbers in one patch of a continuous modality; None for tokens."""
+
+    @property
+    def transformer(self) -> Transformer | None:
+        """The transformer its patches go through, or None; modalities that name one share it."""
 
     def check(self, config: EncoderDecoderConfig) -> None:
         """Raises `UserError` if it does not go with the sizes of the model."""
@@ -54,7 +59,8 @@ class InputConfig(Protocol):
     def dummy(self) -> dict[str, Any]:
         """Returns the smallest arrays [1, 1, …] its module accepts, to initialize parameters."""
 
-    def build(self, config: EncoderDecoderConfig, embedder: Embed | None) -> nn.Module:
+    def build(self, config: EncoderDecoderConfig, embedder: Embed | None,
+              transformer: nn.Module | None) -> nn.Module:
         """Returns the module: (fields) -> `InputSequence`."""
 
 
@@ -64,6 +70,7 @@ class TargetConfig(Protocol):
     modality: str
     modality_embedding: bool
     logits_via_embedding: bool
+    dynamic_mask: bool
 
     @property
     def module_name(self) -> str:
@@ -75,6 +82,17 @@ class TargetConfig(Protocol):
 
     def check(self, config: EncoderDecoderConfig) -> None:
         """Raises `UserError` if it does not go with the sizes of the model."""
+
+    @property
+    def reads_task_mask(self) -> bool:
+        """Whether it makes something of 'task_mask' in a batch."""
+
+    @property
+    def pattern_width(self) -> int:
+        """Columns of the grid whose patterns narrow its attention, 0 for none; see `patterns`."""
+
+    def decoder_inputs(self, fields: Fields) -> jax.Array:
+        """Returns the ids [B, M] the decoder reads, from the arrays of a batch."""
 
     def angles(self, pos_ids: jax.Array, head_dim: int, theta: float) -> jax.Array:
         """Returns the rotary angles [..., head_dim / 2] of positions."""
@@ -121,6 +139,59 @@ def check_grid(owner: Any, head_dim: int) -> None:
         raise UserError("head_dim must be a multiple of 4 when a modality lies on a grid",
                         got=f"head_dim {head_dim}, {name} '{owner.modality}'",
                         fix=f"head_dim = {-(-head_dim // 4) * 4}")
+
+
+def check_patches(owner: Any, patches: jax.Array, axes: int) -> None:
+    """Raises `UserError` unless an array holds the patches that an input was built for."""
+    if patches.ndim == axes and patches.shape[-1] == owner.patch_dim:
+        return
+    where = f"inputs/{owner.modality}"
+    lead = "rows, frames, patches" if axes == 4 else "rows, slots"
+    raise UserError(f"'{where}/input' does not hold the patches the model was built for",
+                    got=f"shape {patches.shape}",
+                    fix=f"[{lead}, {owner.patch_dim}], or set patch_dim of modality "
+                    f"'{owner.modality}'")
+
+
+def normalize(patches: jax.Array, mean: float | tuple[float, ...],
+              std: float | tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
+    """Returns (patches - mean) / std in `dtype`; uint8 patches stand for shares of 255.
+
+    Args:
+        patches: [..., patch_dim]; the channels of a pixel lie next to each other.
+        mean: one number, or one a channel.
+        std: likewise.
+        dtype: of the result; floating patches that are not changed keep theirs.
+    """
+    if patches.dtype == jnp.uint8:
+        patches = patches.astype(dtype) / 255
+    if (mean, std) == (0.0, 1.0):
+        return patches
+
+    def spread(values: float | tuple[float, ...]) -> float | jax.Array:
+        if not isinstance(values, tuple):
+            return values
+        return jnp.tile(jnp.asarray(values, dtype), patches.shape[-1] // len(values))
+
+    return (patches.astype(dtype) - spread(mean)) / spread(std)
+
+
+def check_normalization(owner: Any) -> None:
+    """Raises `UserError` unless mean and std of patches are numbers, or one a channel."""
+    name = type(owner).__name__
+    values = {}
+    for field in ("mean", "std"):
+        value = getattr(owner, field)
+        if isinstance(value, list | tuple):
+            object.__setattr__(owner, field, tuple(float(number) for number in value))
+            if not value or owner.patch_dim % len(value):
+                raise UserError(f"{name}.{field} must have a number for each channel of a patch",
+                                got=f"{len(value)} numbers, {owner.patch_dim} a patch",
+                                fix="one number for all, or three for RGB")
+        values[field] = value if isinstance(value, list | tuple) else (value,)
+    if not all(value > 0 for value in values["std"]):
+        raise UserError(f"{name}.std must be positive", got=owner.std,
+                        fix="the standard deviation of the numbers in the patches, or 1.0")
 
 
 def check_codes(owner: Any, first_code: int) -> None:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.sequence import InputSequence
 from vishwam_t5x.models import modalities
 from vishwam_t5x.models.layers import Dense, Embed, modality_embedding
@@ -28,9 +27,10 @@ class PatchInput:
         patch_dim: numbers in one patch, e.g. 16 · 16 · 3.
         grid: (rows, columns) of patches in a whole image, or (time steps, mel bands).
         rope_scale: multiplies row and column numbers before they become rotary angles.
-        mean: subtracted from every number of a patch, in the units of the patches. A patch of
-            zeros says nothing after a norm that only knows directions, so centre what is dark.
-        std: every number is divided by it after that.
+        mean: subtracted from every number of a patch, in the units of the patches; or one a
+            channel. A patch of zeros says nothing after a norm that only knows directions, so
+            centre what is dark.
+        std: every number is divided by it after that; or one a channel.
         learned_positions: adds a learned vector for each place of the grid, as a ViT does, beside
             the rotary positions: on a small grid those tell places apart only by attention.
     """
@@ -39,15 +39,13 @@ class PatchInput:
     patch_dim: int
     grid: tuple[int, int]
     rope_scale: float = 1.0
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
     learned_positions: bool = False
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("patch_dim",))
-        if not self.std > 0:
-            raise UserError("PatchInput.std must be positive", got=self.std,
-                            fix="the standard deviation of the numbers in the patches, or 1.0")
+        modalities.check_normalization(self)
         object.__setattr__(self, "grid", tuple(self.grid))
 
     @property
@@ -58,14 +56,19 @@ class PatchInput:
     def table(self) -> modalities.Table | None:
         return None
 
+    @property
+    def transformer(self) -> None:
+        return None
+
     def check(self, config: EncoderDecoderConfig) -> None:
         modalities.check_grid(self, config.head_dim)
 
     def dummy(self) -> dict[str, Any]:
         return {"input": jnp.zeros((1, 1, self.patch_dim), jnp.float32)}
 
-    def build(self, config: EncoderDecoderConfig, embedder: Embed | None) -> PatchInputEncoder:
-        assert embedder is None
+    def build(self, config: EncoderDecoderConfig, embedder: Embed | None,
+              transformer: nn.Module | None) -> PatchInputEncoder:
+        assert embedder is None and transformer is None
         return PatchInputEncoder(config, self, name=self.module_name)
 
 
@@ -89,17 +92,11 @@ class PatchInputEncoder(nn.Module):
         """
         cfg, policy, where = self.config, self.config.policy, f"inputs/{self.input.modality}"
         patches = modalities.require(fields, "input", where)
-        if patches.ndim != 3 or patches.shape[-1] != self.input.patch_dim:
-            raise UserError(f"'{where}/input' does not hold the patches the model was built for",
-                            got=f"shape {patches.shape}",
-                            fix=f"[rows, slots, {self.input.patch_dim}], or set "
-                            f"PatchInput.patch_dim of modality '{self.input.modality}'")
+        modalities.check_patches(self.input, patches, 3)
         slots = patches.shape[:2]
         mask = fields.get("mask", jnp.ones(slots, jnp.int32))
-        if patches.dtype == jnp.uint8:
-            patches = patches.astype(policy.compute_dtype) / 255
-        if (self.input.mean, self.input.std) != (0.0, 1.0):
-            patches = (patches.astype(policy.compute_dtype) - self.input.mean) / self.input.std
+        patches = modalities.normalize(patches, self.input.mean, self.input.std,
+                                       policy.compute_dtype)
         x = Dense(cfg.emb_dim, ("image_patch", "embed"), dtype=policy.compute_dtype,
                   param_dtype=policy.param_dtype, name="projection")(patches)
         x = x + modality_embedding(self, cfg.emb_dim, policy)

@@ -46,14 +46,19 @@ class TextInput:
     def patch_dim(self) -> None:
         return None
 
+    @property
+    def transformer(self) -> None:
+        return None
+
     def check(self, config: EncoderDecoderConfig) -> None:
         """Text goes with any sizes."""
 
     def dummy(self) -> dict[str, Any]:
         return {"tokens": jnp.ones((1, 1), jnp.int32)}
 
-    def build(self, config: EncoderDecoderConfig, embedder: Embed | None) -> TextInputEncoder:
-        assert embedder is not None
+    def build(self, config: EncoderDecoderConfig, embedder: Embed | None,
+              transformer: nn.Module | None) -> TextInputEncoder:
+        assert embedder is not None and transformer is None
         return TextInputEncoder(config, self, embedder, name=self.module_name)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Bool, Int
 
+from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models import modalities
 from vishwam_t5x.models.layers import Embed
 from vishwam_t5x.models.outputs.targets import TargetEncoder
@@ -18,6 +22,17 @@ if TYPE_CHECKING:
 
 FIRST_CODE = 2
 """Code c is token c + 2: token 0 starts a grid and token 1 is [MASK]."""
+
+MASK = 1
+
+
+def _in_segments_with(hidden: Bool[Array, "B M"], segments: Int[Array, "B M"]
+                      ) -> Bool[Array, "B M"]:
+    """Whether a slot's example has a hidden one; segment numbers are at most M."""
+    number = hidden.shape[1] + 1
+    some = jax.vmap(lambda values, at: jnp.zeros(number, jnp.bool_).at[at].max(values))(
+        hidden, segments)
+    return jnp.take_along_axis(some, segments, axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +45,15 @@ class CodeOutput:
         grid: (rows, columns) of codes in one example.
         num_codes: codes of the codebook; by default all rows after the special ones.
         rope_scale: multiplies row and column numbers before they become rotary angles.
+        layout: (rows, columns) in which the codes really lie, where that is not `grid`: spectrogram
+            codes of Unified-IO 2 are 32 x 16, and their angles those of a 16 x 32 grid.
+        pattern_mask: layers see rows, columns or neighbourhoods of the layout, see
+            `models.patterns`; False: all earlier codes, as the code released with Unified-IO 2.
+        dynamic_mask: inputs that the task hid from the encoder are seen by no other slot: those
+            with 'task_mask' 1 in the batch. False: all are seen, as in the released code.
+        mask_token: inputs that the task hid are [MASK].
+        shift_back: in examples of which the task hid something, slot i reads its own token i
+            instead of the one before; needs `mask_token`, or every answer would be read.
     """
 
     modality: str
@@ -37,6 +61,11 @@ class CodeOutput:
     grid: tuple[int, int]
     num_codes: int | None = None
     rope_scale: float = 1.0
+    layout: tuple[int, int] | None = None
+    pattern_mask: bool = False
+    dynamic_mask: bool = False
+    mask_token: bool = False
+    shift_back: bool = False
 
     modality_embedding: ClassVar[bool] = True
     logits_via_embedding: ClassVar[bool] = True
@@ -45,6 +74,15 @@ class CodeOutput:
         modalities.check_positive(self, ("vocab_size",))
         object.__setattr__(self, "grid", tuple(self.grid))
         modalities.check_codes(self, FIRST_CODE)
+        if self.layout is not None:
+            object.__setattr__(self, "layout", tuple(self.layout))
+            if math.prod(self.layout) != self.num_tokens:
+                raise UserError("CodeOutput.layout must have as many places as its grid",
+                                got=f"{self.layout} and {self.grid}", fix="layout = None")
+        if self.shift_back and not self.mask_token:
+            raise UserError("CodeOutput.shift_back without mask_token lets the decoder read what "
+                            "it is to predict", got="mask_token = False",
+                            fix="mask_token = True, or shift_back = False")
 
     @property
     def module_name(self) -> str:
@@ -65,8 +103,35 @@ class CodeOutput:
         codes = self.vocab_size - FIRST_CODE if self.num_codes is None else self.num_codes
         return FIRST_CODE, FIRST_CODE + codes
 
+    @property
+    def reads_task_mask(self) -> bool:
+        return self.dynamic_mask or self.mask_token
+
+    @property
+    def pattern_width(self) -> int:
+        return (self.layout or self.grid)[1] if self.pattern_mask else 0
+
     def check(self, config: EncoderDecoderConfig) -> None:
         modalities.check_grid(self, config.head_dim)
+        if config.decoder_only and (self.pattern_mask or self.dynamic_mask):
+            raise UserError("pattern_mask and dynamic_mask need an encoder",
+                            got=f"num_encoder_layers 0, modality '{self.modality}'",
+                            fix="set num_encoder_layers, or both to False")
+
+    def decoder_inputs(self, fields: modalities.Fields) -> jax.Array:
+        where = f"targets/{self.modality}"
+        inputs = modalities.require(fields, "inputs", where)
+        if not self.mask_token or "task_mask" not in fields:
+            return inputs
+        hidden = fields["task_mask"] > 0
+        starts = modalities.positions_or_default(fields, inputs.shape) == 0
+        before = jnp.pad(hidden, ((0, 0), (1, 0)))[:, :-1] & ~starts
+        shifted = jnp.where(before, MASK, inputs)
+        if not self.shift_back:
+            return shifted
+        own = jnp.where(hidden, MASK, modalities.require(fields, "targets", where))
+        segments = fields.get("segment_ids", jnp.ones_like(inputs))
+        return jnp.where(_in_segments_with(hidden, segments), own, shifted)
 
     def angles(self, pos_ids: jax.Array, head_dim: int, theta: float) -> jax.Array:
         return grid_angles(pos_ids, self.grid[1], head_dim, theta, self.rope_scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 from flax import linen as nn
@@ -34,6 +34,10 @@ class TextOutput:
     modality_embedding: bool = True
     logits_via_embedding: bool = True
 
+    dynamic_mask: ClassVar[bool] = False
+    reads_task_mask: ClassVar[bool] = False
+    pattern_width: ClassVar[int] = 0
+
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("vocab_size",))
 
@@ -47,6 +51,9 @@ class TextOutput:
 
     def check(self, config: EncoderDecoderConfig) -> None:
         """Text goes with any sizes."""
+
+    def decoder_inputs(self, fields: modalities.Fields) -> jax.Array:
+        return modalities.require(fields, "inputs", f"targets/{self.modality}")
 
     def angles(self, pos_ids: jax.Array, head_dim: int, theta: float) -> jax.Array:
         return text_angles(pos_ids, head_dim, theta)
