@@ -210,6 +210,20 @@ def test_patch_restoration(modality, masked_loss):
         assert "targets/text/targets" not in example
 
 
+@pytest.mark.parametrize("masked_loss", ["masked", "all"])
+def test_task_masks_say_which_codes_are_hidden(masked_loss):
+    mixture = objective(task_masks=True, masked_loss=masked_loss)
+    clean = make_clean(FEATURES["text+image+audio"], 1, text_length=10)
+    lengths = clean_lengths(mixture, clean)
+    for i in find(mixture, lengths, "image", "R"):
+        mask = mixture.apply(clean, seed=0, example=i)["targets/image/task_mask"]
+        plain = objective().apply(clean, seed=0, example=i)
+        assert mask.tolist() == plain["targets/image/loss_mask"].tolist()
+        assert "targets/image/task_mask" not in plain
+    for i in find(mixture, lengths, "image", "S"):
+        assert "targets/image/task_mask" not in mixture.apply(clean, seed=0, example=i)
+
+
 def test_generation_from_the_other_modalities():
     mixture, clean = objective(), make_clean(FEATURES["text+image+audio"], 1, text_length=10)
     for i in find(mixture, clean_lengths(mixture, clean), "image", "S"):

@@ -87,6 +87,7 @@ class BatchSpec:
         target_capacities: slots each target modality may use in one row.
         patch_dims: floats per patch of each continuous input modality.
         packed: several examples a row (with row indices and segment ids); False: one a row.
+        task_masks: target modalities whose slots say whether the task hid them from the encoder.
     """
 
     batch_size: int
@@ -96,6 +97,7 @@ class BatchSpec:
     target_capacities: Mapping[str, int]
     patch_dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
     packed: bool = True
+    task_masks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "input_length", "target_length"):
@@ -113,7 +115,8 @@ class BatchSpec:
     @classmethod
     def from_feature_lengths(cls, batch_size: int, lengths: Mapping[str, int],
                              input_modalities: tuple[str, ...], target_modalities: tuple[str, ...],
-                             patch_dims: Mapping[str, int], packed: bool = True) -> BatchSpec:
+                             patch_dims: Mapping[str, int], packed: bool = True,
+                             task_masks: tuple[str, ...] = ()) -> BatchSpec:
         """Builds the shapes from TASK_FEATURE_LENGTHS.
 
         Args:
@@ -124,6 +127,7 @@ class BatchSpec:
             target_modalities: modalities the decoder writes.
             patch_dims: floats per patch of each continuous input modality.
             packed: several examples a row.
+            task_masks: target modalities with a 'task_mask'.
 
         Raises:
             UserError: a row length is missing, a name is unknown, a capacity exceeds its row.
@@ -152,7 +156,7 @@ class BatchSpec:
 
         return cls(batch_size, lengths["inputs"], lengths["targets"],
                    capacities("inputs", input_modalities), capacities("targets", target_modalities),
-                   dict(patch_dims), packed)
+                   dict(patch_dims), packed, tuple(task_masks))
 
     def arrays(self) -> dict[str, FeatureSpec]:
         """Returns the shape and dtype of every array of the batch."""
@@ -169,7 +173,8 @@ class BatchSpec:
             for name in ("mask", "pos_ids", *segments):
                 out[f"{prefix}/{name}"] = FeatureSpec((rows, slots), ints)
         for modality, slots in self.target_capacities.items():
-            for name in ("inputs", "targets", "mask", "loss_mask", "pos_ids", *segments):
+            task = ("task_mask",) if modality in self.task_masks else ()
+            for name in ("inputs", "targets", "mask", "loss_mask", *task, "pos_ids", *segments):
                 out[f"targets/{modality}/{name}"] = FeatureSpec((rows, slots), ints)
         if self.packed:
             out["inputs/row/index"] = FeatureSpec((rows, self.input_length), ints)

@@ -41,7 +41,7 @@ def assemble(spec: BatchSpec, num_rows: int, placed: Sequence[PlacedExample]
     Within its row an example comes after those before it in `placed`, and the plan has made sure
     that all fit. Missing arrays of an example get what they mean when absent: a mask of ones,
     positions 0, 1, …, decoder inputs that are the targets one later after BOS (0), a loss mask
-    that is the mask.
+    that is the mask, a task mask of zeros.
 
     Args:
         spec: shapes; `batch_size` is not looked at.
@@ -124,10 +124,10 @@ def _given(prefix: str, runs: _Runs, examples: Sequence[Example]
         parts: list[Any] = [example.get(prefix + name) for example in examples]
         for index, (part, size) in enumerate(zip(parts, runs.sizes.tolist(), strict=True)):
             if part is None:
-                assert name in ("mask", "pos_ids", "loss_mask"), (
+                assert name in ("mask", "pos_ids", "loss_mask", "task_mask"), (
                     f"some examples lack {prefix}{name}")
                 parts[index] = (np.arange(size, dtype=np.int32) if name == "pos_ids" else
-                                np.ones((size,), np.int32))
+                                np.full((size,), name != "task_mask", np.int32))
             assert len(parts[index]) == size, f"{prefix}{name} has a length of its own"
         yield name, np.concatenate(parts)
 

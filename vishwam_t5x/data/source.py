@@ -169,7 +169,9 @@ def batch_spec(config: DatasetConfig, objective: Objective) -> BatchSpec:
         config.batch_size, config.task_feature_lengths, inputs,
         tuple(objective.target_modalities),
         {modality: specs[modality].patch_dim for modality in inputs if modality in specs},
-        packed=config.pack)
+        packed=config.pack, task_masks=tuple(
+            modality for modality in objective.target_modalities
+            if modality != "text" and getattr(objective, "task_masks", False)))
 
 
 def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = True) -> Dataset:

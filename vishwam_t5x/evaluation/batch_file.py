@@ -26,7 +26,7 @@ T5X_FEATURES = {
 """T5X's encoder-decoder features (its EncDecFeatureConverter) and the arrays they are here."""
 
 _INPUT_ARRAYS = ("tokens", "input", "mask", "pos_ids", "segment_ids")
-# Unified-IO 2's batches have a task_mask; its released model ignores it, and so does this one.
+# Unified-IO 2's batches have a task_mask; only dynamic_mask and mask_token of a CodeOutput read it.
 _TARGET_ARRAYS = ("targets", "inputs", "mask", "loss_mask", "task_mask", "pos_ids", "segment_ids")
 
 

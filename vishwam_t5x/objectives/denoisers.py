@@ -85,6 +85,8 @@ class MixtureOfDenoisers:
         audio_mask_rate: share of the patches that audio [R] withholds.
         target_weights: relative chance of each modality as the target, among those possible.
         masked_loss: image and audio [R] weigh 'masked' codes only, or 'all'.
+        task_masks: say in the batch which codes [R] hid, for `CodeOutput.dynamic_mask` and
+            `mask_token` of the model.
         image_shift: largest random shift of an image given as input, in pixels; 0 for none. The
             image that [R] must restore is never changed.
         image_augmentations: further callables (image, rng) -> image for images given as input.
@@ -113,6 +115,7 @@ class MixtureOfDenoisers:
     target_weights: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"text": 1.0, "image": 1.0, "audio": 1.0})
     masked_loss: Literal["masked", "all"] = "masked"
+    task_masks: bool = False
     image_shift: int = 0
     image_augmentations: Sequence[augmentation.ImageAugmentation] = ()
     mode_tokens: bool = True
@@ -345,7 +348,7 @@ class MixtureOfDenoisers:
           inputs/<m>/pos_ids [n] int32 (place in the patch grid, row-major) for patches;
         - targets/text/targets [m] int32, with EOS;
         - targets/<m>/targets, loss_mask [m] int32 for codes: targets are code + 2; loss_mask is 1
-          where the loss counts.
+          where the loss counts; with `task_masks` also targets/<m>/task_mask, 1 where hidden.
 
         Args:
             clean: features of one example, as cached.

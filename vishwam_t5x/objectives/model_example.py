@@ -38,7 +38,7 @@ def supervised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean,
         if modality == "text":
             out["targets/text/targets"] = np.concatenate([_ids(clean, name), _EOS])
         else:
-            _put_codes(out, modality, _ids(clean, name), None, "all")
+            _put_codes(out, objective, modality, _ids(clean, name), None)
     return out
 
 
@@ -61,7 +61,7 @@ def denoised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean, d
             mask = masking.patch_mask(grid[0] * grid[1], denoiser.rate, rng())
             hidden = masking.code_mask(mask, grid, spec.codes_grid(grid, len(codes)))
             masks[modality] = mask
-        _put_codes(out, modality, codes, hidden, objective.masked_loss)
+        _put_codes(out, objective, modality, codes, hidden)
     _put_input_text(out, objective, [(denoiser.modality, denoiser.paradigm)], text)
     for modality, name in roles.inputs.items():
         generated = modality == denoiser.modality and modality not in masks
@@ -119,9 +119,11 @@ def _put_patches(out: Example, objective: MixtureOfDenoisers, modality: str, arr
     out[f"inputs/{modality}/pos_ids"] = positions
 
 
-def _put_codes(out: Example, modality: str, codes: np.ndarray, hidden: np.ndarray | None,
-               masked_loss: str) -> None:
+def _put_codes(out: Example, objective: MixtureOfDenoisers, modality: str, codes: np.ndarray,
+               hidden: np.ndarray | None) -> None:
     out[f"targets/{modality}/targets"] = codes + np.int32(CODE_OFFSET)
     out[f"targets/{modality}/loss_mask"] = (
-        hidden.astype(np.int32) if hidden is not None and masked_loss == "masked"
+        hidden.astype(np.int32) if hidden is not None and objective.masked_loss == "masked"
         else np.ones(codes.shape, np.int32))
+    if objective.task_masks and hidden is not None:
+        out[f"targets/{modality}/task_mask"] = hidden.astype(np.int32)

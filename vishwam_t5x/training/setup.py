@@ -113,6 +113,14 @@ def check_modalities(model: Any, objective: Any, spec: BatchSpec) -> None:
                 f"patches of modality '{modality}' differ between objective and model",
                 got=f"{size} numbers a patch against {config.patch_dims.get(modality)}",
                 fix="make PatchSpec of the objective and PatchInput of the model agree")
+    for target in config.targets:
+        if (target.reads_task_mask and target.modality in spec.target_capacities
+                and target.modality not in spec.task_masks):
+            raise UserError(
+                f"the model hides what the task hid of modality '{target.modality}', but the "
+                "objective does not say what that is", got="task_masks = False",
+                fix="MixtureOfDenoisers.task_masks = True, or CodeOutput.dynamic_mask and "
+                "mask_token = False")
     layout = getattr(objective, "vocabulary", None)
     rows = config.tables.get("text")
     if layout is not None and rows is not None and rows < layout.size:
@@ -125,8 +133,11 @@ def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:
     """Returns training FLOPs per filled (encoder slot, decoder slot) of a packed row.
 
     The row's FLOPs (attention over the whole row) divided by its slots: useful work is then in
-    proportion to how full the rows are.
+    proportion to how full the rows are. A model of another shape says them itself, as
+    `config.flops_per_slot`.
     """
+    if (stated := getattr(config, "flops_per_slot", None)) is not None:
+        return stated
     shape = EncoderDecoderShape(
         config.emb_dim, config.num_heads, config.kv_heads, config.head_dim, config.mlp_dim,
         config.num_encoder_layers, config.num_decoder_layers, len(config.mlp_activations) > 1)
