@@ -160,8 +160,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
             StepConfig(cut_into(devices, logical_axis_rules), loss, stability, random_seed),
             source.batch_spec(train_dataset_cfg, objective))
         setup.check_modalities(model, objective, parts.spec)
-        batch_shardings = parts.batch_shardings()
-        factory = parts.factory()
+        factory, batch_shardings = parts.factory(), parts.batch_shardings()
         _write_model_info(run_dir, factory, devices, logical_axis_rules)
         saver = saver_ready.result()
         stack.callback(saver.close)
