@@ -77,7 +77,10 @@ def cached(files, tmp_path_factory):
                       split=run("toy", ["validation"]),
                       module=run("toy", modules=("no_such_module",)),
                       file=run("toy", modules=("/no/such/file.py",)), broken=run("toy_broken"),
-                      unasked=run("toy_rows"), rows=run("toy_rows", (), False, {LENGTHS!r}))
+                      unasked=run("toy_rows"), rows=run("toy_rows", (), False, {LENGTHS!r}),
+                      told=cache._told_of_lengths(cache.seqio.TaskRegistry.get("toy_chunks")),
+                      chunks=run("toy_chunks", (), False, {LENGTHS!r}))
+        cache.cache_task_or_mixture("toy_chunks", ({MODULE!r},), {str(directory / "whole")!r})
         result["log"] = list(Log.lines)
         from data.test_tf_cache import live_facts
         del Log.lines[:]
@@ -181,6 +184,26 @@ def test_tasks_that_ask_for_the_lengths_of_a_row_are_cached_for_these_alone(cach
                                 TextToText(6, 4))
     # Tasks that do not ask serve all lengths.
     assert source.open_mixture(config(cached[0], files, sequence_length={"inputs": 9}), PATCHES)
+
+
+def test_tasks_that_can_go_without_lengths_are_told_them_too(cached, files):
+    """Else a preprocessor with `sequence_length=None` would leave all examples whole."""
+    assert cached[1]["told"] == ["_chunks"]
+    assert cached[1]["chunks"]["toy_chunks"]["train"]["num_records"] == 55
+    with pytest.raises(UserError, match="for rows of other lengths"):
+        source.open_mixture(config(cached[0], files, "toy_chunks"), {})
+    given = config(cached[0], files, "toy_chunks", sequence_length=LENGTHS)
+    task = source.open_mixture(given, {}).tasks[0]
+    assert {len(task.read(record)["inputs"]) for record in range(55)} == {2, 3, 4, 5, 6}
+
+
+def test_a_cache_made_without_lengths_is_not_taken_for_one_with(cached, files):
+    task = source.open_mixture(config(cached[0] / "whole", files, "toy_chunks"), {}).tasks[0]
+    assert task.metadata[source.LENGTHS_KEY] == {}
+    assert max(len(task.read(record)["inputs"]) for record in range(55)) == 7
+    with pytest.raises(UserError, match="for rows of other lengths"):
+        source.open_mixture(config(cached[0] / "whole", files, "toy_chunks",
+                                   sequence_length=LENGTHS), {})
 
 
 def config(directory, files, name="toy", **options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import numpy as np
@@ -81,6 +82,20 @@ seqio.TaskRegistry.add(
     "toy_rows", source=seqio.TextLineDataSource({"train": _FILES}),
     preprocessors=[_cut_for_rows], output_features={"inputs": TOKENS, "targets": TOKENS},
     metric_fns=[])
+
+
+def _chunks(dataset, sequence_length=None):
+    """As preprocessors of T5's do that can go without: pieces no longer than a row."""
+    length = sequence_length["inputs"] if sequence_length else None
+    return dataset.map(lambda example: {
+        **example, "inputs": example["text"][:length], "targets": example["text"][:1]})
+
+
+seqio.TaskRegistry.add(
+    "toy_chunks", source=seqio.TextLineDataSource({"train": _FILES}),
+    preprocessors=[_numbers, functools.partial(_chunks, sequence_length=None), _chunks,
+                   seqio.preprocessors.append_eos_after_trim],
+    output_features={"inputs": TOKENS, "targets": TOKENS}, metric_fns=[])
 
 
 def _broken(split, shuffle_files, seed=None):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
 import functools
+import inspect
 import logging
 import os
 import pathlib
@@ -51,8 +53,8 @@ def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
         cache_dir: where to write.
         splits: which; none: all that each Task has.
         overwrite: write again what is there.
-        sequence_length: what preprocessors that ask for the lengths of a row are told; the cache is
-            then good for these lengths alone, and its manifest says so.
+        sequence_length: what preprocessors that ask for the lengths of a row, or would heed them,
+            are told; the cache is then good for these lengths alone, and its manifest says so.
 
     Returns:
         {task: {split: {'num_records', 'num_bad', 'written'}}}.
@@ -76,10 +78,10 @@ def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
     for task_name in rates:
         task = seqio.TaskRegistry.get(task_name)
         result[task_name] = {}
+        lengths = _lengths_wanted(task, sequence_length)
         for split in splits or task.splits:
             metadata = {**examples.task_metadata(loaded, task_name), **code}
-            lengths = _lengths_wanted(task, split, sequence_length)
-            if lengths:
+            if lengths is not None:
                 metadata[LENGTHS_KEY] = lengths
             result[task_name][split] = _cache_split(task, split, cache_dir, metadata, overwrite)
     if name in seqio.MixtureRegistry.names():
@@ -87,20 +89,38 @@ def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
     return result
 
 
-def _lengths_wanted(task: seqio.Task, split: str, given: Mapping[str, int] | None
-                    ) -> dict[str, int]:
-    """Returns the lengths of a row if a preprocessor asks for them and they are given, else {}."""
-    if not given:
-        return {}
-    try:
-        examples.read_task(task, split, seed=0)
-    except examples.WantsLengths:
+def _lengths_wanted(task: seqio.Task, given: Mapping[str, int] | None) -> dict[str, int] | None:
+    """Returns the lengths that the cache is made for, {} where its preprocessors would heed some
+    and are given none; None if they are told of none, so that it serves all lengths."""
+    told = _told_of_lengths(task)
+    if not told:
+        return None
+    if given:
         _logger.warning(
             "%s: its preprocessors make examples for rows of %s: the cache serves these lengths "
             "alone, and what they draw at random is the same in every epoch", task.name,
             ", ".join(f"{name} {length}" for name, length in given.items()))
-        return dict(given)
-    return {}
+    else:
+        _logger.warning(
+            "%s: %s may heed the lengths of a row and is given none: DatasetConfig.sequence_length "
+            "gives them", task.name, ", ".join(told))
+    return dict(given or {})
+
+
+def _told_of_lengths(task: seqio.Task) -> list[str]:
+    """Names the preprocessors that SeqIO tells the lengths of a row, needed or not."""
+    names = []
+    for step in task.preprocessors:
+        inner = step.func if isinstance(step, functools.partial) else step
+        bound = isinstance(step, functools.partial) and "sequence_length" in step.keywords
+        # Of this one only the cut depends on them, and a row makes the same cut: it keeps the end.
+        if bound or inner is seqio.preprocessors.append_eos_after_trim:
+            continue
+        parameters = ([field.name for field in dataclasses.fields(step)]
+                      if dataclasses.is_dataclass(step) else inspect.signature(step).parameters)
+        if "sequence_length" in parameters:
+            names.append(getattr(inner, "__name__", type(inner).__name__))
+    return names
 
 
 def _cache_split(task: seqio.Task, split: str, cache_dir: str, metadata: Mapping[str, Any],
@@ -143,7 +163,7 @@ def _write_split(task: seqio.Task, split: str, directory: pathlib.Path,
                  metadata: Mapping[str, Any]) -> records.Manifest:
     num_parts = _num_parts(task, split)
     read = functools.partial(_dataset, task, split, num_parts,
-                             metadata.get(LENGTHS_KEY))
+                             metadata.get(LENGTHS_KEY) or None)
     kept = examples.CleanFeatures.of_task(task, read(0))
     if kept.dropped:
         _logger.info("%s: not cached, being no output features: %s", task.name,
