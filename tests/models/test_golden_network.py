@@ -95,6 +95,7 @@ def test_layers(everything, stack, num_layers):
                                    case[f"inter/{stack}/{path}__call__.0"][valid], atol=5e-5)
 
 
+@pytest.mark.slow
 def test_losses_and_gradients():
     """Of every parameter; those of the frozen transformers are zero."""
     batch, loss = golden_fixtures.all_to_all(), LossConfig(z_loss=1e-4)
@@ -109,7 +110,7 @@ def test_losses_and_gradients():
     golden = golden_fixtures.results()
     np.testing.assert_allclose(value, golden["total_loss"], rtol=1e-6)
     for name, part in sums.items():
-        expected = golden["losses"]["all_to_all"][name]
+        expected = golden["losses"][name]
         np.testing.assert_allclose(part.loss / part.weight, expected["loss"], rtol=2e-6)
         np.testing.assert_allclose(part.z_loss / part.weight, expected["z_loss"], rtol=1e-4)
         assert float(part.weight) == expected["weight_sum"]
@@ -121,6 +122,23 @@ def test_losses_and_gradients():
         np.testing.assert_allclose(norm, golden["grad_l2"][name], rtol=2e-4, atol=1e-7,
                                    err_msg=name)
         assert (norm == 0.0) == ("vision_transformer" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["image", "audio"])
+def test_text_from_one_picture_or_sound(name):
+    case, inputs = load("cases.npz"), golden_fixtures.all_to_all()
+    case = {key.removeprefix(f"{name}_text_to_text/"): value for key, value in case.items()
+            if key.startswith(f"{name}_text_to_text/")}
+    batch = {key: value for key, value in inputs.items()
+             if key.startswith(("inputs/text/", f"inputs/{name}/"))}
+    batch |= {key.removeprefix("batch/"): value for key, value in case.items()
+              if key.startswith("batch/targets/text/")}
+    model = EncoderDecoder(golden_fixtures.config(("text", name), ("text",)))
+    apply = jax.jit(functools.partial(model.apply, method="logits"))
+    logits = np.asarray(apply(golden_fixtures.variables(), batch)["text"])
+    counts = case["out/text/loss_mask"] > 0
+    np.testing.assert_allclose(logits[counts], case["out/text/logits"][counts], atol=1e-5)
 
 
 def pack(batch):
@@ -164,8 +182,9 @@ def test_packed_rows_equal_unpacked():
 
 
 @pytest.mark.parametrize("name, options", [
-    ("released", {}), ("dalle", {"pattern_mask": True, "dynamic_mask": True}),
-    ("nodalle", {"dynamic_mask": True})])
+    pytest.param("released", {}, marks=pytest.mark.slow),
+    ("dalle", {"pattern_mask": True, "dynamic_mask": True}),
+    pytest.param("nodalle", {"dynamic_mask": True}, marks=pytest.mark.slow)])
 def test_masks_of_the_decoder(name, options):
     """As released, where they are not applied, and as designed."""
     case = load("denoise.npz")
@@ -181,6 +200,7 @@ def test_masks_of_the_decoder(name, options):
     np.testing.assert_allclose(logits[counts], case[f"logits/{name}"][counts], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_greedy_decoding():
     """Eight tokens one at a time, from text and image."""
     golden, batch = load("greedy.npz"), golden_fixtures.all_to_all()

@@ -104,6 +104,7 @@ def test_patterns_hold_token_by_token(drawing):
                                atol=1e-5)
 
 
+@pytest.mark.slow
 def test_patterns_hold_in_a_scan_and_narrow_attention(drawing):
     _, variables, batch, expected = drawing
     changes = {"num_decoder_layers": 3, "inputs": (TextInput(vocab_size=64),)}
