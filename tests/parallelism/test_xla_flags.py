@@ -101,6 +101,7 @@ def test_settings_are_for_several_devices():
 
 def test_what_a_kind_does_unasked_it_is_not_told(no_probe):
     assert set(names("tpu", kind="TPU v5 lite")) == {
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib",
         "xla_tpu_enable_data_parallel_all_reduce_opt",
         "xla_tpu_data_parallel_opt_different_sized_ops"}
     for kind in ("TPU v3", "TPU v4", "TPU v5", "TPU v6 lite", "a new one"):
