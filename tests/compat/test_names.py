@@ -121,7 +121,6 @@ def test_meshes_and_rules():
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"dcn_mesh_shape": (1, 2, 1), "num_partitions": 2}, "nothing how each is cut"),
     ({"ici_mesh_shape": (1, 2, 2), "num_partitions": 4}, "'model' of 2 and of 4"),
     ({"ici_mesh_shape": (1, 2, 2), "model_parallel_submesh": (2, 2, 1, 1)}, "of 2 and of 4"),
 ])
@@ -130,6 +129,26 @@ def test_a_mesh_is_said_once(settings, words):
         partitioning.PjitPartitioner(**settings)
     assert words in str(error.value)
     partitioning.PjitPartitioner(ici_mesh_shape=(1, 2, 2), num_partitions=2)
+
+
+@pytest.mark.parametrize(("settings", "mesh", "words"), [
+    # T5X's pretrain.gin sets num_partitions = 1, and T5X itself demands one of the two.
+    ({"ici_mesh_shape": (1, 4, 2), "dcn_mesh_shape": (2, 1, 1), "num_partitions": 1}, (2, 4, 2),
+     "num_partitions = 1 and"),
+    ({"ici_mesh_shape": (1, 4, 2), "dcn_mesh_shape": (2, 1, 1),
+      "model_parallel_submesh": (2, 2, 1, 1)}, (2, 4, 2), "'model' is 2"),
+    ({"ici_mesh_shape": (1, 4, 2), "dcn_mesh_shape": (2, 1, 1), "num_partitions": 2}, (2, 4, 2),
+     ""),
+    ({"dcn_mesh_shape": (1, 2, 1), "num_partitions": 2}, (1, -1, 2), "needs ici_mesh_shape"),
+    ({"model_parallel_submesh": (2, 2, 1, 1), "num_partitions": 1}, (1, -1, 4),
+     "num_partitions = 1 is set aside"),
+    ({"model_parallel_submesh": (2, 2, 1, 1), "num_partitions": 4}, (1, -1, 4), ""),
+])
+def test_what_t5x_does_nothing_with_is_said_and_runs(settings, mesh, words, caplog):
+    partitioning._say_once.cache_clear()
+    found = partitioning.PjitPartitioner(**settings).mesh()
+    assert (found.replica, found.data, found.tensor) == mesh
+    assert (words in caplog.text) if words else not caplog.records
 
 
 def test_loggers_of_another_kind_are_refused():

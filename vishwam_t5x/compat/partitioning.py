@@ -7,9 +7,12 @@ T5X's mesh has the axes 'data' and 'model' (and 'replica' across slices). 'model
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from absl import logging
 
 from vishwam_t5x.compat import refused
 from vishwam_t5x.core.errors import UserError, one_of
@@ -61,11 +64,13 @@ class PjitPartitioner:
 
     Attributes:
         num_partitions: devices of the 'model' axis.
-        model_parallel_submesh: the same as a tile (x, y, z, cores) of the torus; jax lays it out.
+        model_parallel_submesh: the same as a tile (x, y, z, cores) of the torus, which goes before
+            num_partitions; jax lays it out.
         params_on_devices: True.
         backend: None.
         ici_mesh_shape: ('replica', 'data', 'model') within a slice.
-        dcn_mesh_shape: the same across slices; with `ici_mesh_shape` alone.
+        dcn_mesh_shape: the same across slices. With both shapes the two settings above mean
+            nothing; without `ici_mesh_shape` this one does not. The log says so.
         use_cpu_pjit: False.
         use_shardy_partitioner: jax's own choice, whatever this says.
         logical_axis_rules: which dimension is split over which axis; None: the standard ones.
@@ -83,27 +88,41 @@ class PjitPartitioner:
 
     def __post_init__(self) -> None:
         refused.check(f"{STANDS_FOR}.PjitPartitioner", vars(self))
-        tile = math.prod(self.model_parallel_submesh or (1,))
-        if self.num_partitions and self.model_parallel_submesh and tile != self.num_partitions:
-            raise UserError("num_partitions and model_parallel_submesh say two things",
-                            got=f"{self.num_partitions} and {tuple(self.model_parallel_submesh)}",
-                            fix="num_partitions = None, or model_parallel_submesh = None")
         for name in ("ici_mesh_shape", "dcn_mesh_shape"):
             shape = getattr(self, name)
             if shape is not None and len(shape) != 3:
                 raise UserError(f"{name} is ('replica', 'data', 'model')", got=repr(shape))
-        if self.ici_mesh_shape is None:
-            if self.dcn_mesh_shape is not None:
-                raise UserError("dcn_mesh_shape says how slices lie, and nothing how each is cut",
-                                got=f"dcn_mesh_shape = {tuple(self.dcn_mesh_shape)}",
-                                fix="give ici_mesh_shape too")
+        given = self._given()
+        if self.ici_mesh_shape is not None and self.dcn_mesh_shape is None:
+            model = self.ici_mesh_shape[2]
+            if given and given != model:
+                raise UserError(
+                    "ici_mesh_shape and num_partitions or model_parallel_submesh say two things",
+                    got=f"'model' of {model} and of {given}",
+                    fix="num_partitions = None and model_parallel_submesh = None")
+        for why in self._set_aside():
+            _say_once(why)
+
+    def _given(self) -> int | None:
+        """Devices of 'model' by the settings other than mesh shapes: the tile goes first in T5X."""
+        tile = self.model_parallel_submesh
+        return math.prod(tile) if tile else self.num_partitions
+
+    def _set_aside(self) -> Iterator[str]:
+        """What T5X does nothing with beside the other settings, as a line for the log."""
+        if self.ici_mesh_shape is not None and self.dcn_mesh_shape is not None:
+            model = self.ici_mesh_shape[2] * self.dcn_mesh_shape[2]
+            if self._given() not in (None, model):
+                yield (f"'model' is {model}, as ici_mesh_shape and dcn_mesh_shape say: "
+                       f"num_partitions = {self.num_partitions} and model_parallel_submesh = "
+                       f"{self.model_parallel_submesh} are set aside, as in T5X")
             return
-        model = self.ici_mesh_shape[2] * (self.dcn_mesh_shape or (1, 1, 1))[2]
-        given = self.num_partitions or (self.model_parallel_submesh and tile)
-        if given and given != model:
-            raise UserError("ici_mesh_shape and num_partitions or model_parallel_submesh say two "
-                            "things", got=f"'model' of {model} and of {given}",
-                            fix="num_partitions = None and model_parallel_submesh = None")
+        if self.dcn_mesh_shape is not None:
+            yield (f"dcn_mesh_shape = {tuple(self.dcn_mesh_shape)} is set aside, as in T5X: it "
+                   "needs ici_mesh_shape too")
+        if self.model_parallel_submesh and self.num_partitions not in (None, 0, self._given()):
+            yield (f"num_partitions = {self.num_partitions} is set aside, as in T5X: "
+                   f"model_parallel_submesh = {tuple(self.model_parallel_submesh)}")
 
     def _rules(self) -> tuple[Rule, ...]:
         rules = self.logical_axis_rules
@@ -113,8 +132,7 @@ class PjitPartitioner:
         """Returns the mesh of ours."""
         split = any("data" in _axes(axes) for name, axes in self._rules() if name != "batch")
         if self.ici_mesh_shape is None:
-            tensor = self.num_partitions or math.prod(self.model_parallel_submesh or (1,))
-            return MeshConfig(**{"fsdp" if split else "data": FILL}, tensor=tensor)
+            return MeshConfig(**{"fsdp" if split else "data": FILL}, tensor=self._given() or 1)
         across = tuple(self.dcn_mesh_shape or (1, 1, 1))
         replica, data, model = (inner * outer for inner, outer in
                                 zip(self.ici_mesh_shape, across, strict=True))
@@ -144,6 +162,11 @@ class PjitPartitioner:
 
 class ModelBasedPjitPartitioner(PjitPartitioner):
     """The older name of `PjitPartitioner`."""
+
+
+@functools.cache  # once: the mesh is asked for more than once
+def _say_once(line: str) -> None:
+    logging.warning("PjitPartitioner: %s", line)
 
 
 def _axes(axes: str | Sequence[str] | None) -> tuple[str, ...]:
