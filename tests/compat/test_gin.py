@@ -13,7 +13,7 @@ import pytest
 from compat import t5x_runs
 
 from vishwam_t5x import gin_config, gin_differences
-from vishwam_t5x.compat import installed, names, refused
+from vishwam_t5x.compat import adafactor, installed, names, refused, t5x_utils
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.gin_graph import parameters_of
 
@@ -105,7 +105,6 @@ def test_mistakes(parse, flag, words):
     ("--gin.PjitPartitioner.params_on_devices=False", "params_on_devices is not honoured"),
     ("--gin.utils.SaveCheckpointConfig.dtype='bfloat16'", "vishwam convert"),
     ("--gin.seqio.ByteVocabulary.extra_ids=1000", "input_vocabulary does not fit the network"),
-    ("--gin.adafactor.Adafactor.learning_rate=0.1", "Adafactor.learning_rate is not honoured"),
     ("--gin.train.eval_steps=0", "at least one batch"),
 ])
 def test_what_is_not_honoured(parse, flag, words):
@@ -136,6 +135,20 @@ def test_settings(name):
         refused.check(owner, {parameter: 12345.5})
     assert name in error.value.problem
     assert setting.why in error.value.problem and error.value.fix == setting.instead
+
+
+def test_what_changes_nothing_in_t5x_either_is_logged_once(caplog):
+    refused._say_once.cache_clear()
+    rate = t5x_utils.create_learning_rate_scheduler(factors="constant", base_learning_rate=0.1)
+    t5x_utils.RestoreCheckpointConfig(path=None, strict=True)
+    assert not caplog.records
+    for _ in range(2):
+        t5x_utils.RestoreCheckpointConfig(path=None, strict=False)
+        found = adafactor.Adafactor(learning_rate=0.7).ours(rate)
+    assert float(found.schedule(0)) == pytest.approx(0.1)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    for words in ("strict = False changes nothing", "learning_rate = 0.7 changes nothing"):
+        assert words in caplog.text
 
 
 @pytest.mark.parametrize("name", sorted(refused.ABSENT))

@@ -22,7 +22,7 @@ class Adafactor(OptimizerDef):
     """Adafactor; see `training.adafactor.AdafactorRules`.
 
     Attributes:
-        learning_rate: None: `trainer.Trainer.learning_rate_fn` says it.
+        learning_rate: changes nothing, as in T5X: `trainer.Trainer.learning_rate_fn` says it.
         global_norm_clip_threshold: gradients are scaled down to this global norm; None: never.
         factored, multiply_by_parameter_scale, beta1, decay_rate, step_offset, clipping_threshold,
             weight_decay_rate, min_dim_size_to_factor, epsilon1, epsilon2, dtype_momentum,
@@ -55,7 +55,8 @@ class Adafactor(OptimizerDef):
     def ours(self, learning_rate: LearningRate, before: int = 0) -> optimizers.Optimizer:
         """See `OptimizerDef.ours`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["learning_rate"]
         clip = fields.pop("global_norm_clip_threshold")
         # T5X's weight decay spares no parameter.
-        return optimizers.Adafactor(**{**fields, "learning_rate": shifted(learning_rate, before),
-                                       "global_norm_clip": clip, "no_decay": ()})
+        return optimizers.Adafactor(learning_rate=shifted(learning_rate, before),
+                                    global_norm_clip=clip, no_decay=(), **fields)

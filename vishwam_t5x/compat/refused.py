@@ -6,10 +6,13 @@ nothing here stands for. Imports nothing of ours: every gin file is looked at wi
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from absl import logging
 
 from vishwam_t5x.core.errors import UserError
 
@@ -124,9 +127,6 @@ SETTINGS: dict[str, Setting] = {
         ((), []), _WRITTEN, _RENAME),
     "t5x.utils.SaveCheckpointConfig.use_gda": Setting((True,), "every array is a jax.Array",
                                                       "leave it out"),
-    "t5x.utils.RestoreCheckpointConfig.strict": Setting(
-        (True,), "it is about checkpoints of Mesh TensorFlow, and of others changes nothing in T5X "
-        "either", "fallback_to_scratch = True, for parameters that a checkpoint lacks"),
     "t5x.utils.RestoreCheckpointConfig.restore_dataset": Setting(
         (False,), "a run's own checkpoints restore the data's position by themselves; another "
         "run's position is of other data", "restore_dataset = False"),
@@ -179,9 +179,6 @@ SETTINGS: dict[str, Setting] = {
         (None,), "steps of decoding are compiled without callbacks", "leave it out"),
     "t5x.decoding.temperature_sample.logit_callback_fn": Setting(
         (None,), "steps of decoding are compiled without callbacks", "leave it out"),
-    "t5x.adafactor.Adafactor.learning_rate": Setting(
-        (None,), "the trainer's takes its place, in T5X too",
-        "trainer.Trainer.learning_rate_fn = @utils.create_learning_rate_scheduler()"),
     "seqio.PassThroughVocabulary.eos_id": Setting(
         (None, 1), "a text that is decoded ends with id 1", "eos_id = 1"),
     "seqio.Evaluator.use_memory_cache": Setting((True, False), "", ""),
@@ -189,6 +186,15 @@ SETTINGS: dict[str, Setting] = {
         (None,), "every prediction is written", "seqio.Evaluator.num_examples"),
 }
 """By full name. An empty `why`: every value is honoured in its way, or changes no result."""
+
+IDLE: dict[str, tuple[Any, str]] = {
+    "t5x.utils.RestoreCheckpointConfig.strict": (
+        True, "it is about checkpoints of Mesh TensorFlow; parameters that another lacks start "
+        "afresh with fallback_to_scratch = True"),
+    "t5x.adafactor.Adafactor.learning_rate": (
+        None, "trainer.Trainer.learning_rate_fn takes its place"),
+}
+"""What changes nothing in T5X either: its default, and why. Another value runs, and is logged."""
 
 ABSENT: dict[str, tuple[str, str]] = {
     "t5x.config_utils": ("Fiddle configurations are not read", "gin files"),
@@ -231,19 +237,23 @@ ABSENT: dict[str, tuple[str, str]] = {
 
 
 def check(owner: str, values: Mapping[str, Any]) -> None:
-    """Refuses what is not honoured of an owner's parameters.
+    """Refuses what is not honoured of an owner's parameters, and logs once what changes nothing.
 
     Args:
         owner: full name of T5X's function or class, e.g. 't5x.utils.DatasetConfig'.
-        values: {parameter: value}; parameters that `SETTINGS` does not name are passed over.
+        values: {parameter: value}; parameters that `SETTINGS` and `IDLE` do not name are passed
+            over.
 
     Raises:
         UserError: the first value that is not accepted, why, and what there is instead.
     """
     for parameter, value in values.items():
-        setting = SETTINGS.get(f"{owner}.{parameter}")
+        name = f"{owner}.{parameter}"
+        if name in IDLE and value != IDLE[name][0]:
+            _say_once(f"{name} = {_shown(value)} changes nothing, as in T5X: {IDLE[name][1]}")
+        setting = SETTINGS.get(name)
         if setting is not None and not _accepts(setting, value):
-            raise UserError(f"{owner}.{parameter} is not honoured: {setting.why}",
+            raise UserError(f"{name} is not honoured: {setting.why}",
                             got=f"{parameter} = {_shown(value)}", fix=setting.instead)
 
 
@@ -274,6 +284,11 @@ def _is(value: Any, known: Named) -> bool:
         return value is meant or meant in value.__bases__ and (
             value.__module__, value.__qualname__) == (meant.__module__, meant.__qualname__)
     return callable(value) and inspect.unwrap(value) is meant
+
+
+@functools.cache  # once: a config is built more than once
+def _say_once(line: str) -> None:
+    logging.warning("%s", line)
 
 
 def _shown(value: Any) -> str:

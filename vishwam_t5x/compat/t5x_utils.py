@@ -168,7 +168,7 @@ class RestoreCheckpointConfig:
         path: a checkpoint, or a folder of some; [] or None: none.
         mode: 'specific', 'latest' or 'all'.
         assignment_map: (pattern, name in the checkpoint) pairs; None for the name leaves out.
-        strict: True.
+        strict: changes nothing, as in T5X.
         fallback_to_scratch: parameters that the checkpoint lacks start afresh; else an error.
         dtype: of restored parameters, 'float32' or 'bfloat16'; None: as they are used.
         restore_dataset: False.
