@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 import t5x_folders
+import tensorstore as ts
 from etils import epath
 from jax.sharding import PartitionSpec
 
@@ -87,7 +88,7 @@ def test_orbax_checkpoints(tmp_path, database):
 
 @pytest.mark.parametrize("writer", ["orbax, zarr3", "another, zarr2 with a fill value"])
 def test_a_lost_chunk_is_not_read_as_zeros(tmp_path, writer):
-    """The format itself lets a chunk of the fill value be left out: nobody can tell."""
+    """Its `_METADATA` says that every chunk was written, those of the fill value too."""
     name, place = "target/decoder/decoder_norm/scale", tmp_path / "checkpoint_1"
     scale = np.zeros(6, np.float32)
     t5x_folders.write_orbax({name: scale}, place, database=False, zarr3="zarr3" in writer)
@@ -102,6 +103,47 @@ def test_a_lost_chunk_is_not_read_as_zeros(tmp_path, writer):
     with pytest.raises(UserError, match="damaged") as error:
         restore_params(tmp_path, ours)
     assert f"array '{name}'" in error.value.got and "chunk {0}" in error.value.got
+
+
+def written_without_zeros(tmp_path, driver, fill_value):
+    """A checkpoint as Orbax wrote it in 2023: TensorStore leaves out chunks of the fill value."""
+    name, place = "target/decoder/decoder_norm/scale", tmp_path / "checkpoint_1"
+    scale = np.array([0, 0, 0, 0, 5, 6], np.float32)
+    t5x_folders.write_orbax({name: scale}, place, database=False, zarr3=driver == "zarr3")
+    tree = place / "state" / "_METADATA"
+    said = json.loads(tree.read_text())
+    assert said.pop("store_array_data_equal_to_fill_value") is True
+    tree.write_text(json.dumps(said))
+    folder = place / "state" / name.replace("/", ".")
+    shutil.rmtree(folder)
+    header = {"chunks": [2], "dtype": "<f4"} if driver == "zarr" else {
+        "data_type": "float32", "chunk_grid": {
+            "name": "regular", "configuration": {"chunk_shape": [2]}}}
+    ts.open({"driver": driver, "kvstore": {"driver": "file", "path": f"{folder}/"},
+             "metadata": {"shape": [6], "fill_value": fill_value, **header}},
+            create=True).result().write(scale).result()
+    return folder, scale
+
+
+@pytest.mark.parametrize("driver", ["zarr", "zarr3"])
+def test_chunks_of_zeros_that_were_left_out_are_zeros(tmp_path, driver, caplog):
+    folder, scale = written_without_zeros(tmp_path, driver, 0.0)
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == 2  # one, and the header
+    ours = wanted({"decoder/decoder_norm/scale": scale})
+    found, _ = restore_params(tmp_path, ours)
+    np.testing.assert_array_equal(found["decoder"]["decoder_norm"]["scale"], scale)
+    assert "2 of 3 chunks of array 'target/decoder/decoder_norm/scale'" in caplog.text
+    chunk = folder / ("c/2" if driver == "zarr3" else "2")
+    chunk.write_bytes(b"\0" * 5)  # another fault is one all the same
+    with pytest.raises(UserError, match="damaged"):
+        restore_params(tmp_path, ours)
+
+
+def test_without_a_fill_value_a_chunk_is_lost(tmp_path):
+    folder, scale = written_without_zeros(tmp_path, "zarr", None)
+    (folder / "0").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        restore_params(tmp_path, wanted({"decoder/decoder_norm/scale": scale}))
 
 
 def test_of_two_arrays_with_one_name_of_ours_none_is_lost_unsaid(tmp_path):

@@ -59,7 +59,9 @@ def open_orbax(folder: epath.Path) -> StoredSource:
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(folder, f"{TREE} is not as Orbax writes it ({error!r})"
                                 ) from error
-    return StoredSource(folder, arrays)
+    # Orbax's name of what its newer versions do; what older ones wrote lacks it.
+    return StoredSource(folder, arrays, every_chunk=bool(
+        metadata.get("store_array_data_equal_to_fill_value")))
 
 
 def write_orbax(source: Source, names: Mapping[str, str], folder: epath.Path,

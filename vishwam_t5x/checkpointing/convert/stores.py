@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import logging
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +25,8 @@ from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Leaf
 from vishwam_t5x.checkpointing.sources import Request, Source, place
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.distributed import any_process
+
+log = logging.getLogger(__name__)
 
 _THREADS = 8  # arrays read at the same time
 _ALONE = 256 * 2**20  # bytes of an array that is read with no other beside it
@@ -77,13 +81,16 @@ class StoredSource:
     """
 
     def __init__(self, place: epath.Path, arrays: Mapping[str, Spec | np.ndarray],
-                 expected: Mapping[str, Leaf] | None = None) -> None:
+                 expected: Mapping[str, Leaf] | None = None, every_chunk: bool = False) -> None:
         """Opens every array's header.
 
         Args:
             place: the checkpoint, for messages.
             arrays: name -> TensorStore's description of where it lies, or the array itself.
             expected: what the checkpoint says of some of them.
+            every_chunk: its writer left no chunk out, so that one that is not there is lost. Else
+                chunks of an array with a fill value may be missing: they read as that value, and
+                a warning names the array.
 
         Raises:
             DamagedCheckpoint: one cannot be opened, or is not what is expected.
@@ -92,7 +99,10 @@ class StoredSource:
         self.place = place
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._arrays: dict[str, Any] = {}
+        self._specs: dict[str, Spec] = {} if every_chunk else {
+            name: spec for name, spec in arrays.items() if isinstance(spec, dict)}
         self._leaves: dict[str, Leaf] = {}
+        self._filling = threading.Lock()
         self.bytes_read = 0
         """Bytes of arrays read so far, as numbers (not as compressed)."""
         pending = {name: self._open(spec) for name, spec in arrays.items()
@@ -109,8 +119,7 @@ class StoredSource:
                     place, f"'{name}' is {self._leaves[name]}, {leaf} was written")
 
     def _open(self, spec: Spec) -> Any:
-        # A chunk that is not there would otherwise read as zeros. T5X and Orbax write every chunk;
-        # of another writer's nobody could tell one that was left out from one that was lost.
+        # A chunk that is not there would otherwise read as zeros, in silence.
         return ts.open({**spec, "fill_missing_data_reads": False}, open=True, read=True,
                        context=self._context)
 
@@ -161,11 +170,37 @@ class StoredSource:
         if isinstance(array, np.ndarray):
             return array[part]
         try:
-            numbers = array[part].read().result() if part else array.read().result()
+            numbers = self._numbers(name, array, part)
         except (ValueError, OSError) as error:
             raise self._failure(f"array '{name}'", error) from error
         self.bytes_read += numbers.nbytes
         return numbers
+
+    def _numbers(self, name: str, array: Any, part: Slices) -> np.ndarray:
+        try:
+            return (array[part] if part else array).read().result()
+        except ValueError as error:
+            if storage_is_away(error) or name not in self._specs or array.fill_value is None:
+                raise
+            filled = ts.open({**self._specs[name], "fill_missing_data_reads": True}, open=True,
+                             read=True, context=self._context).result()
+            numbers = (filled[part] if part else filled).read().result()  # or it is another fault
+        with self._filling:
+            if self._arrays[name] is array:
+                self._say_filled(name, array)
+                self._arrays[name] = filled
+        return numbers
+
+    def _say_filled(self, name: str, array: Any) -> None:
+        chunk = array.chunk_layout.write_chunk.shape
+        chunks = math.prod(-(-length // size) for length, size in
+                           zip(array.shape, chunk, strict=True))
+        there = sum(not key.rpartition(b"/")[2].startswith((b".z", b"zarr.json"))
+                    for key in array.kvstore.list().result())
+        log.warning("%s: %s of %d chunks of array '%s' are not there and read as %s: its writer "
+                    "left out chunks of that value, as older versions of Orbax do. One that was "
+                    "lost in copying would read the same", self.place,
+                    max(chunks - there, 0) or "parts", chunks, name, array.fill_value)
 
     def _size(self, name: str) -> int:
         leaf = self._leaves[name]
