@@ -74,7 +74,7 @@ def loss(figures: Figures, windows: int) -> None:
     table = jax.random.normal(keys[1], (size, width))
     targets = jax.random.randint(keys[2], (rows, length), 0, size)
     weights = jnp.ones((rows, length))
-    chunks, scale = num_chunks_for(rows, length, size), width ** -0.5
+    chunks, scale = num_chunks_for(rows, length, size, width=width), width ** -0.5
 
     def plain(hidden: jax.Array, table: jax.Array, *rest: jax.Array) -> jax.Array:
         return cross_entropy_sums(jnp.einsum("bld,vd->blv", hidden, table) * scale, *rest).loss

@@ -178,6 +178,10 @@ def test_choice_by_size():
     assert should_chunk(16, 128, 1_152, platform="cpu")  # 9 MiB: more than fits a cache.
     assert not should_chunk(16, 40, 384, platform="cpu")
     assert should_chunk(16, 128, 1_152) == should_chunk(16, 128, 1_152, platform="cpu")
+    # Each chunk adds a whole table's gradient: on CPUs it has as many positions as that is wide.
+    assert num_chunks_for(8, 32, 32_128, platform="cpu") == 16
+    assert num_chunks_for(8, 32, 32_128, platform="cpu", width=256) == 1
+    assert num_chunks_for(64, 128, 32_128, platform="cpu", width=256) == 32
     assert num_chunks_for(128, 1_024, 16_512, chunk_tokens=0) == 1
     for platform, budget in (("cpu", chunked_loss.CHUNK_BYTES["cpu"]),
                              ("gpu", chunked_loss.OTHER_CHUNK_BYTES)):

@@ -39,6 +39,9 @@ On CPUs a chunk should stay in the cache: value and gradient for 16 x 512 positi
 took 222 ms of CPU time plain and 98 ms in eight chunks. Accelerators want big matrix products.
 """
 OTHER_CHUNK_BYTES = 64 * 2**20
+# Every chunk adds a gradient of the whole table to the last one's: on CPUs, where the budget is
+# small, a chunk has as many positions as the table is wide, or big tables are mostly added. (32,128
+# pieces x 256, 256 positions: 340 of 691 ms of a step in 16 chunks.)
 
 _CHUNK_ABOVE = 4  # chunks' worth of logits: below, the plain form is as good.
 
@@ -64,7 +67,7 @@ def chunk_bytes(platform: str | None = None) -> int:
 
 
 def should_chunk(batch: int, length: int, vocab_size: int, batch_shards: int = 1,
-                 platform: str | None = None) -> bool:
+                 platform: str | None = None, width: int = 0) -> bool:
     """Returns whether the logits of one device are big enough to be taken in chunks.
 
     Args:
@@ -73,13 +76,20 @@ def should_chunk(batch: int, length: int, vocab_size: int, batch_shards: int = 1
         vocab_size: rows of the table.
         batch_shards: devices the batch is divided over.
         platform: 'cpu', 'gpu' or 'tpu' that will run it; None: the default backend.
+        width: of the hidden states.
     """
-    logits = 4 * batch * length * vocab_size
-    return logits > _CHUNK_ABOVE * chunk_bytes(platform) * batch_shards
+    tokens = _tokens(vocab_size, platform, width)
+    return batch * length > _CHUNK_ABOVE * tokens * batch_shards
+
+
+def _tokens(vocab_size: int, platform: str | None, width: int) -> int:
+    """Most positions of a chunk on one device."""
+    platform = platform or jax.default_backend()
+    return max(chunk_bytes(platform) // (4 * vocab_size), width if platform == "cpu" else 0)
 
 
 def num_chunks_for(batch: int, length: int, vocab_size: int, chunk_tokens: int | None = None,
-                   batch_shards: int = 1, platform: str | None = None) -> int:
+                   batch_shards: int = 1, platform: str | None = None, width: int = 0) -> int:
     """Returns into how many chunks to cut the length axis; 1 means not at all.
 
     The least number that keeps a chunk within its budget; if a number less than twice as large
@@ -92,13 +102,14 @@ def num_chunks_for(batch: int, length: int, vocab_size: int, chunk_tokens: int |
         chunk_tokens: see `LossConfig`.
         batch_shards: devices the batch is divided over.
         platform: 'cpu', 'gpu' or 'tpu' that will run it; None: the default backend.
+        width: of the hidden states.
     """
     if chunk_tokens == 0:
         return 1
     if chunk_tokens is None:
-        if not should_chunk(batch, length, vocab_size, batch_shards, platform):
+        if not should_chunk(batch, length, vocab_size, batch_shards, platform, width):
             return 1
-        chunk_tokens = chunk_bytes(platform) * batch_shards // (4 * vocab_size)
+        chunk_tokens = _tokens(vocab_size, platform, width) * batch_shards
     columns = max(chunk_tokens // batch, 1)
     fewest = -(-length // columns)
     return next((n for n in range(fewest, 2 * fewest) if length % n == 0), fewest)
@@ -284,7 +295,8 @@ def projected_cross_entropy_sums(
         platform: what will run it, if that is not the default backend (compiling ahead of time).
     """
     batch, length, vocab_size = *hidden.shape[:2], table.shape[0]
-    chunks = num_chunks_for(batch, length, vocab_size, config.chunk_tokens, batch_shards, platform)
+    chunks = num_chunks_for(batch, length, vocab_size, config.chunk_tokens, batch_shards, platform,
+                            hidden.shape[2])
     if chunks > 1:
         return chunked_cross_entropy_sums(
             hidden, table, targets, weights, config.z_loss, config.label_smoothing,
