@@ -92,6 +92,18 @@ def test_other_settings_are_refused_while_it_is_not_finished(tmp_path):
     assert todo == PLAN
 
 
+def test_overwriting_that_is_killed_comes_to_an_end(tmp_path):
+    path = tmp_path / "out.jsonl"
+    work(path)
+    for written in range(3):  # the same command, killed each time after one chunk
+        file, todo = job(path, overwrite=True)
+        assert todo == PLAN[written:]
+        file.write(todo[0], ["{}"])
+    work(path, overwrite=True)
+    assert path.read_text().splitlines() == ["{}"] * 3 + EXPECTED[-3:]
+    assert job(path, overwrite=True)[1] == PLAN  # it is finished
+
+
 def test_a_finished_file_is_replaced_only_if_asked(tmp_path):
     path = tmp_path / "out.jsonl"
     work(path)

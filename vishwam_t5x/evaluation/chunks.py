@@ -103,7 +103,9 @@ class ChunkedFile:
         """Returns the chunks that this job is to write: its own, but for those that are there.
 
         Args:
-            overwrite: forget what was written with these or other settings.
+            overwrite: forget what was written with other settings, or is finished; what these
+                settings have begun goes on, so that the same command comes to an end however often
+                it is killed.
 
         Raises:
             UserError: what is there has other settings, or nobody knows which; or one of several
@@ -122,7 +124,9 @@ class ChunkedFile:
     def _begin(self, overwrite: bool) -> list[int]:
         there_is = storage.exists(self.path)
         found, done = self._read(_MANIFEST), self._read(_DONE)
-        if overwrite:
+        begun = (found is not None and found["settings"] == self._settings
+                 and not (done is not None and there_is))
+        if overwrite and not begun:
             self._clear()
         elif found is not None:
             self._refuse_others(found, done is not None and there_is)
