@@ -59,6 +59,14 @@ def test_watch_ends_without_news(tmp_path):
     assert found("watch", tmp_path, finished=lambda: False, timeout=0.0) == [10]
 
 
+def test_whether_the_run_is_over_process_0_alone_is_asked(tmp_path, monkeypatch):
+    add(tmp_path, 10)
+    monkeypatch.setattr(checkpoint_stream, "is_primary", lambda: False)
+    said = iter(["[0]", "[10]", "[0]", "[0]", "[1]", "[10]", "[1]"])
+    monkeypatch.setattr(checkpoint_stream, "from_primary", lambda name, value: next(said))
+    assert found("watch", tmp_path, finished=lambda: pytest.fail("this is not process 0")) == [10]
+
+
 def test_gone(tmp_path):
     add(tmp_path, 10)
     assert not checkpoint_stream.is_gone(str(tmp_path / "checkpoints" / "10"))

@@ -36,7 +36,7 @@ def places(checkpoint: str | None, model_dir: str, skip: Callable[[int], bool],
             there now, 'watch': those too, and then each as it is written.
         model_dir: of the run.
         skip: whether a step is evaluated already.
-        run_is_finished: whether no further checkpoint will come.
+        run_is_finished: whether no further checkpoint will come; asked in process 0.
         poll_seconds: between two looks of 'watch'.
         timeout: seconds without a new checkpoint after which 'watch' ends; None: never.
 
@@ -44,17 +44,22 @@ def places(checkpoint: str | None, model_dir: str, skip: Callable[[int], bool],
         UserError: there is no such checkpoint.
     """
     if not is_several(checkpoint):
-        yield restoring.checkpoint_place(checkpoint, model_dir)
+        named: list[str] = []
+        refuse_together("checkpoint named", lambda: named.append(
+            restoring.checkpoint_place(checkpoint, model_dir)))
+        yield named[0]
         return
     assert checkpoint is not None
     given = _steps_of(checkpoint)
     for step in given:
-        restoring.checkpoint_place(str(step), model_dir)  # refused before the first is evaluated
+        # Refused before the first is evaluated.
+        refuse_together("checkpoint named", functools.partial(
+            restoring.checkpoint_place, str(step), model_dir))
     seen: set[int] = set()
     since = time.monotonic()
     while True:
         # First whether it is finished, then what is there: the last checkpoint is not missed.
-        over = checkpoint != WATCH or run_is_finished()
+        over = checkpoint != WATCH or _agreed(lambda: [int(run_is_finished())]) == [1]
         there = given or _agreed(lambda: _steps_in(model_dir))
         if checkpoint == ALL and not there:
             raise UserError(f"{model_dir} has no checkpoints", fix="give the MODEL_DIR of a run "
