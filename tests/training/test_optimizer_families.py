@@ -69,6 +69,25 @@ def test_mistakes(name, fields, words):
         OptaxOptimizer(name=name, **fields)
 
 
+@pytest.mark.parametrize("number", [np.float32(1e-3), np.array(1e-3), jnp.asarray(1e-3),
+                                    jnp.bfloat16(1e-3), np.int64(1)])
+def test_numbers_of_numpy_and_jax_are_numbers(number):
+    found = optimizers.AdamW(learning_rate=number, eps=number)
+    assert type(found.learning_rate) in (int, float) and found.learning_rate == number
+    kernels = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    sgd = OptaxOptimizer(number, name="sgd", settings={"momentum": np.float32(0.5)}).build()
+    updates, _ = sgd.update(kernels, sgd.init(kernels), kernels)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+    for wrong in (-number, np.array([1e-3]), np.float32("nan"), np.bool_(True), 1j, 10**400):
+        with pytest.raises(UserError, match="learning_rate"):
+            optimizers.AdamW(learning_rate=wrong)
+
+
+def test_adagrad_takes_an_eps_of_zero_as_optax_does():
+    updates = two_updates(OptaxOptimizer(0.1, name="adagrad", settings={"eps": 0.0}).build())
+    assert all(np.isfinite(value).all() for value in updates.values())
+
+
 def test_optax_s_own_defaults_are_in_range():
     for name in FAMILY:
         defaults = {setting: known.default for setting, known in inspect.signature(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import numbers
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -52,13 +55,27 @@ def tree_mask(decays: Callable[[str], bool]) -> Callable[[Any], Any]:
     return mask
 
 
+def plain(value: Any) -> Any:
+    """Returns Python's number for one of NumPy's or jax's, also for an array without axes.
+
+    Arithmetic with it keeps the dtype of bfloat16 moments, as with any number of Python's.
+
+    Args:
+        value: anything else is returned as it is.
+    """
+    if not isinstance(value, np.generic | np.ndarray | jax.Array) or value.ndim or isinstance(
+            value, jax.core.Tracer):
+        return value
+    return float(value) if jnp.issubdtype(value.dtype, jnp.floating) else value.item()
+
+
 def check_range(what: str, value: Any, least: float, most: float = math.inf, *,
                 above: bool = False, below: bool = True, fix: str | None = None) -> None:
     """Refuses a setting that is no number, not finite, or out of its range.
 
     Args:
         what: the setting, e.g. 'AdamW: eps'.
-        value: what it is set to.
+        value: what it is set to; a number of Python's, NumPy's or jax's.
         least: smallest value.
         most: largest.
         above: whether it must be above `least`.
@@ -68,9 +85,11 @@ def check_range(what: str, value: Any, least: float, most: float = math.inf, *,
     Raises:
         UserError: it is.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and (value > least if above else value >= least) and (
-            value < most if below else value <= most):
+    number = plain(value)
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if real and abs(number) <= sys.float_info.max and (
+            number > least if above else number >= least) and (
+            number < most if below else number <= most):
         return
     first = f"above {least:g}" if above else f"at least {least:g}"
     last = "" if math.isinf(most) else f" and {'below' if below else 'at most'} {most:g}"
@@ -113,6 +132,8 @@ class SingleOptimizer(Optimizer):
     no_decay: Sequence[str] = NO_DECAY
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         if not callable(self.learning_rate):
             check_range("learning_rate, where it is no schedule,", self.learning_rate, 0.0,
                         above=True, fix="learning_rate = 1e-3, say; OptimizerGroups freeze "

@@ -19,6 +19,7 @@ from vishwam_t5x.training.optimizer_base import (
     LogicalAxes,
     SingleOptimizer,
     check_range,
+    plain,
     tree_mask,
 )
 
@@ -36,7 +37,7 @@ _MASKS = ("mask", "weight_decay_mask")
 _SHARES = ("b1", "b2", "decay", "momentum")  # of what is kept each update
 _NOT_NEGATIVE = ("eps", "eps_root", "weight_decay", "min_norm", "initial_scale", "eta", "gamma",
                  "initial_accumulator_value", "trust_coefficient")
-_MAY_BE_ZERO = ("lars", "eps")
+_MAY_BE_ZERO = (("lars", "eps"), ("adagrad", "eps"))  # their sums begin above zero, or are guarded
 _OURS = ("learning_rate", "key", "trust_ratio_mask", *_MASKS)
 
 
@@ -78,14 +79,14 @@ class OptaxOptimizer(SingleOptimizer):
             check_range(what, value, 0.0, 1.0, fix=usual)
         elif setting in _NOT_NEGATIVE:
             check_range(what, value, 0.0, fix=usual,
-                        above=setting == "eps" and (self.name, setting) != _MAY_BE_ZERO)
+                        above=setting == "eps" and (self.name, setting) not in _MAY_BE_ZERO)
 
     def _parameters(self) -> tuple[str, ...]:
         return tuple(inspect.signature(getattr(optax, self.name)).parameters)
 
     def _rule(self, decays: Callable[[str], bool], logical_axes: LogicalAxes | None
               ) -> optax.GradientTransformation:
-        arguments = dict(self.settings)
+        arguments = {name: plain(value) for name, value in self.settings.items()}
         for mask in _MASKS:
             if mask in self._parameters():
                 arguments[mask] = tree_mask(decays)

@@ -20,6 +20,7 @@ from vishwam_t5x.training.optimizer_base import (
     Optimizer,
     SingleOptimizer,
     check_range,
+    plain,
 )
 
 DEFAULT = "default"
@@ -97,7 +98,8 @@ class OptimizerGroups(Optimizer):
                             got=repr(pattern), fix=str(error)) from error
         if treatment is None or isinstance(treatment, SingleOptimizer):
             return
-        if isinstance(treatment, bool) or not isinstance(treatment, (int, float)):
+        if isinstance(treatment, bool) or not isinstance(
+                plain(treatment), (int, float)):
             raise UserError(f"group '{pattern}' needs an optimizer, a number or None",
                             got=repr(treatment))
         check_range(f"the factor of the learning rate of group '{pattern}'", treatment, 0.0,
@@ -179,7 +181,7 @@ class OptimizerGroups(Optimizer):
         inner = {label: optimizer.build(logical_axes)
                  for label, optimizer in self._optimizers().items() if optimizer is not None}
         clip = None if self.global_norm_clip is None else optax.clip_by_global_norm(
-            self.global_norm_clip)
+            plain(self.global_norm_clip))
 
         def init(params: Any) -> GroupsState:
             flat = flatten_names(params)
