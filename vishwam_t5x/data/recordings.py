@@ -1,0 +1,197 @@
+"""Recordings as mono waveforms at one sample rate, and as log-mel spectrograms of one length."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import wave
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.spectrogram import (
+    UNIFIED_IO2_INPUT,
+    LogMelConfig,
+    SegmentConfig,
+    log_mel_spectrogram,
+    segments,
+)
+
+_ZERO_CROSSINGS = 32
+_KAISER_BETA = 9.0
+_ROLL_OFF = 0.95
+"""Of the lower of the two half rates: where the filter of `resample` has fallen by half."""
+
+
+def decode_wave(data: bytes) -> tuple[Float[np.ndarray, "samples"], int]:
+    """Reads a WAV file of 8, 16, 24 or 32 bit PCM; channels are averaged.
+
+    Returns:
+        The waveform, float64 in [-1, 1], and the samples per second.
+
+    Raises:
+        UserError: it is another format, is damaged, or has no samples.
+    """
+    try:
+        with wave.open(io.BytesIO(data), "rb") as file:
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            promised = file.getnframes()
+            raw = file.readframes(promised)
+    except (OSError, EOFError, wave.Error) as error:
+        raise UserError("the recording cannot be read",
+                        got=str(error) or "the file ends in its header") from error
+    if rate < 1:
+        raise UserError("the recording has no sample rate", got=rate)
+    if len(raw) != promised * width * channels:
+        raise UserError("the recording is cut off",
+                        got=f"{len(raw)} of {promised * width * channels} bytes")
+    if not raw:
+        raise UserError("the recording has no samples")
+    if width == 3:  # A zero byte below each makes 32 bits of the same loudness.
+        padded = np.zeros((len(raw) // 3, 4), np.uint8)
+        padded[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+        raw, width = padded.tobytes(), 4
+    samples = np.frombuffer(raw, {1: "u1", 2: "<i2", 4: "<i4"}[width]).astype(np.float64)
+    samples = (samples - 128) / 128 if width == 1 else samples / 2.0**(8 * width - 1)
+    return samples.reshape(-1, channels).mean(axis=1), rate
+
+
+def resample(waveform: Float[np.ndarray, "samples"], rate: int, wanted: int
+             ) -> Float[np.ndarray, "resampled"]:
+    """Returns the waveform at another sample rate, float64, ceil(samples * wanted / rate) long.
+
+    Band-limited interpolation (Smith & Gossett 1984): a sinc of 32 zero crossings a side under a
+    Kaiser window, one filter for each of the phases between samples. Frequencies above 0.95 of the
+    lower half rate are taken out, so nothing folds back. The ends are held against silence.
+
+    Args:
+        waveform: mono.
+        rate: its samples per second.
+        wanted: those of the result.
+
+    Raises:
+        UserError: a rate is not positive, or the waveform is not mono or has no samples.
+    """
+    if rate < 1 or wanted < 1:
+        raise UserError("a sample rate must be positive", got=f"{rate} and {wanted} Hz")
+    if waveform.ndim != 1 or not len(waveform):
+        raise UserError("a recording must be mono and have samples",
+                        got=f"shape {waveform.shape}", fix="average the channels")
+    if rate == wanted:
+        return waveform.astype(np.float64)
+    common = math.gcd(rate, wanted)
+    up, down = wanted // common, rate // common
+    filters = _filters(up, down)
+    half = filters.shape[1] // 2
+    count = -(-len(waveform) * up // down)
+    padded = np.pad(waveform.astype(np.float64), (half - 1, half + down + 1))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half)
+    out = np.empty((count,), np.float64)
+    for first in range(min(up, count)):
+        # Output n lies at n * down / up samples; those `up` apart have the same phase.
+        begin, phase = divmod(first * down, up)
+        number = len(range(first, count, up))
+        out[first::up] = windows[begin::down][:number] @ filters[phase]
+    return out
+
+
+@functools.lru_cache(maxsize=8)
+def _filters(up: int, down: int) -> Float[np.ndarray, "phases taps"]:
+    """Weights of the samples around a place `phase / up` after one; each row adds up to 1."""
+    cutoff = _ROLL_OFF * min(1.0, up / down)
+    half = math.ceil(_ZERO_CROSSINGS / cutoff)
+    offsets = np.arange(1 - half, half + 1) - np.arange(up)[:, None] / up
+    ratio = np.clip(1 - np.square(offsets / half), 0, None)
+    weights = np.sinc(cutoff * offsets) * np.i0(_KAISER_BETA * np.sqrt(ratio))
+    weights *= np.abs(offsets) <= half
+    weights /= weights.sum(axis=1, keepdims=True)
+    weights.setflags(write=False)
+    return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordingConfig:
+    """How a recording becomes spectrograms.
+
+    The defaults are those of Unified-IO 2's inputs: segments of 4.08 s at 16 kHz.
+
+    Attributes:
+        log_mel: the spectrogram; its sample rate is the one recordings are brought to.
+        segment: how long recordings are cut.
+        other_rates: 'resample' recordings of another sample rate, or 'refuse' them.
+        max_segments: a recording of more is refused; what is heard is never cut off in silence.
+    """
+
+    log_mel: LogMelConfig = UNIFIED_IO2_INPUT
+    segment: SegmentConfig = SegmentConfig()
+    other_rates: str = "resample"
+    max_segments: int = 1
+
+    def __post_init__(self) -> None:
+        if self.other_rates not in ("resample", "refuse"):
+            raise UserError("RecordingConfig.other_rates is 'resample' or 'refuse'",
+                            got=repr(self.other_rates))
+        if self.max_segments < 1:
+            raise UserError("RecordingConfig.max_segments must be at least 1",
+                            got=self.max_segments)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a segment's spectrogram; 256 by default."""
+        return self.log_mel.num_frames(self.segment.samples)
+
+
+class Spectrograms(NamedTuple):
+    """A recording as spectrograms.
+
+    Attributes:
+        segments: float32 [n, frames, num_mels], n >= 1.
+        lost_samples: at its end, at most `SegmentConfig.least_rest`, that are in no segment.
+    """
+
+    segments: Float[np.ndarray, "n frames num_mels"]
+    lost_samples: int
+
+
+def at_rate(waveform: Float[np.ndarray, "samples"], rate: int, config: RecordingConfig
+            ) -> Float[np.ndarray, "samples"]:
+    """Returns a waveform at the sample rate of `config`, float64.
+
+    Raises:
+        UserError: it has another rate and those are refused, has no samples, or has some that
+            are not finite.
+    """
+    wanted = config.log_mel.sample_rate
+    if not waveform.size:
+        raise UserError("the recording has no samples")
+    if not np.isfinite(waveform).all():
+        raise UserError("the recording has samples that are not finite")
+    if rate != wanted and config.other_rates == "refuse":
+        raise UserError("the recording has another sample rate", got=f"{rate} Hz, not {wanted}")
+    return resample(waveform, rate, wanted)
+
+
+def spectrograms(waveform: Float[np.ndarray, "samples"], rate: int,
+                 config: RecordingConfig = RecordingConfig()) -> Spectrograms:
+    """Cuts a recording into segments and returns the log-mel spectrogram of each.
+
+    Args:
+        waveform: mono, in [-1, 1].
+        rate: its samples per second.
+        config: what to make of it.
+
+    Raises:
+        UserError: as `at_rate`; or there are more segments than `max_segments`.
+    """
+    cut = segments(at_rate(waveform, rate, config), config.segment)
+    if len(cut.waveforms) > config.max_segments:
+        raise UserError(
+            "the recording is too long",
+            got=f"{len(waveform) / rate:.2f} s are {len(cut.waveforms)} segments, at most "
+                f"{config.max_segments}")
+    out = np.stack([log_mel_spectrogram(piece, config.log_mel) for piece in cut.waveforms])
+    return Spectrograms(out, cut.lost_samples)
