@@ -47,6 +47,27 @@ def test_own_names_keep_what_is_given(tmp_path):
     assert not any(name.startswith("targets/image") for name in batch)
 
 
+def test_histories_have_frames_of_patches(tmp_path):
+    arrays = {"inputs/image_history/input": np.zeros((2, 3, 4, 5)),
+              "inputs/image_history/segment_ids": np.array([[1, 1, 2], [1, 0, 0]]),
+              "targets/text/targets": np.array([[4, 1]] * 2)}
+    modalities = ("text", "image_history")
+    batch = read_batch(save(tmp_path / "b.npz", **arrays), modalities, TEXT)
+    assert batch["inputs/image_history/frame_ids"].tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert batch["inputs/image_history/mask"].shape == (2, 3, 4)
+    assert batch["inputs/image_history/pos_ids"][1, 2].tolist() == [0, 1, 2, 3]
+    for name, shape in (("mask", (2, 3)), ("pos_ids", (2, 12)), ("segment_ids", (2, 3, 4)),
+                        ("frame_ids", (2, 4))):
+        wrong = {**arrays, f"inputs/image_history/{name}": np.ones(shape, np.int32)}
+        with pytest.raises(UserError, match="different shapes"):
+            read_batch(save(tmp_path / "c.npz", **wrong), modalities, TEXT)
+    flat = {"inputs/image_history/input": np.zeros((2, 3, 5)),
+            "inputs/image_history/frame_ids": np.zeros((2, 3), np.int32),
+            "targets/text/targets": np.array([[4, 1]] * 2)}
+    with pytest.raises(UserError, match="for histories"):
+        read_batch(save(tmp_path / "d.npz", **flat), modalities, TEXT)
+
+
 @pytest.mark.parametrize(("arrays", "message"), [
     ({"inputs/txt/tokens": [[1]], "targets/text/targets": [[1]]}, "did you mean 'inputs/text"),
     ({"inputs/text/tokens": [[1]]}, "holds no targets"),

@@ -26,6 +26,7 @@ T5X_FEATURES = {
 """T5X's encoder-decoder features (its EncDecFeatureConverter) and the arrays they are here."""
 
 _INPUT_ARRAYS = ("tokens", "input", "mask", "pos_ids", "segment_ids")
+_FRAME_ARRAYS = ("frame_ids",)  # of histories only
 # Unified-IO 2's batches have a task_mask; only dynamic_mask and mask_token of a CodeOutput read it.
 _TARGET_ARRAYS = ("targets", "inputs", "mask", "loss_mask", "task_mask", "pos_ids", "segment_ids")
 
@@ -34,14 +35,16 @@ def read_batch(path: str | os.PathLike, input_modalities: tuple[str, ...],
                target_modalities: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Reads a batch and fills in what follows from the rest.
 
-    Defaults: text masks are `tokens > 0` and `targets > 0`, other masks ones; positions count from
-    0 (within each segment, where there are segments); decoder inputs are the targets shifted right
-    with 0 in front (of each segment).
+    Defaults: text masks are `tokens > 0` and `targets > 0`, other masks ones; positions, and the
+    frames of a history, count from 0 (within each segment, where there are segments); decoder
+    inputs are the targets shifted right with 0 in front (of each segment).
 
     Args:
         path: an .npz file with keys 'inputs/<modality>/…' and 'targets/<modality>/…', all arrays
             [B, N] or [B, N, patch_dim], or with the keys of `T5X_FEATURES`. 'inputs/row/index' and
-            'targets/row/index' [B, L] for packed batches. Keys 'batch/…' are read without 'batch/'.
+            'targets/row/index' [B, L] for packed batches. Histories: `input` [B, F, P, patch_dim],
+            `mask` and `pos_ids` [B, F, P], `frame_ids` and `segment_ids` [B, F]. Keys 'batch/…'
+            are read without 'batch/'.
         input_modalities: what the model reads.
         target_modalities: what the model writes.
 
@@ -96,7 +99,8 @@ def _load(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def _known_names(input_modalities: tuple[str, ...],
                  target_modalities: tuple[str, ...]) -> list[str]:
     names = ["inputs/row/index", "targets/row/index"]
-    names += [f"inputs/{m}/{array}" for m in input_modalities for array in _INPUT_ARRAYS]
+    names += [f"inputs/{m}/{array}" for m in input_modalities
+              for array in (*_INPUT_ARRAYS, *_FRAME_ARRAYS)]
     return names + [f"targets/{m}/{array}" for m in target_modalities for array in _TARGET_ARRAYS]
 
 
@@ -143,12 +147,33 @@ def _complete_inputs(batch: dict[str, np.ndarray], prefix: str, path: object) ->
         _none_without(batch, prefix, path, "tokens (text) or input (patches)")
         return
     expected_rank = 2 if content.endswith("/tokens") else 3
+    if content.endswith("/input") and batch[content].ndim == 4:
+        _complete_frames(batch, prefix)
+        return
+    if f"{prefix}/frame_ids" in batch:
+        raise UserError(f"'{prefix}/frame_ids' is for histories, which have 4 axes",
+                        got=f"'{content}' of shape {batch[content].shape}")
     if batch[content].ndim != expected_rank:
         raise UserError(f"'{content}' must have {expected_rank} axes",
                         got=f"shape {batch[content].shape}")
     shape = batch[content].shape[:2]
     mask = (batch[content] > 0 if expected_rank == 2 else np.ones(shape)).astype(np.int32)
     _complete(batch, prefix, shape, mask)
+
+
+def _complete_frames(batch: dict[str, np.ndarray], prefix: str) -> None:
+    frames, places = batch[f"{prefix}/input"].shape[:2], batch[f"{prefix}/input"].shape[:3]
+    for name, shape in (("mask", places), ("pos_ids", places), ("frame_ids", frames),
+                        ("segment_ids", frames)):
+        value = batch.get(f"{prefix}/{name}")
+        if value is not None and value.shape != shape:
+            raise UserError("arrays of one modality have different shapes",
+                            got=f"{prefix}/{name} {value.shape}, expected {shape}")
+    batch.setdefault(f"{prefix}/mask", np.ones(places, np.int32))
+    batch.setdefault(f"{prefix}/pos_ids", np.broadcast_to(
+        np.arange(places[2], dtype=np.int32), places).copy())
+    segments = batch.get(f"{prefix}/segment_ids", np.ones(frames, np.int32))
+    batch.setdefault(f"{prefix}/frame_ids", positions(segments))
 
 
 def _complete_targets(batch: dict[str, np.ndarray], prefix: str, path: object) -> None:
