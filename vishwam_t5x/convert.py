@@ -75,8 +75,8 @@ def main(argv: Sequence[str]) -> int:
             found.extend(_verified(written, network, plan.target))
 
     try:
-        with interrupted.kept_in_mind(plan, source, to):
-            report = conversions.write(plan, network, vocabulary, check)
+        report = conversions.write(plan, network, vocabulary, check,
+                                   interrupted.kept_in_mind(plan, source, to))
     except DamagedCheckpoint as damage:
         raise UserError("this checkpoint is damaged", got=f"{damage.path}: {damage.why}",
                         fix="copy it again") from damage

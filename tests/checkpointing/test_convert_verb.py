@@ -169,11 +169,33 @@ def test_a_killed_conversion_whose_checkpoint_is_gone_leaves_nothing(tmp_path):
     assert run(f"--from={source}", f"--to={to}") == 2
 
 
+def test_a_finished_conversion_diverts_no_other(tmp_path):
+    """Killed between the last renaming and the removal of what it kept in mind."""
+    source, to = tmp_path / "source", tmp_path / "to"
+    scale = {"target/decoder/decoder_norm/scale": np.ones(3, np.float32)}
+    t5x_folders.write(scale, source / "checkpoint_3")
+    killed = interrupted.kept_in_mind(
+        conversion.plan(conversion.open_any(source), "vishwam", to), source, to)
+    killed.__enter__()
+    said = (to / interrupted.FILE).read_text()
+    assert run(f"--from={source}", f"--to={to}") == 0
+    (to / interrupted.FILE).write_text(said)
+    t5x_folders.write(scale, source / "checkpoint_4")
+    assert run(f"--from={source}", f"--to={to}") == 0
+    assert {path.name for path in (to / "checkpoints").iterdir()} == {"3", "4"}
+    assert not (to / interrupted.FILE).exists()
+
+
 def test_another_conversion_to_the_same_place_is_refused(theirs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(conversion.native, "write_native", lambda *_: run(
-        f"--from={theirs}", f"--to={tmp_path}"))
+    def write(*_):
+        kept = (tmp_path / interrupted.FILE).read_text()
+        run(f"--from={theirs}", f"--to={tmp_path}")
+        assert (tmp_path / interrupted.FILE).read_text() == kept
+
+    monkeypatch.setattr(conversion.native, "write_native", write)
     assert run(f"--from={theirs}", f"--to={tmp_path}") == 0  # the outer one
     assert "another conversion is writing there" in capsys.readouterr().err
+    assert not (tmp_path / interrupted.FILE).exists()
 
 
 def test_the_name_of_the_target_must_be_its_step(theirs, tmp_path, capsys):

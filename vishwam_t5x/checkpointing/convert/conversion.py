@@ -245,7 +245,8 @@ def target_of(to: str | os.PathLike, kind: str, step: int) -> epath.Path:
 
 def write(conversion: Conversion, network: T5Network | None = None,
           vocabulary: str | None = None,
-          check: Callable[[Conversion], None] = lambda written: None) -> ConversionReport:
+          check: Callable[[Conversion], None] = lambda written: None,
+          meanwhile: contextlib.AbstractContextManager[None] | None = None) -> ConversionReport:
     """Writes what was planned, array by array, and returns the report.
 
     Args:
@@ -254,13 +255,14 @@ def write(conversion: Conversion, network: T5Network | None = None,
         vocabulary: SentencePiece model for a Hugging Face folder.
         check: called with the conversion as it was written, its target the folder where it lies so
             far; what it raises is raised, and nothing is left.
+        meanwhile: entered when nobody else can write there, left when the target is whole or gone.
 
     Raises:
         UserError: the target is there already.
         DamagedCheckpoint: an array cannot be read.
     """
     report = conversion.report
-    with _new_folder(conversion.target) as folder:
+    with _new_folder(conversion.target, meanwhile or contextlib.nullcontext()) as folder:
         if conversion.kind == OURS:
             native.write_native(conversion.source, conversion.names, folder, conversion.dtypes(),
                                 conversion.step)
@@ -282,7 +284,8 @@ def write(conversion: Conversion, network: T5Network | None = None,
 
 
 @contextlib.contextmanager
-def _new_folder(target: epath.Path) -> Iterator[epath.Path]:
+def _new_folder(target: epath.Path, meanwhile: contextlib.AbstractContextManager[None]
+                ) -> Iterator[epath.Path]:
     """Yields the folder to write to: another one, which is renamed if all went well; in an object
     store the very one, where what makes a checkpoint of it is written last. Removed if not.
     """
@@ -291,12 +294,13 @@ def _new_folder(target: epath.Path) -> Iterator[epath.Path]:
     if storage.names(target) or storage.is_file(target):
         raise taken
     if storage.is_remote(target):
-        try:
-            yield target
-        except BaseException:
-            with contextlib.suppress(storage.StorageError):  # what has failed is raised, not this
-                directories.remove(target)
-            raise
+        with meanwhile:
+            try:
+                yield target
+            except BaseException:
+                with contextlib.suppress(storage.StorageError):  # what has failed is raised
+                    directories.remove(target)
+                raise
         return
     temporary = target.parent / (target.name + TEMPORARY)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -307,7 +311,8 @@ def _new_folder(target: epath.Path) -> Iterator[epath.Path]:
             raise UserError("another conversion is writing there", got=str(target),
                             fix="wait for it, or give another --to") from None
         try:
-            yield from _renamed(temporary, target, taken)
+            with meanwhile:
+                yield from _renamed(temporary, target, taken)
         finally:
             os.unlink(lock.name)
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from etils import epath
 
 from vishwam_t5x.checkpointing import directory as directories
+from vishwam_t5x.checkpointing import manifest as manifests
+from vishwam_t5x.checkpointing.convert import t5x
 from vishwam_t5x.checkpointing.convert.conversion import (
     HUGGINGFACE,
     TEMPORARY,
@@ -49,35 +51,54 @@ def same_again(opened: Opened, given: str | os.PathLike, kind: str, to: str | os
         return opened  # a Hugging Face folder has no step in its name
     try:
         said = {name: str(value) for name, value in json.loads(storage.read_text(file)).items()}
-        source, checkpoint, target = said["from"], said["checkpoint"], said["target"]
+        source, checkpoint, target = said["from"], said["checkpoint"], epath.Path(said["target"])
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError("what an interrupted conversion was of cannot be read",
                         got=f"{file}: {error!r}", fix=f"delete {file}") from error
-    if source != str(directories.absolute(given)) or checkpoint == str(opened.place):
+    if _is_finished(target):  # killed between the end and the removal of the file
+        storage.remove(file)
         return opened
-    if storage.exists(checkpoint):
+    if source != str(directories.absolute(given)) or said.get("format", kind) != kind:
+        return opened
+    there = storage.exists(checkpoint)
+    if storage.is_remote(target) or not there:
+        _remove_remains(directories.absolute(to), target)
+    if checkpoint == str(opened.place):
+        return opened
+    if there:
         log.warning("going on with the conversion of %s that was interrupted, not with %s; to "
                     "convert that one give its own path, or delete %s", checkpoint, opened.place,
                     file)
         return open_any(checkpoint)
     log.warning("the checkpoint of the interrupted conversion is gone (%s): converting %s",
                 checkpoint, opened.place)
-    _remove_remains(directories.absolute(to), epath.Path(target))
     return opened
 
 
+def _is_finished(target: epath.Path) -> bool:
+    if not storage.is_remote(target):
+        return storage.exists(target)  # it gets this name when it is whole
+    return manifests.exists(target) or t5x.is_whole(target)
+
+
 def _remove_remains(to: epath.Path, target: epath.Path) -> None:
-    """Removes the half of a folder that nobody will finish; only one below `to` can be ours."""
-    remains = target.parent / f"{target.name}{TEMPORARY}"
-    if not storage.is_remote(target) and to in remains.parents and re.fullmatch(
-            r"(checkpoint_)?\d+", target.name):
-        remains.rmtree(missing_ok=True)
+    """Removes the half of a folder: one that nobody will finish, or that lies in an object store,
+    where it has the very name of the target. Only one below `to` can be ours.
+    """
+    if to not in target.parents or not re.fullmatch(r"(checkpoint_)?\d+", target.name):
+        return
+    if not storage.is_remote(target):
+        (target.parent / f"{target.name}{TEMPORARY}").rmtree(missing_ok=True)
+    elif storage.names(target):
+        log.warning("removing what an interrupted conversion had left: %s", target)
+        directories.remove(target)
 
 
 @contextlib.contextmanager
 def kept_in_mind(conversion: Conversion, given: str | os.PathLike, to: str | os.PathLike
                  ) -> Iterator[None]:
-    """Keeps the file while the conversion lasts; only a kill leaves it.
+    """Keeps the file while the conversion lasts; only a kill leaves it. For `conversion.write`,
+    which enters it when it is the only one to write there.
 
     Args:
         conversion: what is to be written.
@@ -89,10 +110,14 @@ def kept_in_mind(conversion: Conversion, given: str | os.PathLike, to: str | os.
         yield  # the name of the target is given
         return
     file = folder / FILE
-    storage.write_text(file, json.dumps({
+    text = json.dumps({
         "from": str(directories.absolute(given)), "checkpoint": str(conversion.opened.place),
-        "target": str(conversion.target)}) + "\n")
+        "target": str(conversion.target), "format": conversion.kind}) + "\n"
+    storage.write_text(file, text)
     try:
         yield
     finally:
-        storage.remove(file)
+        # Another conversion, to another folder, may have written its own since.
+        with contextlib.suppress(FileNotFoundError, storage.StorageError):
+            if storage.read_text(file) == text:
+                storage.remove(file)
