@@ -60,6 +60,8 @@ class AudioVQGANConfig:
         patch: frames, and mel bins, that one code stands for.
         encoder: sizes of the encoder.
         decoder: sizes of the decoder.
+        dropout_rate: share of features zeroed behind attention and MLP in training, in [0, 1).
+        remat_policy: what the backward pass recomputes of a block, see `parallelism.remat`.
         precision: dtypes, a `Policy` or its name; Unified-IO 2 computes in 'bfloat16'.
 
     Raises:
@@ -73,6 +75,8 @@ class AudioVQGANConfig:
     patch: int = 8
     encoder: StackConfig = StackConfig()
     decoder: StackConfig = StackConfig()
+    dropout_rate: float = 0.0
+    remat_policy: str = "none"
     precision: Policy | str = "float32"
 
     def __post_init__(self) -> None:
@@ -85,8 +89,7 @@ class AudioVQGANConfig:
             if not isinstance(getattr(self, name), StackConfig):
                 raise UserError(f"AudioVQGANConfig.{name} must be a StackConfig",
                                 got=repr(getattr(self, name)))
-        if not isinstance(self.precision, Policy):
-            resolve_policy(self.precision if self.precision != "auto" else "float32")
+        layers.check_training(self)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -192,7 +195,7 @@ class _Encoder(nn.Module):
         y = layers.biased_dense(width, ("image_patch", "embed"), cfg.policy, name="embedding")(
             patches.reshape(batch, rows * columns, side * side))
         y = y + layers.grid_positions(rows, columns, width).astype(y.dtype)
-        y = _Transformer(cfg.encoder, cfg.policy, name="Transformer_0")(y)
+        y = _Transformer(cfg.encoder, cfg, name="Transformer_0")(y)
         y = layers.biased_dense(cfg.code_dim, ("embed", "mlp"), cfg.policy, use_bias=False,
                                 name="encoder_proj")(nn.relu(y))
         return layers.layer_norm(cfg.policy, use_scale=False, name="encoder_norm")(y)
@@ -209,7 +212,7 @@ class _Decoder(nn.Module):
         y = layers.biased_dense(width, ("image_patch", "embed"), cfg.policy, use_bias=False,
                                 name="decoder_proj")(x)
         y = y + layers.grid_positions(rows, columns, width).astype(y.dtype)
-        y = _Transformer(cfg.decoder, cfg.policy, name="Transformer_0")(y)
+        y = _Transformer(cfg.decoder, cfg, name="Transformer_0")(y)
         return nn.ConvTranspose(
             1, (side, side), (side, side), "SAME", use_bias=False, dtype=cfg.policy.compute_dtype,
             param_dtype=cfg.policy.param_dtype, name="ConvTranspose_0",
@@ -221,27 +224,31 @@ class _Transformer(nn.Module):
     """Pre-norm blocks and a norm at the end."""
 
     config: StackConfig
-    policy: Policy
+    codec: AudioVQGANConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        block = layers.rematted(_Block, self.codec.remat_policy)
         for index in range(self.config.num_layers):
-            x = _Block(self.config, self.policy, name=f"encoderblock_{index}")(x)
-        return layers.layer_norm(self.policy, name="encoder_norm")(x)
+            x = block(self.config, self.codec, name=f"encoderblock_{index}")(x)
+        return layers.layer_norm(self.codec.policy, name="encoder_norm")(x)
 
 
 class _Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
 
     config: StackConfig
-    policy: Policy
+    codec: AudioVQGANConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = layers.layer_norm(self.policy, name="LayerNormWithBias_0")(x)
-        x = x + _Attention(self.config, self.policy, name="MultiHeadDotProductAttention_0")(y)
-        y = layers.layer_norm(self.policy, name="LayerNormWithBias_1")(x)
-        return x + _Mlp(self.config.mlp_dim, self.policy, name="MlpBlock_0")(y)
+        policy, rate = self.codec.policy, self.codec.dropout_rate
+        y = layers.layer_norm(policy, name="LayerNormWithBias_0")(x)
+        y = _Attention(self.config, policy, name="MultiHeadDotProductAttention_0")(y)
+        x = x + layers.dropout(self, rate, y)
+        y = layers.layer_norm(policy, name="LayerNormWithBias_1")(x)
+        y = _Mlp(self.config.mlp_dim, policy, name="MlpBlock_0")(y)
+        return x + layers.dropout(self, rate, y)
 
 
 class _Attention(nn.Module):

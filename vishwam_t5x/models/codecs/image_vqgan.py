@@ -38,6 +38,8 @@ class ImageVQGANConfig:
         blocks: residual blocks of a level of the encoder; the decoder has one more.
         attention_resolutions: heights, in pixels, of the levels with attention.
         norm_groups: groups of the group norms; divides the channels of every level.
+        dropout_rate: share of features zeroed inside residual blocks in training, in [0, 1).
+        remat_policy: what the backward pass recomputes of a block, see `parallelism.remat`.
         precision: dtypes, a `Policy` or its name.
 
     Raises:
@@ -54,6 +56,8 @@ class ImageVQGANConfig:
     blocks: int = 2
     attention_resolutions: tuple[int, ...] = (32,)
     norm_groups: int = 32
+    dropout_rate: float = 0.0
+    remat_policy: str = "none"
     precision: Policy | str = "float32"
 
     def __post_init__(self) -> None:
@@ -81,8 +85,7 @@ class ImageVQGANConfig:
                 raise UserError("norm_groups must divide the channels of every level",
                                 got=f"{self.width * factor} channels, {self.norm_groups} groups",
                                 fix=f"norm_groups that divide width = {self.width}")
-        if not isinstance(self.precision, Policy):
-            resolve_policy(self.precision if self.precision != "auto" else "float32")
+        layers.check_training(self)
 
     @property
     def downsampling(self) -> int:
@@ -198,6 +201,7 @@ class _ResidualBlock(nn.Module):
         y = nn.swish(layers.group_norm(groups, policy, name="norm1")(x))
         y = layers.convolution(self.features, 3, policy, name="conv1")(y)
         y = nn.swish(layers.group_norm(groups, policy, name="norm2")(y))
+        y = layers.dropout(self, self.config.dropout_rate, y)
         y = layers.convolution(self.features, 3, policy, name="conv2")(y)
         if x.shape[-1] != self.features:
             x = layers.convolution(self.features, 1, policy, name="nin_shortcut")(x)
@@ -236,18 +240,21 @@ class _Resample(nn.Module):
 
 def _level(x: jax.Array, name: str, level: int, blocks: int, config: ImageVQGANConfig
            ) -> jax.Array:
+    residual = layers.rematted(_ResidualBlock, config.remat_policy)
+    attention = layers.rematted(_Attention, config.remat_policy)
     for block in range(blocks):
-        x = _ResidualBlock(config.width * config.width_factors[level], config,
-                           name=f"{name}_block_{block}")(x)
+        x = residual(config.width * config.width_factors[level], config,
+                     name=f"{name}_block_{block}")(x)
         if config.has_attention(level):
-            x = _Attention(config, name=f"{name}_attn_{block}")(x)
+            x = attention(config, name=f"{name}_attn_{block}")(x)
     return x
 
 
 def _middle(x: jax.Array, config: ImageVQGANConfig) -> jax.Array:
-    x = _ResidualBlock(x.shape[-1], config, name="mid_block_1")(x)
-    x = _Attention(config, name="mid_attn_1")(x)
-    return _ResidualBlock(x.shape[-1], config, name="mid_block_2")(x)
+    residual = layers.rematted(_ResidualBlock, config.remat_policy)
+    x = residual(x.shape[-1], config, name="mid_block_1")(x)
+    x = layers.rematted(_Attention, config.remat_policy)(config, name="mid_attn_1")(x)
+    return residual(x.shape[-1], config, name="mid_block_2")(x)
 
 
 def _last(x: jax.Array, features: int, config: ImageVQGANConfig) -> jax.Array:

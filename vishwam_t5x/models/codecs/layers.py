@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,8 +11,10 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models.layers import MLP_KERNEL, Initializer
-from vishwam_t5x.precision.policy import Policy
+from vishwam_t5x.parallelism.remat import remat_policy
+from vishwam_t5x.precision.policy import Policy, resolve_policy
 
 _CODES_AT_ONCE = 1024  # distances of all of 16,384 codes to a batch's vectors need gigabytes
 _CONV_AXES = ("axis_0", "axis_1", "axis_2", "axis_3")
@@ -71,6 +75,29 @@ def biased_dense(features: int, axes: tuple[str, str], policy: Policy, use_bias:
     return nn.Dense(
         features, use_bias, dtype=policy.compute_dtype, param_dtype=policy.param_dtype, name=name,
         kernel_init=named(MLP_KERNEL, *axes), bias_init=named(nn.initializers.zeros, axes[1]))
+
+
+def check_training(config: Any) -> None:
+    """Raises `UserError` unless `dropout_rate`, `remat_policy` and `precision` of a codec can be.
+    """
+    rate = config.dropout_rate
+    if isinstance(rate, bool) or not 0 <= rate < 1:
+        raise UserError(f"{type(config).__name__}.dropout_rate is a share in [0, 1)", got=rate,
+                        fix="0.0 for none")
+    remat_policy(config.remat_policy, platform="cpu")
+    if not isinstance(config.precision, Policy):
+        resolve_policy(config.precision if config.precision != "auto" else "float32")
+
+
+def rematted(block: type[nn.Module], policy: str) -> Any:
+    """Returns the class of a block whose backward pass recomputes what `policy` says."""
+    chosen = remat_policy(policy)
+    return block if chosen is None else nn.remat(block, policy=chosen)
+
+
+def dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
+    """Returns x with features dropped where `module` was given an rng 'dropout'."""
+    return nn.Dropout(rate)(x, deterministic=not module.has_rng("dropout"))
 
 
 class Codebook(nn.Module):
