@@ -47,14 +47,16 @@ def read(what: str, numbers: Iterable[Number], one: Callable[[Number], Found]
         one: reads one, or raises `LeftOut`.
 
     Raises:
-        Exception: on every process, what else `one` raised on any of them.
+        Exception: on every process, what else `one`, or going through `numbers`, raised on any.
     """
     ahead = 1 if jax.process_count() == 1 else _BLOCK
     waiting = iter(numbers)
-    while block := list(itertools.islice(waiting, ahead)):
+    while True:
+        block: list[Number] = []
         found: list[Found | LeftOut] = []
 
         def read_block(block: list[Number] = block, found: list[Found | LeftOut] = found) -> None:
+            block.extend(itertools.islice(waiting, ahead))
             for number in block:
                 try:
                     found.append(one(number))
@@ -62,6 +64,8 @@ def read(what: str, numbers: Iterable[Number], one: Callable[[Number], Found]
                     found.append(error)
 
         refuse_together(what, read_block)
+        if not block:
+            return
         yield from zip(block, _agreed(what, found), strict=True)
 
 
