@@ -34,7 +34,7 @@ from absl import logging
 
 from vishwam_t5x import evaluation_setup, joining, screen, task_lookup
 from vishwam_t5x.core import distributed, storage
-from vishwam_t5x.core.errors import EXIT_OK, UserError
+from vishwam_t5x.core.errors import EXIT_OK, PeersLost, Preempted, UserError
 from vishwam_t5x.data import source
 from vishwam_t5x.data.records import TaskCache
 from vishwam_t5x.data.source import DatasetConfig
@@ -143,6 +143,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
                               shown, model_dir, directory, at)
 
     one = evaluation_setup.on_all("evaluation", set_up)
+    evaluation_setup.check_same_data(one.caches)
     last = None
     for place in checkpoint_stream.places(
             checkpoint_path, model_dir, lambda step: one.is_done(step),
@@ -204,7 +205,9 @@ class _OneCheckpoint:
             params, restored = self.ready.restore(place)
             loaded.append((params, restored, restoring.identity(restored.path)
                            if distributed.is_primary() else ""))
-        except (UserError, OSError) as error:
+        except (Preempted, PeersLost):
+            raise  # the others have been told, or are gone
+        except Exception as error:  # noqa: BLE001 - raised again, once the others know
             failure = error
         if not distributed.any_process(failure is not None, "checkpoint not restored"):
             return loaded[0]
@@ -226,7 +229,7 @@ class _OneCheckpoint:
                                               self.page.num_samples if self.page else 0)
             result.metrics = {**splits[-1].metrics(self.loss), **result.metrics}
             if not judge.has_metrics:
-                result.metrics.update(self.baseline.of(task.name, splits[-1]))
+                self._add_baseline(result, splits[-1])
             results.append(result)
             self._bar.close()
             logging.info("%s: %d examples in %.1f s", task.name, splits[-1].num_examples,
@@ -237,6 +240,12 @@ class _OneCheckpoint:
         found = Evaluation(restored.step, results, directory)
         distributed.refuse_together("evaluation written", lambda: self._write(found, weights))
         return found
+
+    def _add_baseline(self, result: TaskResult, split: SplitSums) -> None:
+        """In process 0, which alone writes it."""
+        distributed.refuse_together("unigram model", lambda: result.metrics.update(
+            self.baseline.of(result.task, split) if distributed.is_primary() else {}),
+            evaluation_setup.CACHE_FILLED)
 
     def _write(self, found: Evaluation, weights: str) -> None:
         if not distributed.is_primary():
@@ -335,7 +344,9 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("--timeout goes with --checkpoint=watch")
         given["watch_timeout"] = evaluation_setup.number(config.flags, "timeout")
     joining.join(config)
-    if config.call(evaluate, done=_show, **given) is None and distributed.is_primary():
+    with joining.watched():
+        last = config.call(evaluate, done=_show, **given)
+    if last is None and distributed.is_primary():
         print("nothing was left to evaluate")
     return EXIT_OK
 

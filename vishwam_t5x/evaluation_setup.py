@@ -6,23 +6,26 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import json
 import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from vishwam_t5x.core import distributed
+from vishwam_t5x.core import coordination, distributed, storage
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import source
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation import restoring
 from vishwam_t5x.evaluation.generator import DecodingConfig, Generator
+from vishwam_t5x.evaluation.inference import Source, facts_of
 from vishwam_t5x.evaluation.loss_evaluator import without_augmentation
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
@@ -62,11 +65,16 @@ class Prepared:
     def load(self, checkpoint: str | None, model_dir: str) -> tuple[Any, RestoreReport]:
         """Restores the parameters that `--checkpoint` means, on all processes or on none; see
         `evaluation.restoring`."""
-        return on_all("checkpoint restored", lambda: self.restore(
-            restoring.checkpoint_place(checkpoint, model_dir)))
+        place = on_all("checkpoint named", lambda: restoring.checkpoint_place(
+            checkpoint, model_dir), coordination.DEADLINE)
+        return on_all("checkpoint restored", lambda: self.restore(place), coordination.DEADLINE)
 
     def restore(self, place: str) -> tuple[Any, RestoreReport]:
-        """Restores the parameters that lie at a path."""
+        """Restores the parameters that lie at a path; every process must call it together."""
+        # First what each sees for itself: one that sees nothing would leave the others waiting.
+        kind = on_all("checkpoint found", lambda: restoring.kind_of(place), coordination.DEADLINE)
+        distributed.compare("the checkpoint", {place: kind}, fix="a MODEL_DIR, or a checkpoint, "
+                            "on a disk that all hosts share, or in a bucket")
         params, report = restoring.load_params(self.model, place, self.devices, self.rules)
         logging.info("%s", report.table())
         return params, report
@@ -151,6 +159,32 @@ def on_all(what: str, make: Callable[[], Made], seconds: float = CACHE_FILLED) -
     made: list[Made] = []
     distributed.refuse_together(what, lambda: made.append(make()), seconds)
     return made[0]
+
+
+def check_same_data(caches: Sequence[Any], files: Sequence[Source] = (),
+                    vocabulary: str | None = None) -> None:
+    """Refuses, on every process, examples that are not the same on all.
+
+    Args:
+        caches: of tasks.
+        files: of inputs.
+        vocabulary: path of a SentencePiece model; None: that of the caches.
+
+    Raises:
+        UserError: what differs, and how.
+    """
+    if jax.process_count() == 1:
+        return
+    facts = [*map(facts_of, caches), *(file.facts() for file in files)]
+    if vocabulary is not None:
+        digest: list[str] = []
+        distributed.refuse_together("vocabulary read", lambda: digest.append(
+            hashlib.sha256(storage.read_bytes(vocabulary)).hexdigest()))
+        facts.append({"vocabulary": vocabulary, "sha256": digest[0]})
+    distributed.compare(
+        "the data", {"examples": "\n".join(json.dumps(one, sort_keys=True) for one in facts)},
+        fix="give every host the same caches, vocabulary and file of inputs (on a shared disk, or "
+            "copies)")
 
 
 def agreed_identity(report: RestoreReport) -> str:

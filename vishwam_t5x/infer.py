@@ -21,7 +21,8 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
 --return_all_decodes   write all of them, by rising score, and not the best alone
 --shard_id=I --num_shards=N   this is job I (from 0) of N that share the work; the last puts the
                   file together, which is the same however many jobs there were
---overwrite       begin anew what another command with other settings has begun, or finished
+--overwrite       begin anew what other settings have begun, or what is finished; what the same
+                  command has begun goes on
 
 Each output line has the task (or file), example (or line), inputs, prediction and its score.
 Records and lines that are damaged or too long are named, counted and left out. Pictures are written
@@ -127,14 +128,13 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         shard_id: number of this job among `num_shards`.
         num_shards: jobs that share the work.
         chunk_size: examples written in one piece, and lost at most when a job is killed.
-        overwrite: begin anew.
+        overwrite: begin anew what other settings have begun, or what is finished.
         mesh: devices along each axis; None: what suits the devices at hand.
         logical_axis_rules: which dimension is split over which mesh axis.
         compilation_cache_dir: as for `train`.
 
     Raises:
-        UserError: the parts do not fit together, no example can be used, or other settings began
-            or wrote the output.
+        UserError: parts do not fit, no example can be used, or other settings wrote the output.
     """
     decoding = _decoding(decoding or {}, num_decodes, return_all_decodes, mode)
 
@@ -153,6 +153,7 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         reader = _reader(ready, codec, target, decode_image, log_mel, mode, caches)
         return ready, caches, [LinesSource(ready.generator, reader, codec.decode, str(input_file))]
     ready, caches, sources = evaluation_setup.on_all("inference", set_up)
+    evaluation_setup.check_same_data(caches, () if input_file is None else sources, vocabulary)
     params, restored = ready.load(checkpoint_path, model_dir)
     distributed.refuse_together("vocabulary", lambda: task_lookup.check_vocabulary(
         caches, restored.path, vocabulary))
@@ -163,8 +164,8 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         "mode": mode, "all_decodes": return_all_decodes, "chunk_size": chunk_size,
         "vocabulary": vocabulary and [vocabulary, restoring.identity(vocabulary)],
         "target": None if input_file is None else target}
-    plan = chunks.plan([source.size for source in sources], chunk_size)
-    file = ChunkedFile(path, settings, plan, shard_id, num_shards)
+    file = ChunkedFile(path, settings, chunks.plan([source.size for source in sources], chunk_size),
+                       shard_id, num_shards)
     with contextlib.closing(Progress()) as bar:
         summary = inference.run(
             params, sources, file, file.begin(overwrite), How(mode, return_all_decodes),
@@ -317,7 +318,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--split and --tasks do not go with --input_file",
                         fix="give the one or the other")
     joining.join(config)
-    found = config.call(infer, **given)
+    with joining.watched():
+        found = config.call(infer, **given)
     if distributed.is_primary():
         _show(found, "scores" if given.get("mode") == SCORE else "predictions")
     return EXIT_OK

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import jax
 
 from vishwam_t5x.core import coordination, distributed
 from vishwam_t5x.core.errors import EXIT_ABORTED, UserError
-from vishwam_t5x.training.watchdog import limited
+from vishwam_t5x.training.ledger import Ledger
+from vishwam_t5x.training.watchdog import Watchdog, WatchdogConfig, limited
 
 if TYPE_CHECKING:
     from vishwam_t5x.gin_config import ParsedConfig
@@ -49,6 +52,19 @@ def join(config: ParsedConfig) -> None:
                                   "code": distributed.code_version()},
         fix="start the same command with the same version of everything on every host")
     coordination.on_abort(_lost)  # until a watchdog knows better
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Ends this process of several with 76, once another is gone or silent for a minute.
+
+    How long anything takes has no limit: a cache that is filled may take hours.
+    """
+    if not distributed.is_joined():
+        yield
+        return
+    with Watchdog(WatchdogConfig(step_seconds=None, phase_seconds=None), Ledger()):
+        yield
 
 
 def _is_one_of_several_jobs(config: ParsedConfig) -> bool:

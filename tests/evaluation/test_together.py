@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import types
 
 import pytest
 
 from vishwam_t5x import joining
+from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.evaluate import _OneCheckpoint
 from vishwam_t5x.evaluation import checkpoint_stream, together
+from vishwam_t5x.evaluation.evaluator import TaskResult
+from vishwam_t5x.evaluation.loss_evaluator import SplitSums
 from vishwam_t5x.evaluation.together import LeftOut
+from vishwam_t5x.evaluation_setup import Prepared
 
 
 def read(number):
@@ -40,6 +45,71 @@ def test_what_another_process_cannot_read_is_left_out_here_too(monkeypatch):
     assert found[0].why == "0 is broken" and found[3].why == "3 is broken"
 
 
+def test_lines_that_cannot_be_read_here_end_all(monkeypatch):
+    def lines():
+        yield 1
+        raise UserError("the file is gone")
+
+    agreed = []
+
+    def refuse_together(what, check):
+        with pytest.raises(UserError) as error:
+            check()
+        agreed.append(what)
+        raise error.value
+
+    monkeypatch.setattr(together.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(together, "refuse_together", refuse_together)
+    with pytest.raises(UserError, match="the file is gone"):
+        list(together.read("lines", lines(), read))
+    assert agreed == ["lines"]
+
+
+def test_what_one_process_does_not_see_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    ready = object.__new__(Prepared)
+    asked = []
+    monkeypatch.setattr(distributed, "refuse_together", lambda what, check, seconds: (
+        asked.append((what, seconds)), check()))
+    with pytest.raises(UserError, match="gone"):
+        ready.restore(str(tmp_path / "gone"))
+    assert asked == [("checkpoint found", 1800.0)]
+    # Here is a folder, and there it is a checkpoint of ours.
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "exchange", lambda name, said: [
+        said, "other " + said if "full" in name else "0"])
+    with pytest.raises(UserError, match="processes differ in the checkpoint"):
+        ready.restore(str(tmp_path))
+
+
+def test_the_baseline_is_counted_in_process_0_alone_and_agreed_on(monkeypatch):
+    one, asked = object.__new__(_OneCheckpoint), []
+    one.baseline = types.SimpleNamespace(of=lambda task, split: {"unigram/text": 3.0})
+    monkeypatch.setattr(distributed, "refuse_together", lambda what, check, seconds: (
+        asked.append(what), check()))
+    for primary, metrics in ((True, {"unigram/text": 3.0}), (False, {})):
+        monkeypatch.setattr(distributed, "is_primary", lambda primary=primary: primary)
+        result = TaskResult("texts", {})
+        one._add_baseline(result, SplitSums())
+        assert result.metrics == metrics
+    assert asked == ["unigram model"] * 2
+
+
+def test_several_processes_are_watched(monkeypatch):
+    began = []
+
+    @contextlib.contextmanager
+    def watchdog(config, ledger):
+        began.append(config)
+        yield
+
+    monkeypatch.setattr(joining, "Watchdog", watchdog)
+    for joined in (False, True):
+        monkeypatch.setattr(distributed, "is_joined", lambda joined=joined: joined)
+        with joining.watched():
+            assert len(began) == joined
+    assert began[0].phase_seconds is None and began[0].peer_seconds == 60
+
+
 def checkpoint(restore):
     one = object.__new__(_OneCheckpoint)
     one.ready = types.SimpleNamespace(restore=restore)
@@ -52,8 +122,17 @@ def test_a_checkpoint_is_passed_over_only_if_it_is_gone(tmp_path, monkeypatch):
 
     here = tmp_path / "checkpoints" / "10"
     here.mkdir(parents=True)
+    def break_down(place):
+        raise ValueError("it cannot be decoded")
+
     with pytest.raises(UserError, match="it cannot be read"):
         checkpoint(fail).load(str(here), may_be_gone=True)
+    told = []
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "any_process", lambda flag, *name: told.append(flag) or flag)
+        with pytest.raises(ValueError, match="it cannot be decoded"):
+            checkpoint(break_down).load(str(here), may_be_gone=True)
+    assert told == [True]
     here.rmdir()
     with pytest.raises(UserError, match="it cannot be read"):
         checkpoint(fail).load(str(here), may_be_gone=False)

@@ -57,6 +57,16 @@ class Source(Protocol):
         ...
 
 
+def facts_of(task: TaskRecords) -> dict[str, Any]:
+    """Returns what tells the examples of a task from others: JSON values. Of a cache, the hash of
+    its content too."""
+    found: dict[str, Any] = {"task": task.name, "examples": task.num_records}
+    if isinstance(task, TaskCache):
+        shards = "".join(shard.sha256 for shard in task.manifest.shards)
+        found["content"] = hashlib.sha256(shards.encode()).hexdigest()[:16]
+    return found
+
+
 class TaskSource:
     """The examples of a task's split."""
 
@@ -67,11 +77,7 @@ class TaskSource:
 
     def facts(self) -> dict[str, Any]:
         """See `Source.facts`."""
-        found: dict[str, Any] = {"task": self.name, "examples": self.size}
-        if isinstance(self._task, TaskCache):
-            shards = "".join(shard.sha256 for shard in self._task.manifest.shards)
-            found["content"] = hashlib.sha256(shards.encode()).hexdigest()[:16]
-        return found
+        return facts_of(self._task) | {"examples": self.size}
 
     def answer(self, params: Any, chunk: Chunk, how: How) -> tuple[list[Prediction], list[Any]]:
         """See `Source.answer`; what could not be used are records, damaged or too long, in words.

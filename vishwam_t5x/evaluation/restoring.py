@@ -135,6 +135,26 @@ def checkpoint_place(checkpoint: str | None, model_dir: str) -> str:
     return storage.join(folder, checkpoint)
 
 
+def kind_of(path: str | os.PathLike) -> str:
+    """Returns in words what this process sees at a path; no other process is asked.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    from vishwam_t5x.checkpointing import directory
+
+    place = directory.find(path)
+    if storage.is_file(place):
+        return "a file"
+    if directory.is_ours(place):
+        return "a checkpoint, or some, of this program"
+    if not storage.exists(place):
+        from vishwam_t5x.checkpointing.convert import foreign
+
+        raise foreign.unknown(path, place)
+    return "a folder of another program"
+
+
 def _differences(wanted: Any, path: str | os.PathLike) -> str:
     """The first parameters that differ, model on the left, checkpoint on the right; '' if none."""
     from vishwam_t5x.checkpointing.restore import open_source
