@@ -49,4 +49,17 @@ def test_to_a_bucket_and_back(bucket_here, tmp_path):
             assert "nothing is overwritten" in error.problem
         else:
             raise AssertionError("overwritten")
+
+        # Killed in the middle; the run it is of has saved a newer one since.
+        from vishwam_t5x.checkpointing.convert import conversion, interrupted
+        plan = conversion.plan(conversion.open_any(here), "t5x", place("e"))
+        killed = interrupted.kept_in_mind(plan, here, place("e"))
+        killed.__enter__()
+        half = f"{{place('e')}}/checkpoint_300"
+        storage.write_text(f"{{half}}/target.lost/.zarray", "{{}}")
+        t5x_folders.write(some, here / "checkpoint_400")
+        convert.main([f"--from={{here}}", f"--to={{place('e')}}", "--format=t5x"])
+        assert storage.names(place("e")) == ["checkpoint_300"]
+        assert set(storage.files_below(half)) == {{
+            name.removeprefix("checkpoint_300/") for name in names}}
         """)
