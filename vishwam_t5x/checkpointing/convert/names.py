@@ -3,12 +3,16 @@
 T5X calls the tree of parameters `target`, and keeps Adafactor's moments and the step in `state`:
 `target/decoder/logits_dense/kernel`, `state/param_states/decoder/logits_dense/kernel/v_row`,
 `state/step`. Ours are `params/…`, `opt_state/param_states/…`, `opt_state/step` and `step`.
+Unified-IO 2 was trained with T5X: its checkpoints are of this layout, with names of their own.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+from vishwam_t5x.checkpointing.convert import unified_io2
 
 EMBEDDING, LOGITS = "text_token_embedder/embedding", "target_encoders_text/logits_kernel"
 """Our names of the two parameters that are called otherwise in T5X."""
@@ -31,8 +35,10 @@ _T5_PARAMETER = re.compile(
 
 
 def parameter_from_t5x(name: str) -> str:
-    """Returns our name of one of T5X's parameters, without 'target/' and 'params/'."""
-    return _THEIRS.get(name, name)
+    """Returns our name of one of T5X's parameters, or Unified-IO 2's, without 'target/' and
+    'params/'.
+    """
+    return _THEIRS.get(name) or unified_io2.parameter_from_unified_io2(name)
 
 
 def parameter_to_t5x(name: str, decoder_only: bool = False) -> str | None:
@@ -50,8 +56,11 @@ def parameter_to_t5x(name: str, decoder_only: bool = False) -> str | None:
 
 
 def spellings(name: str) -> set[str]:
-    """Returns what one of our parameters is called in T5X, with and without an encoder."""
+    """Returns what one of our parameters is called in T5X, with and without an encoder, and in
+    Unified-IO 2.
+    """
     found = {parameter_to_t5x(name, decoder_only) for decoder_only in (False, True)}
+    found.add(_to_unified_io2(name))
     return {theirs for theirs in found if theirs is not None}
 
 
@@ -75,11 +84,14 @@ def all_to_t5x(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...], t
         ({our name: T5X's}, those of the run's bookkeeping, those that have no place).
     """
     names = list(names)
-    decoder_only = not any(name.startswith("params/encoder/") for name in names)
+    spelled: Callable[[str], str | None] = _to_unified_io2
+    if not any(unified_io2.is_unified_io2(name) for name in names if name.startswith("params/")):
+        decoder_only = not any(name.startswith("params/encoder/") for name in names)
+        spelled = functools.partial(parameter_to_t5x, decoder_only=decoder_only)
     places: dict[str, str] = {}
     bookkeeping, homeless = [], []
     for name in names:
-        place = _to_t5x(name, decoder_only)
+        place = _to_t5x(name, spelled)
         if _BOOKKEEPING.fullmatch(name):
             bookkeeping.append(name)
         elif place is None:
@@ -91,13 +103,18 @@ def all_to_t5x(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...], t
     return places, tuple(bookkeeping), tuple(homeless)
 
 
-def _to_t5x(name: str, decoder_only: bool) -> str | None:
+def _to_unified_io2(name: str) -> str | None:
+    theirs = unified_io2.parameter_to_unified_io2(name)
+    return theirs if unified_io2.has_place(theirs) else None
+
+
+def _to_t5x(name: str, spelled: Callable[[str], str | None]) -> str | None:
     if name == "step" or (_OUR_STATE.match(name) and _OUR_STATE.sub("", name) == "step"):
         return "state/step"
     if name.startswith("params/"):
-        theirs = parameter_to_t5x(name.removeprefix("params/"), decoder_only)
+        theirs = spelled(name.removeprefix("params/"))
         return theirs and f"target/{theirs}"
     if (match := _MOMENT.fullmatch(name)) and _OUR_STATE.fullmatch(match["tree"]):
-        theirs = parameter_to_t5x(match["param"], decoder_only)
+        theirs = spelled(match["param"])
         return theirs and f"state/param_states/{theirs}/{match['moment']}"
     return None

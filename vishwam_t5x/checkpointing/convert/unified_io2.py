@@ -7,6 +7,8 @@ is called alike, but for one level that ours lacks. Names are without 'target/' 
 
 from __future__ import annotations
 
+import re
+
 _SHARED = {
     "image_transformer/": "input_image_encoder/image_encoder/vision_transformer/",
     "audio_transformer/": "input_audio_encoder/image_encoder/vision_transformer/",
@@ -19,6 +21,35 @@ _ALONE = {
 _RESAMPLERS = tuple(f"input_encoders_{modality}_history/resampler/"
                     for modality in ("image", "audio"))
 _LEVEL = "PerceiverResampler_0/"
+_MARK = "modality_embedding"
+
+# By the original's names. A codec lies under its target: ours trains and keeps it apart.
+_PARAMETER = re.compile(
+    r"(?:text|image|audio)_token_embedder/embedding"
+    r"|(?:encoder|decoder)/(?:(?:layers_\d+|encoder|decoder)/)?"
+    r"(?:(?:attention|self_attention|encoder_decoder_attention)/"
+    r"(?:(?:query|key|value|out)/kernel|(?:query|key)_norm/scale)"
+    r"|mlp/(?:wi|wi_\d+|wo)/kernel"
+    r"|(?:pre_\w+_layer_norm|encoder_norm|decoder_norm)/scale)"
+    r"|input_text_encoder/modality_embedding"
+    r"|input_(?:image|audio)_encoder/"
+    r"(?:modality_embedding|projection/kernel|image_encoder/vision_transformer/.+)"
+    r"|input_encoders_(?:image|audio)_history/"
+    r"(?:modality_embedding|(?:pre|post)_projection/kernel|resampler/PerceiverResampler_0/.+)"
+    r"|target_encoders_(?:text|image|audio)/modality_embedding"
+    r"|target_encoders_(?:image|audio)/discrete_vae/.+")
+
+
+def is_unified_io2(name: str) -> bool:
+    """Whether a parameter, by our name or the original's, tells its network from a T5: all of the
+    modalities have a learned embedding there.
+    """
+    return name.rpartition("/")[2] == _MARK
+
+
+def has_place(theirs: str) -> bool:
+    """Whether Unified-IO 2 has a parameter of this name, one of its own."""
+    return _PARAMETER.fullmatch(theirs) is not None
 
 
 def parameter_from_unified_io2(name: str) -> str:
