@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import json
 import pathlib
+import shutil
 
 import pytest
 from evaluation import small_model, small_run
@@ -13,7 +14,7 @@ from evaluation import small_model, small_run
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.evaluation.predictions import read_lines
 from vishwam_t5x.infer import infer
-from vishwam_t5x.interactive import InteractiveModel
+from vishwam_t5x.interactive import InteractiveModel, _text_of_tasks
 from vishwam_t5x.objectives.text_to_text import TextToText
 from vishwam_t5x.training.run_dir import RunDir
 
@@ -92,13 +93,27 @@ def test_a_checkpoint_is_neither_replaced_nor_written_beside_a_run(asked, tmp_pa
     saved = asked.save_checkpoint()
     assert pathlib.Path(saved).name == "0" and under_way.exists()
     before = (tmp_path / "checkpoints" / "0" / "manifest.json").stat().st_mtime_ns
-    with pytest.raises(UserError, match="there is a checkpoint of step 0"):
+    with pytest.raises(UserError, match="there is a checkpoint of step 0(.|\n)*runs/another"):
         asked.save_checkpoint()
     (tmp_path / "checkpoints" / "9").mkdir()  # newer: restoring an older one leaves it where it is
     asked.restore(saved)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "0", "5.orbax-checkpoint-tmp", "9"]
     assert (tmp_path / "checkpoints" / "0" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_of_another_vocabulary_than_the_tasks_is_refused(run, asked, tmp_path,
+                                                                      monkeypatch):
+    checkpoint = tmp_path / "checkpoints" / "7"
+    shutil.copytree(pathlib.Path(run[2]) / "checkpoints" / "7", checkpoint)
+    (tmp_path / "data.json").write_text('{"captions": {"vocabulary": "34"}}')
+    config = small_model.dataset_config(mixture_or_task_name=small_run.MIXTURE, split="train",
+                                        cache_dir=run[1])
+    given = _text_of_tasks(config, small_model.objective())
+    monkeypatch.setattr(asked, "_tasks", given["tasks"])
+    monkeypatch.setattr(asked, "_vocabulary", None)
+    with pytest.raises(UserError, match="the vocabulary of task .* is not the checkpoint's"):
+        asked.restore(str(checkpoint))
 
 
 def test_mistakes_name_the_example(asked):

@@ -64,7 +64,8 @@ class InteractiveModel:
                  loss: LossConfig = LossConfig(), mesh: MeshConfig | None = None,
                  logical_axis_rules: LogicalAxisRules = LogicalAxisRules(), seed: int = 0,
                  compilation_cache_dir: str | None = None,
-                 text_ends: Sequence[str] = ("inputs", "targets")) -> None:
+                 text_ends: Sequence[str] = ("inputs", "targets"), tasks: Sequence[Any] = ()
+                 ) -> None:
         """Restores parameters, or makes them up where there are none.
 
         Args:
@@ -83,6 +84,7 @@ class InteractiveModel:
             seed: of random parameters and dropout.
             compilation_cache_dir: as for `train`.
             text_ends: where text gets an end token, if the objective adds none.
+            tasks: cached tasks whose vocabulary a checkpoint must have learned.
 
         Raises:
             UserError: the parts do not fit together, or the checkpoint is not this model's.
@@ -91,7 +93,7 @@ class InteractiveModel:
         self._ready = evaluation_setup.prepare(
             model, objective, config, None, decoding, batch_size, mesh, logical_axis_rules,
             compilation_cache_dir)
-        self._vocabulary = codec if isinstance(codec, str) else None
+        self._tasks, self._vocabulary = tasks, codec if isinstance(codec, str) else None
         self._codec = codec if not isinstance(codec, str) else task_lookup.tokenizer(
             codec, getattr(objective, "vocabulary", None))
         self._parts = setup.Parts(model, optimizer, self._ready.devices, logical_axis_rules,
@@ -106,7 +108,7 @@ class InteractiveModel:
         elif output_dir and storage.names(storage.join(output_dir, "checkpoints")):
             self.restore(output_dir)
         else:
-            self._set_params(self._random())
+            self._params = self._random()
 
     @classmethod
     def from_gin(cls, gin_files: Sequence[str], overrides: Mapping[str, Any] | None = None, *,
@@ -195,7 +197,7 @@ class InteractiveModel:
             examples = [{**_fields(example), TARGET: target}
                         for example, target in zip(examples, targets, strict=True)]
         requests = self._requests(examples, "text", needs_target=True)
-        found = {request.tag: Answer.to(request, self._codec.decode) for request in requests}
+        found = {one.tag: Answer.to(one, self._codec.decode) for one in requests}
         answers.score(self._ready.generator, self.params, requests, found)
         return [found[number].target_score for number in range(len(examples))]
 
@@ -230,7 +232,7 @@ class InteractiveModel:
 
     @property
     def step(self) -> int:
-        """Training steps taken, those before a restored checkpoint included."""
+        """Training steps taken; those before a checkpoint of which all was restored included."""
         return 0 if self._state is None else int(self._state.step)
 
     @property
@@ -265,8 +267,7 @@ class InteractiveModel:
         arrays = {name: jax.device_put(batch[name], place) for name, place in shardings.items()}
         state, metrics = self._compiled(self._state.on_device(), arrays)
         self._state = state.at(DataPosition())
-        described = setup.describe_metrics(self._parts.optimizer)
-        return described(jax.device_get(metrics), self.step)
+        return setup.describe_metrics(self._parts.optimizer)(jax.device_get(metrics), self.step)
 
     def train_loop(self, num_steps: int, examples: Iterable[Example]) -> list[dict[str, float]]:
         """Takes steps on the examples, in order and over again; returns the metrics of each."""
@@ -299,7 +300,8 @@ class InteractiveModel:
         def refuse_another(_: Any) -> None:
             if self.step in directory.steps_in(directory.absolute(folder)):
                 raise UserError(f"there is a checkpoint of step {self.step}", got=folder,
-                                fix="train a step, or save to another output_dir")
+                                fix="InteractiveModel(..., output_dir='runs/another')" + (
+                                    "" if self._factory is None else ", or train a step"))
 
         with contextlib.closing(run_dir), contextlib.ExitStack() as stack:
             beginning.hold(stack, run_dir, 0.0, refuse_another)
@@ -322,8 +324,8 @@ class InteractiveModel:
         from vishwam_t5x.checkpointing.restore import restore_state
 
         params, report = self._ready.restore(checkpoint)
-        task_lookup.check_vocabulary((), report.path, self._vocabulary)
-        self._set_params(params)
+        task_lookup.check_vocabulary(self._tasks, report.path, self._vocabulary)
+        self._state, self._params = None, params
         folder = storage.parent(report.path)
         # A checkpoint of step 0 holds parameters alone.
         if self._factory is not None and report.step and self._output_dir and (
@@ -331,9 +333,6 @@ class InteractiveModel:
             # Its checksums were compared just now.
             state = restore_state(directory.absolute(report.path), self._factory.abstract, False)
             self._state, self._params = self._factory.adopt(state), None
-
-    def _set_params(self, params: Any) -> None:
-        self._state, self._params = None, params
 
     def _random(self) -> Any:
         model, devices, rules = self._ready.model, self._ready.devices, self._ready.rules
@@ -397,4 +396,4 @@ def _fields(example: Example) -> dict[str, str]:
 def _text_of_tasks(config: DatasetConfig, objective: Any) -> dict[str, Any]:
     tasks = task_lookup.open_tasks(config, objective)
     codec = task_lookup.text_codec(tasks, config, getattr(objective, "vocabulary", None))
-    return {"codec": codec, "text_ends": task_lookup.text_ends(tasks, objective)}
+    return {"codec": codec, "tasks": tasks, "text_ends": task_lookup.text_ends(tasks, objective)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import signal
 import subprocess
@@ -13,10 +14,12 @@ import pytest
 from evaluation import small_model, small_run
 
 import helpers
-from vishwam_t5x import task_lookup
+from vishwam_t5x import evaluation_setup, task_lookup
+from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.evaluate import evaluate
 from vishwam_t5x.evaluation.generator import DecodingConfig
+from vishwam_t5x.evaluation.inference import facts_of
 from vishwam_t5x.evaluation.predictions import read_lines
 from vishwam_t5x.infer import infer
 
@@ -150,6 +153,39 @@ def test_evaluating_all_checkpoints_skips_those_that_are_done(settings, tmp_path
     assert evaluate(**more, checkpoint_path="all") is None
     monkeypatch.setattr("vishwam_t5x.evaluation_setup.code_of", lambda function: "mended")
     assert evaluate(**more, checkpoint_path="all").step == 7
+
+
+class Compared(Exception):
+    """What a verb gave to `distributed.compare`."""
+
+
+def test_the_examples_of_all_processes_are_compared(run, settings, tmp_path, monkeypatch):
+    def compare(what, texts, fix):
+        raise Compared(what, texts["examples"])
+
+    def given(verb, **more):
+        with monkeypatch.context() as patch:
+            # Once all is set up: what is built before is built for one process.
+            patch.setattr(evaluation_setup, "on_all", lambda what, make, *seconds: (
+                on_all(what, make), patch.setattr("jax.process_count", lambda: 2))[0])
+            patch.setattr(distributed, "exchange", lambda name, value, timeout: [value] * 2)
+            patch.setattr(distributed, "compare", compare)
+            with pytest.raises(Compared) as found:
+                verb(**{**settings, **more})
+        assert found.value.args[0] == "the data"
+        return found.value.args[1]
+
+    on_all, lines, words = evaluation_setup.on_all, tmp_path / "in.jsonl", tmp_path / "text.model"
+    words.write_bytes(pathlib.Path(f"{run[0]}/text.model").read_bytes())
+    said = []
+    for text in ("one", "two"):
+        lines.write_text(json.dumps({"text": text}) + "\n")
+        said.append(given(infer, input_file=str(lines), vocabulary=str(words)))
+    assert said[0] != said[1] and all(str(lines) in text and str(words) in text for text in said)
+    del settings["chunk_size"]
+    cache = task_lookup.open_tasks(settings["dataset_cfg"], settings["objective"], ["captions"])[0]
+    assert given(evaluate) == json.dumps(facts_of(cache), sort_keys=True)
+    assert {*facts_of(cache)} == {"task", "examples", "content"}
 
 
 def test_what_was_written_with_other_weights_is_not_taken_for_done(settings, tmp_path, monkeypatch):

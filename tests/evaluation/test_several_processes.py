@@ -30,9 +30,10 @@ def run(tmp_path_factory):
     return str(gin_file), cache_dir, folder
 
 
-def job(run, count, *arguments, odd=()):
+def job(run, count, *arguments, odd=(), homes=()):
     """Runs a verb in `count` processes of two devices each; returns (exit codes, what they said).
-    """
+
+    `odd`: further arguments of all but the first; `homes`: where '~' is for each."""
     gin_file, cache_dir, folder = run
     joined = () if count == 1 else (f"--coordinator_address=localhost:{process_groups.free_port()}",
                                     f"--process_count={count}")
@@ -43,7 +44,8 @@ def job(run, count, *arguments, odd=()):
         [sys.executable, "-m", "vishwam_t5x", arguments[0], f"--gin_file={gin_file}",
          *arguments[1:], *joined, *([f"--process_index={index}"] if joined else []),
          *(odd if index else ())],
-        env=env, cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        env={**env, **({"HOME": str(homes[index])} if homes else {})}, cwd=helpers.ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for index in range(count)]
     said = [process.communicate(timeout=1800)[0] for process in processes]
     return [process.returncode for process in processes], said
@@ -96,3 +98,16 @@ def test_what_is_wrong_in_one_process_ends_both_alike(run, tmp_path):
                       f"--output_file={tmp_path}/c.jsonl")
     assert codes == [0, 0], "\n".join(said)
     assert [line["example"] for line in read_lines(tmp_path / "c.jsonl")] == [1, 3]
+
+
+def test_hosts_with_other_files_of_the_same_name_are_refused(run, tmp_path):
+    """Of the same number of lines: nothing else would notice."""
+    homes = [tmp_path / "0", tmp_path / "1"]
+    for home, text in zip(homes, ("draw a one", "draw a two"), strict=True):
+        home.mkdir()
+        (home / "in.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    codes, said = job(run, 2, "infer", "--input_file=~/in.jsonl",
+                      f"--output_file={tmp_path}/d.jsonl", homes=homes)
+    assert codes == [2, 2], "\n".join(said)
+    assert all("the processes differ in the data" in text for text in said)
+    assert not (tmp_path / "d.jsonl").exists()
