@@ -11,8 +11,7 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
                   predict_with_aux: predict, with the log-probability of every token of a text
 --input_file=F    lines {"text": "what is this?", "image": "a.png", "audio": "b.wav"}, each with one
                   or more of the three, and "target": the text to score, or to begin with where
-                  DecodingConfig.prompt_with_targets is set; paths are relative to F. Lines that
-                  cannot be used are named and left out; too long an input is refused, never cut
+                  DecodingConfig.prompt_with_targets is set; paths are relative to F
 --target=M        what to write for the lines of --input_file; default: text
 --output_file=F   default: MODEL_DIR/inference/STEP/NAME.jsonl; NAME-MODE.jsonl unless predicting
 --checkpoint=C    latest (the default) or a step of MODEL_DIR's checkpoints; or a path
@@ -25,12 +24,10 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
                   command has begun goes on
 
 Each output line has the task (or file), example (or line), inputs, prediction and its score.
-Records and lines that are damaged or too long are named, counted and left out. Pictures are written
-as PNG files beside the output, whose name theirs begin with. Lines are written in chunks to
-FILE.jsonl.parts as they are made; a job that is killed goes on there when the same command is run
-again.
-
-On several hosts run the same command on each; they find each other as those of `vishwam train` do.
+Records and lines that are damaged or too long are named, counted and left out, never cut. Pictures
+are written as PNG files beside the output, whose name theirs begin with. Lines are written in chunks
+to FILE.jsonl.parts; a job that is killed goes on there when the same command is run again. On several
+hosts run the same command on each; they find each other as those of `vishwam train` do.
 Jobs of --num_shards are commands of their own, each of which may be of several hosts by its flags.
 """
 
