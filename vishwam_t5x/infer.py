@@ -25,10 +25,10 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
 
 Each output line has the task (or file), example (or line), inputs, prediction and its score.
 Records and lines that are damaged or too long are named, counted and left out, never cut. Pictures
-are written as PNG files beside the output, whose name theirs begin with. Lines are written in chunks
-to FILE.jsonl.parts; a job that is killed goes on there when the same command is run again. On several
-hosts run the same command on each; they find each other as those of `vishwam train` do.
-Jobs of --num_shards are commands of their own, each of which may be of several hosts by its flags.
+are PNG files beside the output, whose name theirs begin with. Lines are written in chunks to
+FILE.jsonl.parts; a job that is killed goes on there when the same command is run again. On several
+hosts run the same command on each; they find each other as those of `vishwam train` do. Jobs of
+--num_shards are commands of their own, each of which may be of several hosts by its flags.
 """
 
 from __future__ import annotations
