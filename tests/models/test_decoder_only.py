@@ -242,6 +242,7 @@ def test_learns_from_packed_rows():
 
 # --- configuration ---
 
+@pytest.mark.slow
 def test_images_may_stand_in_the_prefix():
     model, variables = build(inputs=model_fixtures.INPUTS[:2])
     batch = rows_of([(0, INPUTS[0], TARGETS[0])], packed=False)

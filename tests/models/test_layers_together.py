@@ -52,7 +52,9 @@ def reference(batch):
 
 
 @pytest.mark.parametrize("scan_layers, remat_policy", [
-    (True, "none"), (False, "minimal"), (True, "full"), (True, "dots"), (True, "offload")])
+    (True, "none"), (False, "minimal"), (True, "full"),
+    pytest.param(True, "dots", marks=pytest.mark.slow),
+    pytest.param(True, "offload", marks=pytest.mark.slow)])
 def test_same_loss_and_gradient(reference, batch, scan_layers, remat_policy):
     params, (loss, gradient) = reference
     model = make(scan_layers=scan_layers, remat_policy=remat_policy)
@@ -166,6 +168,7 @@ def test_chunked_loss_equals_plain(batch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), chunked, plain)
 
 
+@pytest.mark.slow  # tests/integration/test_program.py has devices, microbatches and scan together
 def test_eight_devices_give_the_same_loss(eight_devices):
     """data 2 x fsdp 2 x tensor 2, sharded parameters and batch, against one device."""
     out = eight_devices("""
