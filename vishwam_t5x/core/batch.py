@@ -21,12 +21,15 @@ MAX_CARRIED = 32
 """A batch is done when this many examples have been found that fit in none of its rows."""
 
 MODALITIES = ("text", "image", "audio")
-"""The order in which modalities stand in a row."""
+"""What is read and written, in row order."""
+
+ROW_ORDER = ("text", "image", "image_history", "audio", "audio_history")
+"""The order in which modalities stand in a row, with the histories that are read only."""
 
 
 def modality_order(names: Any) -> tuple[str, ...]:
-    """Returns `names` in row order: text, image, audio, then others by name."""
-    rank = {name: index for index, name in enumerate(MODALITIES)}
+    """Returns `names` in row order: that of `ROW_ORDER`, then others by name."""
+    rank = {name: index for index, name in enumerate(ROW_ORDER)}
     return tuple(sorted(names, key=lambda name: (rank.get(name, len(rank)), name)))
 
 
@@ -42,6 +45,21 @@ class ModalityLengths(NamedTuple):
 
     inputs: dict[str, int]
     targets: dict[str, int]
+
+
+class HistorySpec(NamedTuple):
+    """What a frame of a history takes: a picture of a video, or a segment of sound.
+
+    Attributes:
+        places: patches of a whole frame.
+        latents: slots of a row that a frame becomes.
+        budget: frames in a batch for each of its rows, on average; None: as many as fit. The model
+            encodes as many and no more (`HistoryInput.frame_budget`).
+    """
+
+    places: int
+    latents: int
+    budget: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +106,7 @@ class BatchSpec:
         patch_dims: floats per patch of each continuous input modality.
         packed: several examples a row (with row indices and segment ids); False: one a row.
         task_masks: target modalities whose slots say whether the task hid them from the encoder.
+        histories: input modalities of frames; their capacities count slots, `latents` a frame.
     """
 
     batch_size: int
@@ -98,6 +117,7 @@ class BatchSpec:
     patch_dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
     packed: bool = True
     task_masks: tuple[str, ...] = ()
+    histories: Mapping[str, HistorySpec] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "input_length", "target_length"):
@@ -111,12 +131,23 @@ class BatchSpec:
                                     got=repr(value), fix="set it in TASK_FEATURE_LENGTHS")
         if not self.target_capacities:
             raise UserError("a batch needs at least one target modality")
+        for name, history in self.histories.items():
+            if self.input_capacities.get(name, 0) % history.latents:
+                raise UserError(f"the capacity of '{name}' must hold whole frames",
+                                got=f"{self.input_capacities[name]} slots, {history.latents} a "
+                                    "frame", fix=f"set inputs/{name} to a multiple")
+
+    def max_frames(self, modality: str) -> int | None:
+        """Returns how many frames of a history a batch may have; None: no limit but the rows'."""
+        budget = self.histories[modality].budget
+        return None if budget is None else max(1, round(budget * self.batch_size))
 
     @classmethod
     def from_feature_lengths(cls, batch_size: int, lengths: Mapping[str, int],
                              input_modalities: tuple[str, ...], target_modalities: tuple[str, ...],
                              patch_dims: Mapping[str, int], packed: bool = True,
-                             task_masks: tuple[str, ...] = ()) -> BatchSpec:
+                             task_masks: tuple[str, ...] = (),
+                             histories: Mapping[str, HistorySpec] | None = None) -> BatchSpec:
         """Builds the shapes from TASK_FEATURE_LENGTHS.
 
         Args:
@@ -128,6 +159,7 @@ class BatchSpec:
             patch_dims: floats per patch of each continuous input modality.
             packed: several examples a row.
             task_masks: target modalities with a 'task_mask'.
+            histories: input modalities of frames.
 
         Raises:
             UserError: a row length is missing, a name is unknown, a capacity exceeds its row.
@@ -156,7 +188,7 @@ class BatchSpec:
 
         return cls(batch_size, lengths["inputs"], lengths["targets"],
                    capacities("inputs", input_modalities), capacities("targets", target_modalities),
-                   dict(patch_dims), packed, tuple(task_masks))
+                   dict(patch_dims), packed, tuple(task_masks), dict(histories or {}))
 
     def arrays(self) -> dict[str, FeatureSpec]:
         """Returns the shape and dtype of every array of the batch."""
@@ -165,6 +197,9 @@ class BatchSpec:
         segments = ("segment_ids",) if self.packed else ()
         for modality, slots in self.input_capacities.items():
             prefix = f"inputs/{modality}"
+            if modality in self.histories:
+                out |= self._frame_arrays(modality, slots)
+                continue
             if modality in self.patch_dims:
                 out[f"{prefix}/input"] = FeatureSpec(
                     (rows, slots, self.patch_dims[modality]), np.dtype(np.float32))
@@ -179,4 +214,18 @@ class BatchSpec:
         if self.packed:
             out["inputs/row/index"] = FeatureSpec((rows, self.input_length), ints)
             out["targets/row/index"] = FeatureSpec((rows, self.target_length), ints)
+        return out
+
+    def _frame_arrays(self, modality: str, slots: int) -> dict[str, FeatureSpec]:
+        """The arrays of a history: patches by frame, and which frame of which example it is."""
+        prefix, ints, history = f"inputs/{modality}", np.dtype(np.int32), self.histories[modality]
+        frames = (self.batch_size, slots // history.latents)
+        places = (*frames, history.places)
+        out = {f"{prefix}/input": FeatureSpec((*places, self.patch_dims[modality]),
+                                              np.dtype(np.float32)),
+               f"{prefix}/mask": FeatureSpec(places, ints),
+               f"{prefix}/pos_ids": FeatureSpec(places, ints),
+               f"{prefix}/frame_ids": FeatureSpec(frames, ints)}
+        if self.packed:
+            out[f"{prefix}/segment_ids"] = FeatureSpec(frames, ints)
         return out

@@ -23,14 +23,21 @@ class PlacedExample(NamedTuple):
     arrays: Example
 
 
-def example_lengths(example: Example) -> ModalityLengths:
-    """Returns the slots that a model example takes; modalities that take none are left out."""
+def example_lengths(example: Example, spec: BatchSpec | None = None) -> ModalityLengths:
+    """Returns the slots that a model example takes; modalities that take none are left out.
+
+    Args:
+        example: its arrays.
+        spec: says how many slots a frame of a history takes; None where there are no histories.
+    """
+    histories = spec.histories if spec is not None else {}
     sides: dict[str, dict[str, int]] = {"inputs": {}, "targets": {}}
     for key, value in example.items():
         side, modality, name = key.split("/")
         counted = ("tokens", "input") if side == "inputs" else ("targets",)
         if name in counted and len(value):
-            sides[side][modality] = len(value)
+            a_frame = histories[modality].latents if modality in histories else 1
+            sides[side][modality] = len(value) * a_frame
     return ModalityLengths(sides["inputs"], sides["targets"])
 
 
@@ -40,8 +47,8 @@ def assemble(spec: BatchSpec, num_rows: int, placed: Sequence[PlacedExample]
 
     Within its row an example comes after those before it in `placed`, and the plan has made sure
     that all fit. Missing arrays of an example get what they mean when absent: a mask of ones,
-    positions 0, 1, …, decoder inputs that are the targets one later after BOS (0), a loss mask
-    that is the mask, a task mask of zeros.
+    positions and frames 0, 1, …, decoder inputs that are the targets one later after BOS (0), a
+    loss mask that is the mask, a task mask of zeros.
 
     Args:
         spec: shapes; `batch_size` is not looked at.
@@ -68,11 +75,16 @@ def assemble(spec: BatchSpec, num_rows: int, placed: Sequence[PlacedExample]
             at = np.flatnonzero(sizes[:, number])
             if at.size:
                 runs = _Runs(sizes[at, number], rows[at], capacity)
-                _fill(arrays, f"{side}/{modality}/", runs,
+                # A history has an entry a frame, which takes several slots of the row.
+                a_frame = (spec.histories[modality].latents if side == "inputs"
+                           and modality in spec.histories else 1)
+                entries = runs if a_frame == 1 else _Runs(
+                    sizes[at, number] // a_frame, rows[at], capacity // a_frame)
+                _fill(arrays, f"{side}/{modality}/", entries,
                       [placed[index].arrays for index in at.tolist()])
                 if spec.packed:
-                    arrays[f"{side}/{modality}/segment_ids"].reshape(-1)[runs.slots] = np.repeat(
-                        segments[at], runs.sizes)
+                    arrays[f"{side}/{modality}/segment_ids"].reshape(-1)[entries.slots] = np.repeat(
+                        segments[at], entries.sizes)
                     row_columns = runs.spread(rows[at] * length + columns[at, number])
                     arrays[f"{side}/row/index"].reshape(-1)[row_columns] = (
                         offset + runs.slots % capacity)
@@ -99,7 +111,13 @@ class _Runs:
 def _fill(arrays: dict[str, np.ndarray], prefix: str, runs: _Runs, examples: Sequence[Example]
           ) -> None:
     """Scatters every array of a modality, given or implied."""
-    values = dict(_given(prefix, runs, examples))
+    rest = arrays[prefix + "mask"].shape[2:]  # of a history: the places of a frame
+    values = dict(_given(prefix, runs, examples, rest))
+    if rest:
+        whole = len(runs.within), *rest
+        values.setdefault("frame_ids", runs.within)
+        values.setdefault("mask", np.ones(whole, np.int32))
+        values.setdefault("pos_ids", np.broadcast_to(np.arange(*rest), whole))
     values.setdefault("mask", np.ones_like(runs.within))
     values.setdefault("pos_ids", runs.within)
     if "targets" in values:
@@ -115,7 +133,16 @@ def _fill(arrays: dict[str, np.ndarray], prefix: str, runs: _Runs, examples: Seq
         array.reshape(-1, *array.shape[2:])[runs.slots] = value
 
 
-def _given(prefix: str, runs: _Runs, examples: Sequence[Example]
+def _implied(name: str, size: int, rest: tuple[int, ...]) -> np.ndarray:
+    """What an array of an example means when absent; `rest`: the places of a frame, or ()."""
+    if name == "pos_ids" and rest:
+        return np.broadcast_to(np.arange(*rest, dtype=np.int32), (size, *rest))
+    if name in ("pos_ids", "frame_ids"):
+        return np.arange(size, dtype=np.int32)
+    return np.full((size, *(rest if name == "mask" else ())), name != "task_mask", np.int32)
+
+
+def _given(prefix: str, runs: _Runs, examples: Sequence[Example], rest: tuple[int, ...]
            ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the arrays that examples bring along, one after the other."""
     names = dict.fromkeys(key[len(prefix):] for example in examples for key in example
@@ -124,10 +151,9 @@ def _given(prefix: str, runs: _Runs, examples: Sequence[Example]
         parts: list[Any] = [example.get(prefix + name) for example in examples]
         for index, (part, size) in enumerate(zip(parts, runs.sizes.tolist(), strict=True)):
             if part is None:
-                assert name in ("mask", "pos_ids", "loss_mask", "task_mask"), (
+                assert name in ("mask", "pos_ids", "frame_ids", "loss_mask", "task_mask"), (
                     f"some examples lack {prefix}{name}")
-                parts[index] = (np.arange(size, dtype=np.int32) if name == "pos_ids" else
-                                np.full((size,), name != "task_mask", np.int32))
+                parts[index] = _implied(name, size, rest)
             assert len(parts[index]) == size, f"{prefix}{name} has a length of its own"
         yield name, np.concatenate(parts)
 

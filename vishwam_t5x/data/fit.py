@@ -184,6 +184,13 @@ def misfit(spec: BatchSpec, lengths: ModalityLengths, task: str, what: str) -> U
                         f"{lengths.inputs}, targets {lengths.targets}",
                     fix=f"TASK_FEATURE_LENGTHS['{key}'] = {need} or more, or cut long examples "
                         "into chunks in the task's preprocessors")
+    for modality, history in spec.histories.items():
+        need, most_frames = lengths.inputs.get(modality, 0), spec.max_frames(modality)
+        if most_frames is not None and need > most_frames * history.latents:
+            return UserError(
+                f"an example of task '{task}' has more frames than a whole batch may have",
+                got=f"{what} has {need // history.latents} of '{modality}', at most {most_frames}",
+                fix="raise the frame budget, or BATCH_SIZE")
     return None
 
 

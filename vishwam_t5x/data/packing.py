@@ -154,7 +154,7 @@ class PackedBatches:
         clean = {name: value for name, value in clean.items() if not name.startswith(META_PREFIX)}
         with naming_the_task(self.examples, place.example):
             example = self.objective.apply(clean, seed=self.seed, example=place.example)
-        got = example_lengths(example)
+        got = example_lengths(example, self.spec)
         planned = ModalityLengths(*({name: size for name, size in side.items() if size}
                                     for side in place.lengths))
         assert got == planned, (

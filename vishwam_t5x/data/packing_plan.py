@@ -125,6 +125,8 @@ class Packer:
         self._known: dict[int, tuple[ModalityLengths, list[int]]] = {}
         self._misfits: dict[int, ModalityLengths] = {}
         self._narrow = list(self._limits)[2:]
+        self._frames = {modality: most for modality in spec.histories
+                        if (most := spec.max_frames(modality)) is not None}
         self._can_measure_many = (hasattr(objective, "lengths_many")
                                   and hasattr(examples, "clean_lengths_many"))
 
@@ -139,6 +141,7 @@ class Packer:
             return None
         rows: list[list[Placement]] = [[] for _ in range(self.spec.batch_size)]
         state = _OpenRows(list(self._limits.values()), self.spec.batch_size, self.max_per_row)
+        frames = dict(self._frames)
         carried: list[int] = []
         todo = list(position.carried)
         next_example = position.next_example
@@ -151,15 +154,24 @@ class Packer:
             else:
                 break
             lengths, needs = self._known.get(example) or self._measure(example)
-            row = state.place(needs)
+            row = state.place(needs) if self._within_budget(lengths, frames) else -1
             if row < 0:
                 carried.append(example)
             else:
+                for modality in frames:
+                    frames[modality] -= self._num_frames(lengths, modality)
                 rows[row].append(Placement(example, lengths))
         carried += todo
         self._known = {example: entry for example, entry in self._known.items()
                        if example >= next_example or example in carried}
         return self._finish(rows, position, DataPosition(next_example, tuple(carried)))
+
+    def _num_frames(self, lengths: ModalityLengths, modality: str) -> int:
+        return lengths.inputs.get(modality, 0) // self.spec.histories[modality].latents
+
+    def _within_budget(self, lengths: ModalityLengths, frames: Mapping[str, int]) -> bool:
+        """Whether the batch may have the frames of an example besides those it has."""
+        return all(self._num_frames(lengths, modality) <= left for modality, left in frames.items())
 
     def _measure(self, example: int) -> tuple[ModalityLengths, list[int]]:
         """Returns an example's lengths and what it needs of each limited row dimension."""
@@ -184,6 +196,7 @@ class Packer:
             assert modality is not None
             needs.append((inputs if side == "inputs" else targets).get(modality, 0))
         if (any(map(operator.gt, needs, self._limits.values()))
+                or not self._within_budget(lengths, self._frames)
                 or not inputs.keys() <= self.spec.input_capacities.keys()
                 or not targets.keys() <= self.spec.target_capacities.keys()):
             self._misfits[example] = lengths

@@ -222,15 +222,26 @@ def synthetic_batch(spec: BatchSpec, seed: int, num_ids: Mapping[str, int],
     """
     per_row = examples_per_row if spec.packed else 1
     placed = []
+    inputs = _even_share(spec.input_capacities, spec.input_length, per_row)
+    for modality, history in spec.histories.items():
+        frames, most = inputs[modality] // history.latents, spec.max_frames(modality)
+        if most is not None:
+            frames = min(frames, most // (spec.batch_size * per_row))
+        inputs[modality] = frames * history.latents
     lengths = ModalityLengths(
-        _even_share(spec.input_capacities, spec.input_length, per_row),
+        inputs,
         _even_share(spec.target_capacities, spec.target_length, per_row))
     for row in range(spec.batch_size):
         for number in range(per_row):
             rng = example_generator(seed, row * per_row + number, "synthetic_batch")
             example: dict[str, np.ndarray] = {}
             for modality, size in lengths.inputs.items():
-                if modality in spec.patch_dims:
+                if modality in spec.histories:
+                    history = spec.histories[modality]
+                    example[f"inputs/{modality}/input"] = rng.standard_normal(
+                        (size // history.latents, history.places, spec.patch_dims[modality]),
+                        np.float32)
+                elif modality in spec.patch_dims:
                     example[f"inputs/{modality}/input"] = rng.standard_normal(
                         (size, spec.patch_dims[modality]), np.float32)
                 else:
