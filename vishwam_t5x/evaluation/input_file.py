@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import os
-import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError, did_you_mean
+from vishwam_t5x.data import recordings
 from vishwam_t5x.objectives.masking import PatchSpec
 from vishwam_t5x.objectives.vocabulary import EOS_ID
 
@@ -256,23 +256,20 @@ def read_image(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
 
 
 def read_wave(path: storage.PathLike) -> tuple[Float[np.ndarray, "samples"], int]:
-    """Reads a WAV file of 8, 16 or 32 bit PCM; channels are averaged.
+    """Reads a WAV file of 8, 16, 24 or 32 bit PCM; channels are averaged.
 
     Returns:
         The waveform, float64 in [-1, 1], and the samples per second.
 
     Raises:
-        UserError: there is no such file, or it is another format.
+        UserError: there is no such file, it is another format, or has no samples.
     """
     try:
-        with storage.as_local(path) as place, wave.open(str(place), "rb") as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            data = file.readframes(file.getnframes())
-    except (OSError, EOFError, wave.Error) as error:
+        data = storage.read_bytes(path)
+    except OSError as error:
         raise UserError("the recording cannot be read", got=f"{path}: {error}") from error
-    dtypes = {1: "u1", 2: "<i2", 4: "<i4"}
-    if width not in dtypes:
-        raise UserError("the recording is not 8, 16 or 32 bit PCM", got=f"{8 * width} bit")
-    samples = np.frombuffer(data, dtypes[width]).astype(np.float64)
-    samples = (samples - 128) / 128 if width == 1 else samples / 2.0**(8 * width - 1)
-    return samples.reshape(-1, channels).mean(axis=1), rate
+    try:
+        return recordings.decode_wave(data)
+    except UserError as error:
+        got = path if error.got is None else f"{path}: {error.got}"
+        raise UserError(error.problem, got=got) from error

@@ -228,7 +228,7 @@ class MixtureOfDenoisers:
         """
         roles, tables = self._plan(tuple(clean_lengths))
         if roles.supervised:
-            inputs = {m: clean_lengths[name] for m, name in roles.inputs.items()}
+            inputs = {m: clean_lengths[name] for m, name in roles.sizes.items()}
             text = inputs.pop("text", 0) + 1 + (len(roles.targets) if self.mode_tokens else 0)
             targets = {m: clean_lengths[name] + (m == "text") for m, name in roles.targets.items()}
             return ModalityLengths({"text": text, **inputs}, targets)
@@ -297,7 +297,7 @@ class MixtureOfDenoisers:
             UserError: as `lengths`.
         """
         roles, tables = self._plan(tuple(clean_lengths))
-        inputs = {m: np.array(clean_lengths[name], np.int64) for m, name in roles.inputs.items()}
+        inputs = {m: np.array(clean_lengths[name], np.int64) for m, name in roles.sizes.items()}
         text = inputs.pop("text", np.zeros((len(examples),), np.int64))
         if roles.supervised:
             text = text + 1 + (len(roles.targets) if self.mode_tokens else 0)

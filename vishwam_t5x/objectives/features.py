@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 from vishwam_t5x.core.batch import modality_order
@@ -15,6 +16,8 @@ SUPERVISED_TARGETS = {"text_targets": "text", "image_target_codes": "image",
 """Features by modality; `inputs` and `targets` are what T5's own tasks call their text."""
 SUPERVISED_SOURCES = {"image_targets": "image_target_codes", "audio_targets": "audio_target_codes"}
 """Pixels kept beside their codes, for people to look at; the trainer reads the codes."""
+INPUT_PATCHES = {"image_input_patches": "image_inputs"}
+"""Numbers of the patches that the encoder is given of an image; without them it is given all."""
 NEUTRAL_INPUTS = {"text": "text", "image": "image", "audio": "audio"}
 NEUTRAL_TARGETS = {"text": "text", "image_codes": "image", "audio_codes": "audio"}
 
@@ -31,11 +34,18 @@ class FeatureRoles:
         supervised: the example says what to predict from what; otherwise a denoiser decides.
         inputs: modality -> feature the encoder can be given, in row order.
         targets: modality -> feature the decoder can be asked for, in row order.
+        patches: modality -> feature with the numbers of the patches that the encoder is given.
     """
 
     supervised: bool
     inputs: dict[str, str]
     targets: dict[str, str]
+    patches: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, str]:
+        """Modality -> feature whose length is the number of slots that the input takes."""
+        return {**self.inputs, **self.patches}
 
 
 def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
@@ -55,9 +65,15 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
             to predict.
     """
     names = [name for name in names if not name.startswith("meta_") and name not in ignored]
+    patches = [name for name in names if name in INPUT_PATCHES]
+    names = [name for name in names if name not in INPUT_PATCHES]
+    for name in patches:
+        if INPUT_PATCHES[name] not in names:
+            raise UserError(f"an example has '{name}' without '{INPUT_PATCHES[name]}'",
+                            got=", ".join([*names, *patches]))
     for name in names:
         if name not in _SUPERVISED and name not in _NEUTRAL:
-            known = [*_SUPERVISED, *_NEUTRAL]
+            known = [*_SUPERVISED, *_NEUTRAL, *INPUT_PATCHES]
             raise UserError("an example has a feature with no known role", got=name,
                             fix=did_you_mean(name, known) or "known: " + ", ".join(known))
     supervised = [name for name in names if name in _SUPERVISED]
@@ -86,7 +102,8 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
                         fix=f"target_modalities is {target_modalities}; give one of "
                             + ", ".join([*SUPERVISED_TARGETS, *NEUTRAL_TARGETS]))
     return FeatureRoles(bool(supervised), {m: inputs[m] for m in modality_order(inputs)},
-                        {m: targets[m] for m in modality_order(targets)})
+                        {m: targets[m] for m in modality_order(targets)},
+                        {SUPERVISED_INPUTS[INPUT_PATCHES[name]]: name for name in patches})
 
 
 def _check_modalities(found: dict[str, str], allowed: tuple[str, ...], field: str) -> None:

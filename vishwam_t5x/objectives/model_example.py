@@ -34,6 +34,8 @@ def supervised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean,
     for modality, name in roles.inputs.items():
         if modality != "text":
             _put_patches(out, objective, modality, clean[name], None, seed, example)
+            if modality in roles.patches:
+                _choose_patches(out, modality, _ids(clean, roles.patches[modality]))
     for modality, name in roles.targets.items():
         if modality == "text":
             out["targets/text/targets"] = np.concatenate([_ids(clean, name), _EOS])
@@ -117,6 +119,16 @@ def _put_patches(out: Example, objective: MixtureOfDenoisers, modality: str, arr
         patches, positions = patches[~mask], positions[~mask]
     out[f"inputs/{modality}/input"] = patches.astype(np.float32, copy=False)
     out[f"inputs/{modality}/pos_ids"] = positions
+
+
+def _choose_patches(out: Example, modality: str, chosen: np.ndarray) -> None:
+    """Leaves the encoder the chosen patches only; they stay where they are."""
+    prefix, number = f"inputs/{modality}", len(out[f"inputs/{modality}/input"])
+    if chosen.size and not 0 <= chosen.min() <= chosen.max() < number:
+        raise UserError(f"an example chooses patches that its {modality} does not have",
+                        got=f"{chosen.min()} to {chosen.max()} of {number}")
+    for name in ("input", "pos_ids"):
+        out[f"{prefix}/{name}"] = out[f"{prefix}/{name}"][chosen]
 
 
 def _put_codes(out: Example, objective: MixtureOfDenoisers, modality: str, codes: np.ndarray,
