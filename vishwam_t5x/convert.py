@@ -4,11 +4,13 @@ usage: vishwam convert --from=PATH --to=PATH [--format=F] [--verify] [--dtype=D]
 
 --from       T5X: MODEL_DIR (its newest) or MODEL_DIR/checkpoint_STEP, legacy or Orbax; Hugging
              Face: a folder with config.json and safetensors; ours: MODEL_DIR or
-             MODEL_DIR/checkpoints/STEP; or a flat .npz
---to         a MODEL_DIR, where checkpoint_STEP or checkpoints/STEP is made; for huggingface the
-             folder itself. Nothing is overwritten, and what is killed leaves nothing that looks
-             whole
---format     t5x, t5x_orbax, huggingface, or vishwam; default: vishwam, unless --from is ours
+             MODEL_DIR/checkpoints/STEP; or a flat .npz or .safetensors, with our names or those
+             of Unified-IO 2's PyTorch port, OpenCLIP's image transformer, AST, or taming's VQGAN
+--to         a MODEL_DIR, where checkpoint_STEP or checkpoints/STEP is made; for huggingface and
+             unified_io2_torch the folder itself. Nothing is overwritten, and what is killed leaves
+             nothing that looks whole
+--format     t5x, t5x_orbax, huggingface, unified_io2_torch (an .npz with the names of its PyTorch
+             port) or vishwam; default: vishwam, unless --from is ours
 --dtype      float32, bfloat16 or float16 for the parameters; the optimizer's state stays as it is
 --drop       arrays that may be lost, as a regular expression of their whole name; repeatable. An
              array that has no place in the other layout is refused unless it is named here
@@ -168,7 +170,7 @@ def _say_more(plan: Conversion, network: T5Network | None) -> None:
     from vishwam_t5x import presets
     from vishwam_t5x.checkpointing.convert import conversion
 
-    if plan.kind == conversion.HUGGINGFACE:
+    if plan.kind in (conversion.HUGGINGFACE, conversion.TORCH):
         return
     leaves = {name.removeprefix("params/"): leaf for name, leaf in plan.source.leaves.items()
               if name.startswith("params/")}

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vishwam_t5x.core.flops import EncoderDecoderShape, block_flops, forward_flops, mfu, train_flops
+from vishwam_t5x.core.flops import (
+    EncoderDecoderShape,
+    block_flops,
+    forward_flops,
+    mfu,
+    resampler_flops,
+    train_flops,
+    transformer_flops,
+)
 
 # T5 1.1: width, heads, hidden units, layers; 64 features a head.
 SIZES = {"small": (512, 6, 1024, 8, 0.110), "base": (768, 12, 2048, 12, 0.438),
@@ -68,3 +76,41 @@ def test_tables_and_patches():
 def test_mfu():
     assert mfu(flops=2e12, seconds=2, num_devices=4, peak=1e12) == 0.25
     assert mfu(flops=2e12, seconds=2, num_devices=4, peak=None) is None
+
+
+def test_a_transformer_over_patches_and_a_resampler_by_hand():
+    shape = EncoderDecoderShape(8, 2, 2, 3, 20, 2, 0, gated_mlp=False)
+    block = 2 * 5 * (4 * 8 * 6 + 2 * 8 * 20) + 4 * 5 * 5 * 6
+    assert transformer_flops(shape, 5, 12) == 2 * block + 2 * 5 * 12 * 8
+    # Queries and outputs of 3 latents, keys and values of 7 features.
+    cross = 2 * 3 * 2 * 8 * 6 + 2 * 7 * 2 * 8 * 6 + 4 * 3 * 7 * 6 + 2 * 3 * 2 * 8 * 20
+    alone = 2 * 3 * (4 * 8 * 6 + 2 * 8 * 20) + 4 * 3 * 3 * 6
+    assert resampler_flops(shape, 3, 7, cross_layers=2) == 2 * cross
+    assert resampler_flops(shape, 3, 7, cross_layers=1) == cross + alone
+
+
+def test_mfu_counts_transformers_and_resamplers():
+    """Of Unified-IO 2's inputs: what is frozen once, what is learned three times."""
+    from vishwam_t5x.core.batch import BatchSpec
+    from vishwam_t5x.models.config import EncoderDecoderConfig, ImageInput, TextInput, TextOutput
+    from vishwam_t5x.models.vision_transformer import ImageTransformer
+    from vishwam_t5x.training.setup import flops_per_slot
+
+    vit = ImageTransformer(patch_dim=12, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=16,
+                           num_layers=2)
+    spec = BatchSpec(1, 20, 4, {"text": 4, "image": 16}, {"text": 4}, {"image": 12})
+
+    def encoder(freeze):
+        config = EncoderDecoderConfig(
+            emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1,
+            num_decoder_layers=1, targets=(TextOutput(vocab_size=32),), inputs=(
+                TextInput(vocab_size=32),
+                ImageInput(transformer=vit, grid=(4, 4), freeze=freeze)))
+        return 20 * flops_per_slot(config, spec)[0]
+
+    shape = EncoderDecoderShape(8, 2, 2, 4, 16, 2, 0, gated_mlp=False)
+    forward, projection = transformer_flops(shape, 16, 12), 2 * 16 * 2 * 8 * 16
+    rows = 3 * block_flops(EncoderDecoderShape(16, 2, 2, 8, 32, 1, 1), 20)
+    assert encoder(True) == pytest.approx(rows + forward + 2 * projection)
+    assert encoder(False) == pytest.approx(
+        rows + 3 * (forward + projection) - 2 * 16 * 12 * 8)

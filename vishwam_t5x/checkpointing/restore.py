@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from vishwam_t5x.checkpointing.layers import Plan, make_plan, refuse_other_model
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Leaf
 from vishwam_t5x.checkpointing.sources import (
     CheckpointSource,
-    NpzSource,
     Source,
     Subtree,
     assemble,
@@ -78,19 +78,50 @@ class RestoreReport:
 
     def table(self) -> str:
         """Returns the report as lines of text: counts first, then names."""
+        parts = {part: count for part, count in self.absent_parts().items() if count > 1}
+        alone = tuple(name for name in self.extra if not name.startswith(
+            tuple(f"{part}/" for part in parts)))
         unequal = tuple(f"{name}: {model} in the model, {found} in the checkpoint"
                         for name, model, found in self.mismatched)
         rows = (("matched", self.matched), ("of these restacked", self.restacked),
                 ("missing in the checkpoint", self.missing),
                 ("left out by the assignment map", self.dropped),
-                ("of another shape", unequal), ("extra in the checkpoint", self.extra))
+                ("of another shape", unequal), ("extra in the checkpoint", alone))
         at = "" if self.step is None else f" (step {self.step})"
         lines = [f"parameters in {self.path}{at}:"]
         lines += [f"  {len(names):>6} {what}" for what, names in rows
                   if names or what == "matched"]
+        if parts:
+            lines.append(f"  {sum(parts.values()):>6} of parts that the model is without, not read")
         for what, names in rows[2:]:
             lines += _listed(what, names)
+        lines += _listed("parts that the model is without",
+                         [f"{part}/ ({count})" for part, count in parts.items()])
         return "\n".join(lines)
+
+    def absent_parts(self) -> dict[str, int]:
+        """Returns the branches among `extra` of which the model has nothing, such as a modality
+        that it is without, with the number of their parameters.
+        """
+        own = {name[:at] for name in self._of_the_model()
+               for at, letter in enumerate(name) if letter == "/"}
+        return collections.Counter(
+            part for name in self.extra if (part := _absent(name, own)) is not None)
+
+    def _of_the_model(self) -> tuple[str, ...]:
+        return (*self.matched, *self.missing, *self.dropped,
+                *(name for name, *_ in self.mismatched))
+
+
+def _absent(name: str, own: Collection[str]) -> str | None:
+    """The shortest branch of a parameter that is not among `own`; a layer is no branch."""
+    words = name.split("/")
+    for count in range(1, len(words)):
+        if "layers_" in words[count - 1]:
+            return None
+        if (branch := "/".join(words[:count])) not in own:
+            return branch
+    return None
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:
@@ -113,7 +144,9 @@ def open_source(path: str | os.PathLike, checksums: bool = True) -> tuple[Source
     """
     place = directories.find(path)
     if storage.is_file(place):
-        return NpzSource(place), None, str(place)
+        from vishwam_t5x.checkpointing.convert import files
+
+        return files.open_file(place), None, str(place)
     if not directories.is_ours(place):
         from vishwam_t5x.checkpointing.convert import foreign
 

@@ -99,6 +99,36 @@ def train_flops(shape: EncoderDecoderShape, input_length: int, target_length: in
     return flops
 
 
+def transformer_flops(shape: EncoderDecoderShape, patches: int, patch_dim: int) -> float:
+    """Returns the forward FLOPs of a transformer over patches, such as a ViT or an AST.
+
+    Args:
+        shape: dimensions of the transformer, its blocks those of the encoder.
+        patches: of one picture, or of the row of pictures that is attended to at once; the few
+            tokens beside them are not counted.
+        patch_dim: numbers in a patch.
+    """
+    return (shape.num_encoder_layers * block_flops(shape, patches)
+            + 2 * patches * patch_dim * shape.emb_dim)
+
+
+def resampler_flops(shape: EncoderDecoderShape, latents: int, features: int, cross_layers: int
+                    ) -> float:
+    """Returns the forward FLOPs of a perceiver resampler that reads one frame.
+
+    Args:
+        shape: dimensions of the resampler, its layers those of the encoder.
+        latents: vectors it gives.
+        features: vectors it reads, as wide as it is.
+        cross_layers: layers that read them; the other ones attend to the latents alone.
+    """
+    attention = 2 * shape.emb_dim * shape.num_heads * shape.head_dim  # two kernels of four
+    joined = 4 * latents * shape.num_heads * shape.head_dim
+    alone = block_flops(shape, latents)
+    reading = alone + 2 * (features - latents) * attention + joined * (features - latents)
+    return cross_layers * reading + (shape.num_encoder_layers - cross_layers) * alone
+
+
 def mfu(flops: float, seconds: float, num_devices: int, peak: float | None) -> float | None:
     """Returns the share of the devices' peak that was used, or None if the peak is not known.
 

@@ -19,7 +19,14 @@ from jax.sharding import Mesh
 from vishwam_t5x.core import hardware
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import BACKGROUND, UserError
-from vishwam_t5x.core.flops import EncoderDecoderShape, block_flops, train_flops
+from vishwam_t5x.core.flops import (
+    BACKWARD_AND_FORWARD,
+    EncoderDecoderShape,
+    block_flops,
+    resampler_flops,
+    train_flops,
+    transformer_flops,
+)
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.objectives.metrics import drop_empty
 from vishwam_t5x.parallelism import sharding
@@ -144,7 +151,8 @@ def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:
     vocab = {name: (slots, config.tables[name]) for name, slots in spec.target_capacities.items()
              if name in config.tables}
     patches = {name: (spec.input_capacities[name], size)
-               for name, size in spec.patch_dims.items()}
+               for name, size in spec.patch_dims.items()
+               if name not in _with_transformers(config)}
     whole = train_flops(shape, spec.input_length, spec.target_length, vocab, patches)
     if shape.num_encoder_layers:
         encoder = 3 * shape.num_encoder_layers * block_flops(shape, spec.input_length)
@@ -152,7 +160,48 @@ def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:
         columns = spec.input_length + spec.target_length
         encoder = (3 * shape.num_decoder_layers * block_flops(shape, columns)
                    * spec.input_length / columns)
-    return encoder / spec.input_length, (whole - encoder) / spec.target_length
+    pictures = sum(_picture_flops(module, config.emb_dim, spec)
+                   for module in _with_transformers(config).values())
+    return ((encoder + pictures) / spec.input_length,
+            (whole - encoder) / spec.target_length)
+
+
+def _with_transformers(config: Any) -> dict[str, Any]:
+    """The inputs that go through a ViT or an AST, by modality."""
+    return {module.modality: module for module in config.inputs
+            if getattr(module, "transformer", None) is not None}
+
+
+def _shape_of(part: Any) -> EncoderDecoderShape:
+    return EncoderDecoderShape(part.emb_dim, part.num_heads, part.num_heads, part.head_dim,
+                               part.mlp_dim, part.num_layers, 0, gated_mlp=False)
+
+
+def _picture_flops(module: Any, emb_dim: int, spec: BatchSpec) -> float:
+    """Training FLOPs of a row's pictures, spectrograms or frames, until they are encoder input."""
+    slots = spec.input_capacities.get(module.modality, 0)
+    own = module.transformer
+    shape = _shape_of(own)
+    resampler = getattr(module, "resampler", None)
+    if resampler is None:
+        forward = transformer_flops(shape, slots, own.patch_dim)
+        # The features of two layers. Of what is frozen only the forward pass is computed, and of
+        # the first matmul behind it no gradient of its input.
+        projection = 2 * slots * 2 * own.emb_dim * emb_dim
+        if module.freeze:
+            return forward + 2 * projection
+        pixels = 2 * slots * own.patch_dim * own.emb_dim
+        return BACKWARD_AND_FORWARD * (forward + projection) - pixels
+    frames: float = slots // resampler.num_latents
+    if module.frame_budget is not None:
+        frames = min(frames, module.frame_budget)
+    patches = module.grid[0] * module.grid[1]
+    reads = sum(resampler.reads(layer) for layer in range(resampler.num_layers))
+    learned = resampler_flops(_shape_of(resampler), resampler.num_latents, patches, reads)
+    learned += 2 * resampler.num_latents * resampler.emb_dim * emb_dim
+    first = 2 * patches * own.emb_dim * resampler.emb_dim
+    return frames * (transformer_flops(shape, patches, own.patch_dim)
+                     + BACKWARD_AND_FORWARD * learned + 2 * first)
 
 
 def describe_metrics(optimizer: Optimizer) -> Callable[[Mapping[str, Any], int], dict[str, float]]:

@@ -15,21 +15,29 @@ import numpy as np
 from etils import epath
 
 from vishwam_t5x.checkpointing import directory as directories
-from vishwam_t5x.checkpointing.convert import foreign, huggingface, names, native, t5x
+from vishwam_t5x.checkpointing.convert import (
+    files,
+    foreign,
+    huggingface,
+    names,
+    native,
+    t5x,
+    unified_io2_torch,
+)
 from vishwam_t5x.checkpointing.convert.huggingface_writing import write_huggingface
 from vishwam_t5x.checkpointing.convert.report import ConversionReport, parts_of, read_part
 from vishwam_t5x.checkpointing.convert.stores import Renamed, dtype_named, is_floating, scalar
 from vishwam_t5x.checkpointing.convert.t5_network import T5Network
 from vishwam_t5x.checkpointing.layers import make_plan
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
-from vishwam_t5x.checkpointing.sources import NpzSource, Request, Source, assemble
+from vishwam_t5x.checkpointing.sources import Request, Source, assemble
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, one_of
 
 log = logging.getLogger(__name__)
 
-OURS, HUGGINGFACE, NPZ = "vishwam", "huggingface", "npz"
-FORMATS = (t5x.LEGACY, t5x.ORBAX, HUGGINGFACE, OURS)
+OURS, HUGGINGFACE, NPZ, TORCH = "vishwam", "huggingface", "npz", "unified_io2_torch"
+FORMATS = (t5x.LEGACY, t5x.ORBAX, HUGGINGFACE, TORCH, OURS)
 TEMPORARY = ".convert-tmp"
 """What the name of a folder ends with while it is written."""
 _SHOWN = 12
@@ -67,11 +75,13 @@ def open_any(path: str | os.PathLike) -> Opened:
     place = directories.find(path)
     try:
         if storage.is_file(place):
-            return _of_parameters(NPZ, place, NpzSource(place))
+            return _of_file(place)
         if directories.is_ours(place):
             source, step = native.open_native(place)
             same = {name: name for name in source.leaves}
             return Opened(OURS, source.place, Renamed(source, same), same, (), step)
+        if unified_io2_torch.FILE in storage.names(place):
+            return _of_file(place / unified_io2_torch.FILE)
         if (found := t5x.find_t5x(place)) is not None:
             theirs = t5x.open_t5x(found)
             ours, homeless = t5x.under_our_names(theirs)
@@ -83,6 +93,13 @@ def open_any(path: str | os.PathLike) -> Opened:
     except DamagedCheckpoint as damage:
         raise foreign.damaged(damage) from damage
     raise foreign.unknown(path, place)
+
+
+def _of_file(place: epath.Path) -> Opened:
+    source = files.open_file(place)
+    opened = _of_parameters(NPZ, place, source)
+    return dataclasses.replace(opened, own={
+        name: source.made[own][0] for name, own in opened.own.items()})
 
 
 def _of_parameters(kind: str, place: epath.Path, source: Source) -> Opened:
@@ -155,6 +172,12 @@ def plan(opened: Opened, kind: str, to: str | os.PathLike, drop: Sequence[str] =
     elif kind == HUGGINGFACE:
         places = {name: name for name in kept if name.startswith("params/")}
         bookkeeping = tuple(name for name in kept if name not in places)
+    elif kind == TORCH:
+        found = {name: unified_io2_torch.parameter_to_torch(name.removeprefix("params/"))
+                 for name in kept if name.startswith("params/")}
+        places = {name: there[0] for name, there in found.items() if there is not None}
+        bookkeeping = tuple(name for name in kept if name not in found)
+        lost += [name for name in found if name not in places]
     else:
         places, bookkeeping, homeless = names.all_to_t5x(kept)
         lost += homeless
@@ -164,7 +187,7 @@ def plan(opened: Opened, kind: str, to: str | os.PathLike, drop: Sequence[str] =
     if not any(name.startswith("params/") for name in places):
         raise UserError("there are no parameters to convert", got=str(opened.place))
     step = opened.step or 0
-    if kind != HUGGINGFACE and "step" not in places:
+    if kind not in (HUGGINGFACE, TORCH) and "step" not in places:
         held["step"] = np.asarray(step, np.int32)
         places["step"] = "step" if kind == OURS else "state/step"
     places.update({name: name for name in held if name not in places})
@@ -218,7 +241,7 @@ def _refusal(kind: str, lost: Sequence[str]) -> UserError:
 
 
 def _missing(places: Mapping[str, str], kind: str) -> tuple[str, ...]:
-    if kind == HUGGINGFACE or any(name.startswith("opt_state/") for name in places):
+    if kind in (HUGGINGFACE, TORCH) or any(name.startswith("opt_state/") for name in places):
         return ()
     return ("opt_state",) if kind == OURS else ("state/param_states",)
 
@@ -232,7 +255,7 @@ def target_of(to: str | os.PathLike, kind: str, step: int) -> epath.Path:
     place = directories.absolute(to)
     named = re.fullmatch(r"checkpoint_(\d+)", place.name) if kind != OURS else (
         re.fullmatch(r"(\d+)", place.name) if place.parent.name == directories.FOLDER else None)
-    if named and kind != HUGGINGFACE and int(named[1]) != step:
+    if named and kind not in (HUGGINGFACE, TORCH) and int(named[1]) != step:
         raise UserError("the name of the target says another step than the checkpoint's",
                         got=f"{place.name}, step {step}", fix=f"--to={place.parent}")
     if kind == OURS and not (place.parent.name == directories.FOLDER and place.name.isdigit()):
@@ -276,6 +299,9 @@ def write(conversion: Conversion, network: T5Network | None = None,
                 (conversion.opened.own.get(f"params/{ours}", ours), theirs)
                 for ours, theirs in written.matched), note="\n".join(filter(
                     None, (report.note, written.note))))
+        elif conversion.kind == TORCH:
+            unified_io2_torch.write_torch(conversion.source, conversion.names, folder,
+                                          conversion.dtypes())
         else:
             t5x.write_t5x(conversion.source, conversion.names, folder, conversion.dtypes(),
                           conversion.kind)

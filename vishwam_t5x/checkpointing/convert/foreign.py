@@ -7,7 +7,7 @@ import os
 from etils import epath
 
 from vishwam_t5x.checkpointing import directory as directories
-from vishwam_t5x.checkpointing.convert import t5x
+from vishwam_t5x.checkpointing.convert import files, t5x, unified_io2_torch
 from vishwam_t5x.checkpointing.convert.huggingface import open_huggingface
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.sources import Source, Subtree
@@ -19,7 +19,8 @@ _LISTED = 12  # names shown of a folder
 LOOKED_FOR = (
     "checkpoints/STEP/ with manifest.json (ours)",
     "checkpoint_STEP/ with a file 'checkpoint' (T5X) or a folder 'state' (T5X with Orbax)",
-    "config.json with model.safetensors (Hugging Face)", "a flat .npz")
+    "config.json with model.safetensors (Hugging Face)",
+    f"{unified_io2_torch.FILE} (Unified-IO 2's PyTorch port)", "a flat .npz or .safetensors")
 
 
 def open_foreign(place: epath.Path) -> tuple[Source, int | None, str] | None:
@@ -37,6 +38,8 @@ def open_foreign(place: epath.Path) -> tuple[Source, int | None, str] | None:
             return Subtree(ours, "params"), t5x.step_of(source), str(found)
         if (model := open_huggingface(place)) is not None:
             return model, None, str(place)
+        if unified_io2_torch.FILE in storage.names(place):
+            return files.open_file(place / unified_io2_torch.FILE), None, str(place)
     except DamagedCheckpoint as damage:
         raise damaged(damage) from damage
     return None
