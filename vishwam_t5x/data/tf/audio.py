@@ -1,8 +1,50 @@
-"""Spectrograms, under the name by which tasks know them; all of it is `data.spectrogram`."""
+"""Sound preprocessing in tf.data: files to spectrograms. The numbers are `data.recordings`'."""
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
+import tensorflow as tf
+
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import recordings
+from vishwam_t5x.data.recordings import RecordingConfig as RecordingConfig
 from vishwam_t5x.data.spectrogram import LogMelConfig as LogMelConfig
 from vishwam_t5x.data.spectrogram import log_mel_spectrogram as log_mel_spectrogram
 from vishwam_t5x.data.spectrogram import mel_filters as mel_filters
 from vishwam_t5x.data.spectrogram import mel_spectrogram as mel_spectrogram
+from vishwam_t5x.data.tf.refusals import map_or_refuse
+
+
+def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None = None,
+                     config: RecordingConfig = RecordingConfig()) -> tf.data.Dataset:
+    """Turns encoded WAV files into spectrograms; what cannot be heard is refused and counted.
+
+    Args:
+        dataset: examples whose `feature` is the content of a WAV file, scalar string.
+        feature: becomes the spectrogram of the last segment, float32 [frames, num_mels].
+        history: name of a feature to add: the segments before it, float32
+            [n, frames, num_mels], n from 0 to `max_segments` - 1. None: recordings are one segment.
+        config: sample rate, spectrogram and segments.
+
+    Returns:
+        the dataset, also with `meta_lost_samples`, int32: samples at the end that no segment has.
+    """
+    if history is None and config.max_segments != 1:
+        raise UserError(
+            "recordings of several segments need a feature for those before the last",
+            got=f"max_segments {config.max_segments}", fix="history='audio_history_inputs'")
+    shape = (config.frames, config.log_mel.num_mels)
+    outputs = {feature: tf.TensorSpec(shape, tf.float32),
+               "meta_lost_samples": tf.TensorSpec((), tf.int32)}
+    if history is not None:
+        outputs[history] = tf.TensorSpec((None, *shape), tf.float32)
+    return map_or_refuse(dataset, functools.partial(_decode, config, history is not None),
+                         [feature], outputs)
+
+
+def _decode(config: RecordingConfig, history: bool, data: bytes) -> tuple[np.ndarray | int, ...]:
+    found = recordings.spectrograms(*recordings.decode_wave(data), config)
+    last, before = found.segments[-1], found.segments[:-1]
+    return (last, found.lost_samples, before) if history else (last, found.lost_samples)

@@ -32,6 +32,8 @@ from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data import records
 
 BUILT_IN_TASKS = "vishwam_t5x_tasks"
+REFUSED = "refused"
+"""Feature with which preprocessors leave an example out: why, a string; empty: it can be used."""
 
 _logger = logging.getLogger(__name__)
 # SeqIO counts the seeds of random preprocessors in a global: one dataset is built at a time.
@@ -198,6 +200,8 @@ def read_task(task: seqio.Task, split: str, seed: int, shard_info: seqio.ShardIn
                 sequence_length=dict(sequence_length) if sequence_length else None, split=split,
                 use_cached=False, shuffle=False, seed=seed, shard_info=shard_info,
                 num_epochs=num_epochs, trim_output_features=False, try_in_mem_cache=False)
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
         problem = f"the dataset of task '{task.name}' cannot be made"
         if sequence_length is None and isinstance(error, TypeError) and "NoneType" in str(error):
@@ -244,12 +248,14 @@ class CleanFeatures:
             features[name] = _feature_info(task.name, name, spec[name], meta)
             if not meta and features[name].dtype == "int32":
                 num_ids[name] = int(task.output_features[name].vocabulary.vocab_size or 0)
-        dropped = tuple(sorted(spec.keys() - features.keys()))
+        dropped = tuple(sorted(spec.keys() - features.keys() - {REFUSED}))
         return cls(features, dropped, {name: size for name, size in num_ids.items() if size})
 
     def convert(self, element: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         """Returns the clean example of a dataset's NumPy element, and what is wrong with it."""
-        example = {}
+        example: dict[str, Any] = {}
+        if why := element.get(REFUSED):
+            return example, bytes(why).decode("utf-8", "replace")
         for name, info in self.features.items():
             value = element[name]
             example[name] = bytes(value) if info.dtype == "bytes" else np.asarray(value)
