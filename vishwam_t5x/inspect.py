@@ -26,7 +26,7 @@ from vishwam_t5x.command_line import CommandLine
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.data import gallery, report, source
-from vishwam_t5x.objectives.denoisers import Objective
+from vishwam_t5x.objectives.objective import Objective
 from vishwam_t5x.training import run_page
 from vishwam_t5x.training.run_dir import RunDir
 

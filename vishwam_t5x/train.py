@@ -34,8 +34,8 @@ from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data import fit, source
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator
-from vishwam_t5x.objectives.denoisers import Objective
 from vishwam_t5x.objectives.losses import LossConfig
+from vishwam_t5x.objectives.objective import Objective
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism import show
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules

@@ -11,7 +11,7 @@ import sentencepiece
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.objectives.vocabulary import VocabularyLayout
-from vishwam_t5x.serving.tokenizer import Tokenizer
+from vishwam_t5x.serving.tokenizer import Tokenizer, text_ids
 
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "a picture of the digit seven",
              "what digit is this?", "pack my box with five dozen liquor jugs"] * 20
@@ -102,6 +102,11 @@ def test_a_tokenizer_travels_to_other_processes(tokenizer):
     other = pickle.loads(pickle.dumps(tokenizer))
     text = "[Text] [R] the <extra_id_0> dog"
     assert other.encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_ids_of_a_text_for_gin(model, tokenizer):
+    text = "the <extra_id_0> dog"
+    assert text_ids(text, model, tokenizer.layout) == tuple(tokenizer.encode(text).tolist())
 
 
 def test_mistakes_are_named(model, tmp_path):

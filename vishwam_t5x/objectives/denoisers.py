@@ -11,46 +11,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from vishwam_t5x.core.batch import ModalityLengths
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
-from vishwam_t5x.objectives import augmentation, masking, model_example, span_corruption
+from vishwam_t5x.objectives import (
+    augmentation,
+    masking,
+    model_example,
+    no_text,
+    span_corruption,
+)
 from vishwam_t5x.objectives.choices import ChoiceTable, Denoiser, choice_table, two_uniforms
 from vishwam_t5x.objectives.features import FeatureRoles, feature_roles
+from vishwam_t5x.objectives.objective import ManyLengths
 from vishwam_t5x.objectives.settings import check_settings
 from vishwam_t5x.objectives.vocabulary import VocabularyLayout
 
 CHOICE_STREAM = "objective/choice"
-
-
-class ManyLengths(NamedTuple):
-    """`ModalityLengths` of n examples: int64 [n] by modality; 0 where an example lacks it."""
-
-    inputs: dict[str, np.ndarray]
-    targets: dict[str, np.ndarray]
-
-
-class Objective(Protocol):
-    """What the data pipeline asks of an objective.
-
-    Both methods are pure functions of their arguments, and the lengths of what `apply` returns are
-    those `lengths` promised for the same (seed, example): batches are packed by the promise.
-    """
-
-    input_modalities: tuple[str, ...]
-    target_modalities: tuple[str, ...]
-
-    def lengths(self, clean_lengths: Mapping[str, int], *, seed: int,
-                example: int) -> ModalityLengths:
-        """Returns the slots each modality will take."""
-
-    def apply(self, clean: Mapping[str, np.ndarray], *, seed: int,
-              example: int) -> dict[str, np.ndarray]:
-        """Returns the model example, keys like 'inputs/text/tokens'."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +71,10 @@ class MixtureOfDenoisers:
         image_shift: largest random shift of an image given as input, in pixels; 0 for none. The
             image that [R] must restore is never changed.
         image_augmentations: further callables (image, rng) -> image for images given as input.
+        no_text_rates: share of the examples with that one target, e.g. {'image': 0.1}, that are
+            generated without their input text, for `DecodingConfig.guidance`; see `no_text`.
+        no_text: ids of the text that stands there instead, by target modality; nothing where it
+            names none. See `serving.tokenizer.text_ids`.
         mode_tokens: put the prefix token before the input text (False: plain T5 text to text).
         supervised_only: refuse self-supervised examples.
         ignored_features: features of the examples to leave out on purpose.
@@ -118,6 +103,8 @@ class MixtureOfDenoisers:
     task_masks: bool = False
     image_shift: int = 0
     image_augmentations: Sequence[augmentation.ImageAugmentation] = ()
+    no_text_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    no_text: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     mode_tokens: bool = True
     supervised_only: bool = False
     ignored_features: Sequence[str] = ()
@@ -227,13 +214,11 @@ class MixtureOfDenoisers:
             UserError: as `choose`, and if the text would have more spans than there are sentinels.
         """
         roles, tables = self._plan(tuple(clean_lengths))
-        if roles.supervised:
-            inputs = {m: clean_lengths[name] for m, name in roles.sizes.items()}
-            text = inputs.pop("text", 0) + 1 + (len(roles.targets) if self.mode_tokens else 0)
-            targets = {m: clean_lengths[name] + (m == "text") for m, name in roles.targets.items()}
-            return ModalityLengths({"text": text, **inputs}, targets)
-        denoiser, split = self._draw(tables, clean_lengths, seed, example)
-        return self._denoised_lengths(roles, clean_lengths, denoiser, split)
+        denoiser, split = None, 0.0
+        if not roles.supervised:
+            denoiser, split = self._draw(tables, clean_lengths, seed, example)
+        bare = no_text.drawn(no_text.rate(self, roles, denoiser), seed, example)
+        return self._lengths(roles, clean_lengths, denoiser, split, bare)
 
     def possible_lengths(self, clean_lengths: Mapping[str, int]) -> list[ModalityLengths]:
         """Returns what `lengths` may be, whatever is drawn: to know before training what fits.
@@ -247,16 +232,24 @@ class MixtureOfDenoisers:
             UserError: as `lengths`, for any denoiser that may be drawn.
         """
         roles, tables = self._plan(tuple(clean_lengths))
-        if roles.supervised:
-            return [self.lengths(clean_lengths, seed=0, example=0)]
-        return [self._denoised_lengths(roles, clean_lengths, denoiser, split)
-                for denoiser in tables[clean_lengths.get("text", 1) == 0].denoisers
-                for split in (0.0, 1.0)]
+        drawn = (None,) if roles.supervised else (
+            tables[clean_lengths.get("text", 1) == 0].denoisers)
+        return [self._lengths(roles, clean_lengths, denoiser, split, bare)
+                for denoiser in drawn for split in ((0.0, 1.0) if denoiser else (0.0,))
+                for bare in ((False, True) if no_text.rate(self, roles, denoiser) else (False,))]
 
-    def _denoised_lengths(self, roles: FeatureRoles, clean_lengths: Mapping[str, int],
-                          denoiser: Denoiser, split: float) -> ModalityLengths:
-        inputs = {m: clean_lengths[name] for m, name in roles.inputs.items()}
-        text, target = inputs.pop("text", 0), clean_lengths[roles.targets[denoiser.modality]]
+    def _lengths(self, roles: FeatureRoles, clean_lengths: Mapping[str, int],
+                 denoiser: Denoiser | None, split: float, bare: bool) -> ModalityLengths:
+        sizes = roles.inputs if denoiser else roles.sizes
+        inputs = {m: clean_lengths[name] for m, name in sizes.items()}
+        text = inputs.pop("text", 0)
+        if bare:
+            text = len(no_text.of(self, roles, denoiser))
+        if denoiser is None:
+            text += 1 + (len(roles.targets) if self.mode_tokens else 0)
+            return ModalityLengths({"text": text, **inputs}, {
+                m: clean_lengths[name] + (m == "text") for m, name in roles.targets.items()})
+        target = clean_lengths[roles.targets[denoiser.modality]]
         if denoiser.modality == "text":
             text, target = self._text_lengths(denoiser, text, split)
             target += 1
@@ -300,6 +293,8 @@ class MixtureOfDenoisers:
         inputs = {m: np.array(clean_lengths[name], np.int64) for m, name in roles.sizes.items()}
         text = inputs.pop("text", np.zeros((len(examples),), np.int64))
         if roles.supervised:
+            bare = no_text.drawn_many(no_text.rate(self, roles), seed, examples)
+            text = np.where(bare, len(no_text.of(self, roles)), text)
             text = text + 1 + (len(roles.targets) if self.mode_tokens else 0)
             return ManyLengths({"text": text, **inputs}, {
                 m: np.array(clean_lengths[name], np.int64) + (m == "text")
@@ -321,6 +316,8 @@ class MixtureOfDenoisers:
                         inputs[denoiser.modality][at], denoiser.rate)
                 elif denoiser.modality in inputs:
                     inputs[denoiser.modality][at] = 0
+                bare = no_text.drawn_many(no_text.rate(self, roles, denoiser), seed, examples[at])
+                text[at[bare]] = len(no_text.of(self, roles, denoiser))
                 targets[denoiser.modality][at] = target
         return ManyLengths({"text": text + 1 + self.mode_tokens, **inputs}, targets)
 
@@ -366,5 +363,9 @@ class MixtureOfDenoisers:
         return model_example.denoised(self, roles, clean, denoiser, split, seed, example)
 
     def without_augmentation(self) -> MixtureOfDenoisers:
-        """Returns the objective for evaluation: no image is shifted or changed."""
-        return dataclasses.replace(self, image_shift=0, image_augmentations=())
+        """Returns the objective for evaluation: no image is changed, no text left out."""
+        return dataclasses.replace(self, image_shift=0, image_augmentations=(), no_text_rates={})
+
+    def without_text(self, tokens: np.ndarray, modality: str) -> np.ndarray:
+        """Returns an example's input text ids [n] with `no_text` behind their prefix tokens."""
+        return model_example.without_text(self, tokens, modality)

@@ -10,7 +10,7 @@ import numpy as np
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
-from vishwam_t5x.objectives import augmentation, masking, span_corruption
+from vishwam_t5x.objectives import augmentation, masking, no_text, span_corruption
 from vishwam_t5x.objectives.choices import Denoiser
 from vishwam_t5x.objectives.features import FeatureRoles
 from vishwam_t5x.objectives.vocabulary import CODE_OFFSET, EOS_ID
@@ -30,6 +30,8 @@ def supervised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean,
     """Returns the example that predicts its target features from its input features."""
     out: Example = {}
     text = _ids(clean, roles.inputs["text"]) if "text" in roles.inputs else _NO_IDS
+    if no_text.drawn(no_text.rate(objective, roles), seed, example):
+        text = no_text.of(objective, roles)
     _put_input_text(out, objective, [(modality, "S") for modality in roles.targets], text)
     for modality, name in roles.inputs.items():
         if modality != "text":
@@ -64,6 +66,8 @@ def denoised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean, d
             hidden = masking.code_mask(mask, grid, spec.codes_grid(grid, len(codes)))
             masks[modality] = mask
         _put_codes(out, objective, modality, codes, hidden)
+    if no_text.drawn(no_text.rate(objective, roles, denoiser), seed, example):
+        text = no_text.of(objective, roles, denoiser)
     _put_input_text(out, objective, [(denoiser.modality, denoiser.paradigm)], text)
     for modality, name in roles.inputs.items():
         generated = modality == denoiser.modality and modality not in masks
@@ -93,6 +97,13 @@ def _corrupt_text(objective: MixtureOfDenoisers, denoiser: Denoiser, text: np.nd
         return text[:len(text) - suffix], text[len(text) - suffix:]
     mask = span_corruption.noise_mask(len(text), denoiser.rate, denoiser.mean_span, rng())
     return span_corruption.corrupt(text, mask, objective.vocabulary.sentinels)
+
+
+def without_text(objective: MixtureOfDenoisers, tokens: np.ndarray, modality: str) -> np.ndarray:
+    """Returns what `_put_input_text` made of a text, had it been that which stands for none."""
+    is_prefix = tokens >= objective.vocabulary.prefix_start
+    number = int(np.argmin(is_prefix)) if objective.mode_tokens and is_prefix.any() else 0
+    return np.concatenate([tokens[:number], no_text.ids(objective, modality), _EOS])
 
 
 def _put_input_text(out: Example, objective: MixtureOfDenoisers,

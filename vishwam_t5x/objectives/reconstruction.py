@@ -9,8 +9,8 @@ import numpy as np
 
 from vishwam_t5x.core.batch import ModalityLengths
 from vishwam_t5x.core.errors import UserError, one_of
-from vishwam_t5x.objectives.denoisers import ManyLengths
 from vishwam_t5x.objectives.masking import PatchSpec, patchify
+from vishwam_t5x.objectives.objective import ManyLengths
 
 _FEATURES = ("{}", "{}_inputs", "{}_targets")
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vishwam_t5x.core.batch import MODALITIES
 from vishwam_t5x.core.errors import UserError, one_of
+from vishwam_t5x.objectives import no_text
 from vishwam_t5x.objectives.span_corruption import check_span_parameters
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def check_settings(objective: MixtureOfDenoisers) -> None:
     if not isinstance(objective.image_shift, int) or objective.image_shift < 0:
         raise UserError("MixtureOfDenoisers.image_shift must be a whole number of pixels",
                         got=repr(objective.image_shift), fix="0 for no shift")
+    no_text.check(objective)
     for step in objective.image_augmentations:
         if not callable(step):
             raise UserError("an entry of image_augmentations cannot be called", got=repr(step),

@@ -14,8 +14,8 @@ import numpy as np
 
 from vishwam_t5x.core.batch import ModalityLengths
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.objectives.denoisers import ManyLengths
 from vishwam_t5x.objectives.features import feature_roles
+from vishwam_t5x.objectives.objective import ManyLengths
 from vishwam_t5x.objectives.vocabulary import EOS_ID
 
 _logger = logging.getLogger(__name__)
@@ -97,6 +97,11 @@ class TextToText:
         tokens = clean[given] if given else np.zeros((0,), np.int32)
         return {"inputs/text/tokens": _cut(tokens, self.max_inputs),
                 "targets/text/targets": _cut(clean[wanted], self.max_targets)}
+
+    def without_text(self, tokens: np.ndarray, modality: str) -> np.ndarray:
+        """Returns what is left of an input's ids [n] without its text: the end, if it has one."""
+        del modality
+        return tokens[tokens == EOS_ID][-1:]
 
 
 def _cut(tokens: np.ndarray, most: int) -> np.ndarray:

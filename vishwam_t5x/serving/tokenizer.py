@@ -127,6 +127,20 @@ class Tokenizer:
         self.__init__(state["proto"], state["layout"])  # type: ignore[misc]
 
 
+def text_ids(text: str, model: str, layout: VocabularyLayout | None = None) -> tuple[int, ...]:
+    """Returns the ids of a text, without an end: for gin to bind where ids are wanted.
+
+    Args:
+        text: any text; extra tokens by their names.
+        model: path of a SentencePiece model.
+        layout: where the extra ids lie; None: behind the pieces.
+
+    Raises:
+        UserError: as `Tokenizer`.
+    """
+    return tuple(Tokenizer(model, layout).encode(text).tolist())
+
+
 def _read(path: str | os.PathLike) -> bytes:
     try:
         return storage.read_bytes(path)
