@@ -81,7 +81,7 @@ def folder() -> str:
 
 
 def listed(path: str, split: str) -> list[Recording]:
-    """Returns the recordings of a split in order of their names.
+    """Returns the recordings of a split: the first take of every digit and speaker, then the next.
 
     Raises:
         UserError: the split is unknown, the folder cannot be read, or no file of it is such a
@@ -104,7 +104,7 @@ def listed(path: str, split: str) -> list[Recording]:
                         got=f"{len(found)} recordings among {len(names)} files of {path}",
                         fix="names like 7_maria_12.wav: digit, speaker, take; takes 0 to 4 are "
                             "the test split, 5 and 6 validation")
-    return chosen
+    return sorted(chosen, key=lambda each: (each.take, each.digit, each.speaker))
 
 
 def spectrogram(waveform: Float[np.ndarray, "samples"], rate: int, name: str = "", copy: int = 0

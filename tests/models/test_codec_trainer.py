@@ -177,5 +177,5 @@ def test_two_steps_through_the_verb(tmp_path, quickstart_cache):
 def test_a_codec_learns_to_draw_digits_it_has_not_seen(tmp_path, quickstart_cache):
     records = run(tmp_path / "run", quickstart_cache, 1000)
     last = {name: value for record in records for name, value in record.items()}
-    assert last["reconstruction/psnr"] > 18
-    assert last["reconstruction/codes_used"] > 32
+    assert last["reconstruction/psnr"] > 20
+    assert last["reconstruction/codes_used"] > 36

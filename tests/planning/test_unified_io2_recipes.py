@@ -1,0 +1,50 @@
+"""Every recipe of Unified-IO 2 makes a training program whose parts fit together."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+import helpers
+from vishwam_t5x import gin_config, train
+from vishwam_t5x.planning.program import Recipe
+
+FOLDER = pathlib.Path(helpers.ROOT, "gin", "recipes", "unified_io2")
+SHARED = "finetune"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.gin") if path.stem != SHARED)
+
+
+def recipe(name: str, *arguments: str) -> tuple[Recipe, dict]:
+    needed = ["--gin.MODEL_DIR='unused'"]
+    if name != "base_pretrain":
+        needed += ["--gin.INITIAL_CHECKPOINT_PATH='large-3m'", "--gin.MIXTURE_OR_TASK_NAME='mine'"]
+    given = gin_config.parse([f"--gin_file={FOLDER}/{name}.gin", *needed, *arguments], "train",
+                             flags=train.FLAGS).arguments(train.train)
+    return Recipe.from_arguments(given), given
+
+
+def test_there_is_one_for_every_size():
+    assert {name.partition("_")[0] for name in RECIPES} == {"tiny", "base", "large", "xl", "xxl"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_parts_fit_together(name):
+    found, given = recipe(name)
+    config, size = found.model.config, name.partition("_")[0]
+    assert config.emb_dim == {"tiny": 16, "base": 768, "large": 1024, "xl": 2048, "xxl": 3072}[size]
+    assert set(found.spec.input_capacities) == set(config.input_modalities)
+    assert set(found.spec.target_capacities) == set(config.target_modalities)
+    assert found.spec.batch_size % found.step.num_microbatches == 0
+    peak = max(float(found.optimizer.schedule(step)) for step in (0, 999, 2000, 10_000, 10**6))
+    assert peak == pytest.approx(1e-2 if name == "base_pretrain" else 2.9e-4, rel=1e-5)
+    assert given["train_dataset_cfg"].pack and found.optimizer.global_norm_clip == 1.0
+    assert (found.optimizer.beta1 is None) == (name == "large_one_gpu")
+    assert found.flops() > 0
+
+
+def test_more_modalities_by_two_lists():
+    found, _ = recipe("large_finetune", "--gin.INPUT_MODALITIES=('text', 'image', 'audio')",
+                      "--gin.TARGET_MODALITIES=('text', 'image')")
+    assert found.model.config.input_modalities == ("text", "image", "audio")
+    assert set(found.spec.target_capacities) == {"text", "image"}
