@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")
     from vishwam_t5x import plan_worker
+    from vishwam_t5x.launching import presets
     from vishwam_t5x.launching.presets import packaged
     from vishwam_t5x.planning import report, targets
     from vishwam_t5x.planning.estimate import Predictor
@@ -57,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
                         + ", ".join(targets.EXAMPLES))
     target = targets.resolve(flags["target"])
     targets.check_installed(target)
-    if packaged(target.preset) and not any("hardware/" in file for file in config.files):
+    if packaged(target.preset) and pathlib.PurePath(target.preset).name not in presets.read(
+            config.files).hardware:
         print(f"vishwam: note: a run there by vishwam launch takes --gin_file={target.preset} too, "
               "which this plan lacks", file=sys.stderr)
     compiler = _Compiler(argv, target, flags)

@@ -101,3 +101,10 @@ def test_cloud_tpus_ask_whether_they_will_be_taken_away(tmp_path):
     for verb, text in (("train", "MESH = None\n"), ("evaluate", HEAD),
                        ("train", HEAD + "watchdog.WatchdogConfig.metadata_server = None\n")):
         assert tpu(verb, text).arguments == ("--gin_file=own.gin",)
+
+
+def test_a_recipe_for_the_same_hardware_keeps_what_it_changes_of_it():
+    recipe = "--gin_file=gin/recipes/unified_io2/large_one_gpu.gin"
+    assert verb_arguments("--on=gpu", "--", "train", recipe) == [recipe]
+    assert verb_arguments("--on=gpu-8", "--", "train", recipe)[-1] == (
+        "--gin_file=gin/hardware/gpu_8.gin")

@@ -1,7 +1,7 @@
 """What the user's gin files say about the hardware themselves, and what a preset must not undo.
 
 A preset of gin/hardware/ is read after the user's files: a recipe that includes another one must
-not undo it. What the user wrote with their own hand, the lines of `vishwam plan --search` above
+not undo it; one that includes the same has it, and what it changes of it stands. What the user wrote with their own hand, the lines of `vishwam plan --search` above
 all, must stand even so: it is said again on the command line, which is read last.
 
 Files are read as text: starting a run elsewhere needs no gin, and none of what the files import.
@@ -39,11 +39,13 @@ class Said:
         own: what the user's own lines bind, NAME to value, where nothing after it binds it anew.
         watched: whether the run has a `WatchdogConfig`.
         asks: whether the files say which metadata server that asks.
+        hardware: presets of gin/hardware/ that the files include, by file name.
     """
 
     own: dict[str, str] = dataclasses.field(default_factory=dict)
     watched: bool = False
     asks: bool = False
+    hardware: set[str] = dataclasses.field(default_factory=set)
 
     def flags(self) -> list[str]:
         """Returns `own` as flags of a verb."""
@@ -73,6 +75,8 @@ def _read(name: str, folders: Sequence[str], said: Said, open_: tuple[pathlib.Pa
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return  # The verb will say what is wrong with it.
+    if ours and path.parent.name == "hardware":
+        said.hardware.add(path.name)
     said.watched = said.watched or "@watchdog.WatchdogConfig()" in text
     said.asks = said.asks or "metadata_server" in text
     for what, value in _statements(text):

@@ -110,10 +110,11 @@ class Request:
     def with_preset(self, preset: str) -> Request:
         """Adds a preset of gin/hardware/ after the user's gin files, unless one is among them.
 
-        What the user's own files say about the same is said again: the preset does not undo it.
+        What the user's own files say about the same is said again: the preset does not undo it. One
+        that they include is theirs.
         """
         chosen = [word for word in self.gin_files() if "hardware/" in word]
-        if chosen or self.verb == "doctor" or not packaged(f"gin/hardware/{preset}"):
+        if chosen or preset in self.said().hardware or self.verb == "doctor" or not packaged(f"gin/hardware/{preset}"):
             return self
         # In front: flags of the user's for the same thing come later, and win.
         return dataclasses.replace(self, arguments=(

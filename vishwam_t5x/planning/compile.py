@@ -60,7 +60,7 @@ def compile_recipe(recipe: Recipe, target: targets.Target, cache: Cache | None =
     logging.info("traced in %.0f s, compiling for %s", traced, target.name)
     start = time.monotonic()
     try:
-        compiled, needed = lowered.compile(compiler_options=options or None), None
+        compiled, needed = _compile(lowered, options, target), None
     except jax.errors.JaxRuntimeError as error:
         compiled = None
         needed = out_of_memory_bytes(str(error), sum(state_bytes(parts, factory)))
@@ -75,6 +75,22 @@ def compile_recipe(recipe: Recipe, target: targets.Target, cache: Cache | None =
     if cache is not None:
         cache.put(key, figures)
     return figures
+
+
+def _compile(lowered: Any, options: Mapping[str, Any], target: targets.Target) -> Any:
+    """Compiles; a second time without Triton's matmuls where no tiles are found for one.
+
+    A GPU at hand tries tiles out; without it the compiler takes the first guess, and may find that
+    impossible (jax issue 34010).
+    """
+    try:
+        return lowered.compile(compiler_options=dict(options) or None)
+    except jax.errors.JaxRuntimeError as error:
+        if target.platform != "gpu" or "find output tile sizes" not in str(error):
+            raise
+        logging.warning("compiling for %s once more, with cuBLAS for every matmul: the compiler "
+                        "found no tiles for one", target.name)
+        return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
 
 
 def out_of_memory_bytes(message: str, arguments: int) -> int | None:
