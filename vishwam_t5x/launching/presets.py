@@ -1,8 +1,9 @@
 """What the user's gin files say about the hardware themselves, and what a preset must not undo.
 
 A preset of gin/hardware/ is read after the user's files: a recipe that includes another one must
-not undo it; one that includes the same has it, and what it changes of it stands. What the user wrote with their own hand, the lines of `vishwam plan --search` above
-all, must stand even so: it is said again on the command line, which is read last.
+not undo it; one that includes the same has it, and what it changes of it stands. What the user
+wrote with their own hand, the lines of `vishwam plan --search` above all, must stand even so: it is
+said again on the command line, which is read last.
 
 Files are read as text: starting a run elsewhere needs no gin, and none of what the files import.
 """

@@ -114,7 +114,8 @@ class Request:
         that they include is theirs.
         """
         chosen = [word for word in self.gin_files() if "hardware/" in word]
-        if chosen or preset in self.said().hardware or self.verb == "doctor" or not packaged(f"gin/hardware/{preset}"):
+        theirs = chosen or preset in self.said().hardware
+        if theirs or self.verb == "doctor" or not packaged(f"gin/hardware/{preset}"):
             return self
         # In front: flags of the user's for the same thing come later, and win.
         return dataclasses.replace(self, arguments=(
