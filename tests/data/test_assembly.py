@@ -95,7 +95,7 @@ def test_a_batch_keeps_to_its_budget_of_frames():
     assert third.example_ids == (5,) and packer.plan(third.end) is None
     free = Packer(_Examples(frames), _Objective(), history_spec(), seed=0).plan(DataPosition())
     assert len(free.example_ids) > 3
-    with pytest.raises(UserError, match="more frames than a whole batch"):
+    with pytest.raises(UserError, match="more frames than 2 rows"):
         Packer(_Examples([4]), _Objective(), history_spec(budget=1.5), seed=0).plan(DataPosition())
 
 

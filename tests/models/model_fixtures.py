@@ -42,6 +42,11 @@ def build(**changes: Any) -> tuple[EncoderDecoder, Any]:
     Drawn by NumPy: to compile the initialization would take longer than most tests.
     """
     model = EncoderDecoder(config(**changes))
+    return model, draw_variables(model)
+
+
+def draw_variables(model: EncoderDecoder) -> Any:
+    """Variables of a sensible size for any model."""
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -50,7 +55,7 @@ def build(**changes: Any) -> tuple[EncoderDecoder, Any]:
         return jnp.asarray((name == "scale") + spread * rng.normal(size=leaf.shape), leaf.dtype)
 
     shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 TEXT_ONLY = {"inputs": INPUTS[:1], "targets": TARGETS[:1]}

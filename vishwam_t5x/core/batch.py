@@ -7,6 +7,7 @@ capacity; `<side>/row/index` says which slot of their concatenation goes to whic
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ MAX_CARRIED = 32
 
 MODALITIES = ("text", "image", "audio")
 """What is read and written, in row order."""
+
+HISTORIES = ("image_history", "audio_history")
+"""What is read only, frame by frame."""
 
 ROW_ORDER = ("text", "image", "image_history", "audio", "audio_history")
 """The order in which modalities stand in a row, with the histories that are read only."""
@@ -53,13 +57,20 @@ class HistorySpec(NamedTuple):
     Attributes:
         places: patches of a whole frame.
         latents: slots of a row that a frame becomes.
-        budget: frames in a batch for each of its rows, on average; None: as many as fit. The model
+        budget: frames for each row, on average over `budget_rows`; None: as many as fit. The model
             encodes as many and no more (`HistoryInput.frame_budget`).
+        budget_rows: rows one after the other that share their budget; see `rows_sharing`.
     """
 
     places: int
     latents: int
     budget: float | None = None
+    budget_rows: int = 8
+
+
+def rows_sharing(budget_rows: int, batch_size: int) -> int:
+    """Returns how many rows of a batch share a budget: all where they are no multiple of those."""
+    return batch_size if batch_size % budget_rows else budget_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +148,16 @@ class BatchSpec:
                                 got=f"{self.input_capacities[name]} slots, {history.latents} a "
                                     "frame", fix=f"set inputs/{name} to a multiple")
 
-    def max_frames(self, modality: str) -> int | None:
-        """Returns how many frames of a history a batch may have; None: no limit but the rows'."""
-        budget = self.histories[modality].budget
-        return None if budget is None else max(1, round(budget * self.batch_size))
+    @property
+    def rows_together(self) -> int:
+        """Rows one after the other that no microbatch may part: they share budgets of frames."""
+        return math.lcm(*(rows for _, rows in self.frame_limits().values()))
+
+    def frame_limits(self) -> dict[str, tuple[int, int]]:
+        """Returns {history: (frames, rows)}: so many at most in each run of so many rows."""
+        return {modality: (max(1, round(history.budget * rows)), rows)
+                for modality, history in self.histories.items() if history.budget is not None
+                for rows in [rows_sharing(history.budget_rows, self.batch_size)]}
 
     @classmethod
     def from_feature_lengths(cls, batch_size: int, lengths: Mapping[str, int],

@@ -11,7 +11,8 @@ from typing import Any
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data.records import TaskRecords, modality_of
+from vishwam_t5x.data.feature_info import is_history, modality_of
+from vishwam_t5x.data.records import TaskRecords
 
 _TEXT = ("text", "inputs", "targets")  # beginnings of names; the last two are T5's tasks'
 _logger = logging.getLogger(__name__)
@@ -95,6 +96,13 @@ def check_model(tasks: Sequence[TaskRecords], config: Any, layout: Any = None) -
                         fix=f"set CodeOutput.num_codes of modality '{modality}' to the codec's")
         for name, (rows, columns) in getattr(task, "patch_grids", ()):
             modality = modality_of(name)
+            if is_history(name) and grids.get(modality, (rows, columns)) != (rows, columns):
+                raise UserError(
+                    f"frames of task '{task.name}' are not of the model's size",
+                    got=f"'{name}' of {rows} x {columns} patches, HistoryInput.grid "
+                        f"{grids[modality]}",
+                    fix="resize them in the task's preprocessors, or set the grids of modality "
+                        f"'{modality}'")
             if modality in grids and columns != grids[modality][1] and _is_read(name):
                 raise UserError(
                     f"pictures of task '{task.name}' are not as wide as the model's",
@@ -184,13 +192,13 @@ def misfit(spec: BatchSpec, lengths: ModalityLengths, task: str, what: str) -> U
                         f"{lengths.inputs}, targets {lengths.targets}",
                     fix=f"TASK_FEATURE_LENGTHS['{key}'] = {need} or more, or cut long examples "
                         "into chunks in the task's preprocessors")
-    for modality, history in spec.histories.items():
-        need, most_frames = lengths.inputs.get(modality, 0), spec.max_frames(modality)
-        if most_frames is not None and need > most_frames * history.latents:
+    for modality, (most_frames, rows) in spec.frame_limits().items():
+        frames = lengths.inputs.get(modality, 0) // spec.histories[modality].latents
+        if frames > most_frames:
             return UserError(
-                f"an example of task '{task}' has more frames than a whole batch may have",
-                got=f"{what} has {need // history.latents} of '{modality}', at most {most_frames}",
-                fix="raise the frame budget, or BATCH_SIZE")
+                f"an example of task '{task}' has more frames than {rows} rows may have",
+                got=f"{what} has {frames} of '{modality}', at most {most_frames}",
+                fix="raise the frame budget, or the rows that share it")
     return None
 
 

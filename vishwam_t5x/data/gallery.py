@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from vishwam_t5x.data.feature_info import META_PREFIX, is_history, modality_of
 from vishwam_t5x.data.packing import Objective
 from vishwam_t5x.data.packing_plan import ExampleStream
-from vishwam_t5x.data.records import META_PREFIX, DamagedRecord, modality_of
+from vishwam_t5x.data.records import DamagedRecord
 from vishwam_t5x.data.source import Dataset, patch_specs
-from vishwam_t5x.objectives.masking import PatchSpec
 from vishwam_t5x.objectives.vocabulary import CODE_OFFSET
 
 _STYLE = """
@@ -52,7 +52,7 @@ def write_page(dataset: Dataset, decoders: Mapping[str, TextDecoder | None], num
     for task, numbers in zip(dataset.examples.tasks, chosen, strict=True):
         parts.append(f"<h2>{html.escape(task.name)}</h2><table><tr><th>example</th><th>clean</th>"
                      "<th>the encoder reads</th><th>the decoder must write</th></tr>")
-        render = _Renderer(task, patch_specs(dataset.objective), decoders.get(task.name))
+        render = _Renderer(task, dataset.objective, decoders.get(task.name))
         parts += [_row(dataset, render, example) for example in numbers]
         parts.append("</table>")
     return "\n".join([*parts, "</body></html>\n"])
@@ -93,9 +93,9 @@ def corrupt(objective: Objective, clean: Mapping[str, Any], seed: int, example: 
 class _Renderer:
     """Turns the arrays of one task's examples into HTML."""
 
-    def __init__(self, task: Any, specs: Mapping[str, PatchSpec], decode: TextDecoder | None
-                 ) -> None:
-        self._specs, self._decode = specs, decode
+    def __init__(self, task: Any, objective: object, decode: TextDecoder | None) -> None:
+        self._specs, self._decode = patch_specs(objective), decode
+        self._histories = getattr(objective, "histories", None) or {}
         self._codebook = _read_codebook(getattr(task, "metadata", {}).get("codebook"))
 
     def clean(self, clean: Mapping[str, Any]) -> str:
@@ -110,6 +110,9 @@ class _Renderer:
             side, modality, name = key.split("/")
             if side == "inputs" and name == "tokens":
                 parts.append(_named(f"text, {len(value)} tokens", self._text(value)))
+            elif side == "inputs" and name == "input" and value.ndim == 3:
+                parts.append(_named(f"{modality}, {len(value)} frames", self._frames(
+                    modality, value, model.get(f"inputs/{modality}/mask"))))
             elif side == "inputs" and name == "input":
                 canvas = self._canvas(modality, clean, value, model.get(
                     f"inputs/{modality}/pos_ids", np.arange(len(value))))
@@ -137,6 +140,9 @@ class _Renderer:
             return html.escape(value.decode("utf-8", "backslashreplace"))
         if name.startswith(META_PREFIX) or value.ndim == 0:
             return html.escape(str(value))
+        if is_history(name) and value.ndim > 1:
+            return "".join(_picture(frame, modality_of(name).startswith("audio"))
+                           for frame in np.asarray(value))
         if value.ndim > 1:
             return _picture(np.asarray(value), modality_of(name) == "audio")
         if modality_of(name) == "text":
@@ -153,12 +159,24 @@ class _Renderer:
             words.append(f"<span class='special'>{text}</span>" if special else text)
         return "".join(words)
 
+    def _frames(self, modality: str, patches: np.ndarray, mask: np.ndarray | None) -> str:
+        """The frames of a history side by side, grey where patches of them are not given."""
+        audio, grid = modality.startswith("audio"), self._histories[modality].grid
+        given = np.ones(patches.shape[:2]) if mask is None else mask
+        return "".join(_picture(self._put_together(modality, grid, frame[seen > 0],
+                                                   np.flatnonzero(seen)), audio)
+                       for frame, seen in zip(patches, given, strict=True))
+
     def _canvas(self, modality: str, clean: Mapping[str, Any], patches: np.ndarray,
                 positions: np.ndarray) -> np.ndarray:
-        spec = self._specs[modality]
-        rows, columns = spec.grid(_source_shape(modality, clean))
+        grid = self._specs[modality].grid(_source_shape(modality, clean))
+        return self._put_together(modality, grid, patches, positions)
+
+    def _put_together(self, modality: str, grid: tuple[int, int], patches: np.ndarray,
+                      positions: np.ndarray) -> np.ndarray:
+        spec, (rows, columns) = self._specs[modality], grid
         everything = np.full((rows * columns, spec.patch_dim), _HIDDEN, np.float32)
-        if modality == "audio":
+        if modality.startswith("audio"):
             everything[:] = patches.min() if len(patches) else 0
         everything[positions] = patches
         cut = everything.reshape(rows, columns, spec.height, spec.width, spec.channels)

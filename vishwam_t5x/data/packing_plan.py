@@ -115,18 +115,20 @@ class Packer:
         """
         self.examples, self.objective, self.spec, self.seed = examples, objective, spec, seed
         self.max_per_row = max_per_row if spec.packed else 1
-        self._limits: dict[tuple[str, str | None], int] = {
-            ("inputs", None): spec.input_length, ("targets", None): spec.target_length}
+        # What limits a run of rows: (slots, rows), by side and modality.
+        self._limits: dict[tuple[str, str | None], tuple[int, int]] = {
+            ("inputs", None): (spec.input_length, 1), ("targets", None): (spec.target_length, 1)}
         for side, capacities in (("inputs", spec.input_capacities),
                                  ("targets", spec.target_capacities)):
             for modality, capacity in capacities.items():
-                if capacity < self._limits[(side, None)]:
-                    self._limits[(side, modality)] = capacity
+                if capacity < self._limits[(side, None)][0]:
+                    self._limits[(side, modality)] = capacity, 1
+        for modality, (frames, rows) in spec.frame_limits().items():
+            self._limits[("frames", modality)] = frames * spec.histories[modality].latents, rows
         self._known: dict[int, tuple[ModalityLengths, list[int]]] = {}
         self._misfits: dict[int, ModalityLengths] = {}
         self._narrow = list(self._limits)[2:]
-        self._frames = {modality: most for modality in spec.histories
-                        if (most := spec.max_frames(modality)) is not None}
+        self._most = [most for most, _ in self._limits.values()]
         self._can_measure_many = (hasattr(objective, "lengths_many")
                                   and hasattr(examples, "clean_lengths_many"))
 
@@ -141,7 +143,6 @@ class Packer:
             return None
         rows: list[list[Placement]] = [[] for _ in range(self.spec.batch_size)]
         state = _OpenRows(list(self._limits.values()), self.spec.batch_size, self.max_per_row)
-        frames = dict(self._frames)
         carried: list[int] = []
         todo = list(position.carried)
         next_example = position.next_example
@@ -154,24 +155,15 @@ class Packer:
             else:
                 break
             lengths, needs = self._known.get(example) or self._measure(example)
-            row = state.place(needs) if self._within_budget(lengths, frames) else -1
+            row = state.place(needs)
             if row < 0:
                 carried.append(example)
             else:
-                for modality in frames:
-                    frames[modality] -= self._num_frames(lengths, modality)
                 rows[row].append(Placement(example, lengths))
         carried += todo
         self._known = {example: entry for example, entry in self._known.items()
                        if example >= next_example or example in carried}
         return self._finish(rows, position, DataPosition(next_example, tuple(carried)))
-
-    def _num_frames(self, lengths: ModalityLengths, modality: str) -> int:
-        return lengths.inputs.get(modality, 0) // self.spec.histories[modality].latents
-
-    def _within_budget(self, lengths: ModalityLengths, frames: Mapping[str, int]) -> bool:
-        """Whether the batch may have the frames of an example besides those it has."""
-        return all(self._num_frames(lengths, modality) <= left for modality, left in frames.items())
 
     def _measure(self, example: int) -> tuple[ModalityLengths, list[int]]:
         """Returns an example's lengths and what it needs of each limited row dimension."""
@@ -194,9 +186,8 @@ class Packer:
         needs = [sum(inputs.values()), sum(targets.values())]
         for side, modality in self._narrow:
             assert modality is not None
-            needs.append((inputs if side == "inputs" else targets).get(modality, 0))
-        if (any(map(operator.gt, needs, self._limits.values()))
-                or not self._within_budget(lengths, self._frames)
+            needs.append((targets if side == "targets" else inputs).get(modality, 0))
+        if (any(map(operator.gt, needs, self._most))
                 or not inputs.keys() <= self.spec.input_capacities.keys()
                 or not targets.keys() <= self.spec.target_capacities.keys()):
             self._misfits[example] = lengths
@@ -246,11 +237,19 @@ def naming_the_task(examples: ExampleStream, example: int) -> contextlib.Abstrac
 class _OpenRows:
     """Remaining capacities of all rows of a batch, one vector a dimension."""
 
-    def __init__(self, limits: list[int], num_rows: int, max_per_row: int | None) -> None:
+    def __init__(self, limits: list[tuple[int, int]], num_rows: int, max_per_row: int | None
+                 ) -> None:
+        """Args:
+            limits: of each dimension, and how many rows one after the other share it.
+            num_rows: of the batch.
+            max_per_row: examples that a row may hold; None: as many as fit.
+        """
         if max_per_row is not None:
-            limits = [*limits, max_per_row]
+            limits = [*limits, (max_per_row, 1)]
         self._counted = max_per_row is not None
-        self._remaining = [np.full((num_rows,), limit, np.int32) for limit in limits]
+        self._remaining = [np.full((num_rows,), limit, np.int32) for limit, _ in limits]
+        self._shared = [(dimension, rows) for dimension, (_, rows) in enumerate(limits)
+                        if rows > 1]
         self._fits = np.empty((num_rows,), bool)
         self._scratch = np.empty((num_rows,), bool)
         self._room = num_rows * (max_per_row or 0)
@@ -275,6 +274,11 @@ class _OpenRows:
             return -1
         for vector, need in zip(remaining, needs, strict=True):
             vector[row] -= need
+        for dimension, rows in self._shared:
+            if need := needs[dimension]:
+                first = row // rows * rows
+                remaining[dimension][row] += need
+                remaining[dimension][first:first + rows] -= need
         self._room -= 1
         return row
 

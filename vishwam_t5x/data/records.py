@@ -19,31 +19,23 @@ import os
 import pathlib
 import threading
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.feature_info import META_PREFIX as META_PREFIX
+from vishwam_t5x.data.feature_info import FeatureInfo as FeatureInfo
+from vishwam_t5x.data.feature_info import explain_mismatch as explain_mismatch
+from vishwam_t5x.data.feature_info import is_history as is_history
+from vishwam_t5x.data.feature_info import length_columns as length_columns
+from vishwam_t5x.data.feature_info import modality_of as modality_of
 from vishwam_t5x.objectives.masking import PatchSpec
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 LENGTHS_NAME = "lengths.npy"
-META_PREFIX = "meta_"
-"""Features for metrics only (identifiers, reference strings): cached, never put in a batch."""
-
-
-class FeatureInfo(NamedTuple):
-    """Shape and dtype of one feature of a task.
-
-    Attributes:
-        shape: None where the size differs from record to record; () for scalars and strings.
-        dtype: a NumPy dtype name, or 'bytes' for one byte string.
-    """
-
-    shape: tuple[int | None, ...]
-    dtype: str
 
 
 class DamagedRecord(Exception):
@@ -152,43 +144,6 @@ class Manifest:
         return manifest
 
 
-def length_columns(features: Mapping[str, FeatureInfo]) -> tuple[tuple[str, int], ...]:
-    """Returns the (feature, axis) pairs whose sizes lengths.npy holds.
-
-    One column for a feature of rank 1; two (height and width, or frames and mel bins) for a higher
-    rank, from which the number of patches follows.
-    """
-    return tuple((name, axis) for name, info in features.items()
-                 if not name.startswith(META_PREFIX) for axis in range(min(len(info.shape), 2)))
-
-
-def modality_of(feature: str) -> str:
-    """Returns 'image' for 'image', 'image_inputs', 'image_target_codes' and so on."""
-    return feature.split("_")[0]
-
-
-def explain_mismatch(example: Mapping[str, Any], features: Mapping[str, FeatureInfo]) -> str | None:
-    """Returns why `example` is not what `features` promise, or None if it is."""
-    if example.keys() != features.keys():
-        missing, extra = features.keys() - example.keys(), example.keys() - features.keys()
-        return f"features missing: {sorted(missing)}, not expected: {sorted(extra)}"
-    for name, (shape, dtype) in features.items():
-        value = example[name]
-        if dtype == "bytes":
-            if not isinstance(value, bytes):
-                return f"{name} is {type(value).__name__}, not bytes"
-            continue
-        if not isinstance(value, np.ndarray | np.generic):
-            return f"{name} is {type(value).__name__}, not an array"
-        if value.dtype != np.dtype(dtype):
-            return f"{name} has dtype {value.dtype}, not {dtype}"
-        if len(value.shape) != len(shape) or any(
-                want is not None and want != got
-                for want, got in zip(shape, value.shape, strict=True)):
-            return f"{name} has shape {value.shape}, not {shape}"
-    return None
-
-
 def file_sha256(path: str | os.PathLike) -> str:
     """Returns the hexadecimal sha256 of a file."""
     with open(path, "rb") as file:
@@ -258,13 +213,18 @@ class TaskCache:
         found: list[tuple[str, tuple[int, int]]] = []
         for first, (name, axis) in enumerate(self.manifest.length_columns):
             spec = self._patch_specs.get(modality_of(name))
-            if axis == 0 and len(self.features[name].shape) > 1 and spec is not None:
+            if axis or spec is None:
+                continue
+            if is_history(name) and len(shape := self.features[name].shape) > 2:
+                height, width = (size or 0 for size in shape[1:3])
+                found.append((name, (height // spec.height, width // spec.width)))
+            elif len(self.features[name].shape) > 1:
                 found += [(name, (int(height) // spec.height, int(width) // spec.width))
                           for height, width in np.unique(self._sizes[:, first:first + 2], axis=0)]
         return tuple(found)
 
     def clean_lengths(self, record: int) -> dict[str, int]:
-        """Returns the length of each feature of a record: elements if 1-D, patches otherwise.
+        """Returns the length of each feature of a record: elements if 1-D, frames, or patches.
 
         Raises:
             UserError: a modality has no `PatchSpec`, or a size does not divide into its patches.
@@ -312,7 +272,7 @@ class TaskCache:
                 first = columns.index(name)
                 elements = self._sizes[:, first:first + columns.count(name)].astype(
                     np.int64).prod(axis=1).sum()
-                rest = [size or 1 for size in shape[2:]]
+                rest = [size or 1 for size in shape[columns.count(name):]]
                 total += int(elements * np.prod(rest, dtype=np.int64) * np.dtype(dtype).itemsize)
         return total
 

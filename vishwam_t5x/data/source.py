@@ -17,7 +17,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from vishwam_t5x.core import storage
-from vishwam_t5x.core.batch import MODALITIES, BatchSpec, DataPosition
+from vishwam_t5x.core.batch import MODALITIES, BatchSpec, DataPosition, HistorySpec
 from vishwam_t5x.core.errors import EXIT_ABORTED, EXIT_OK, EXIT_USER_ERROR, Resumable, UserError
 from vishwam_t5x.data import copies, fit, records, task_code
 from vishwam_t5x.data import directory as cache_directory
@@ -25,7 +25,7 @@ from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing import Objective, PackedBatches
 from vishwam_t5x.data.packing_plan import ExampleStream
 from vishwam_t5x.data.prefetch import Prefetcher
-from vishwam_t5x.objectives.masking import PatchSpec
+from vishwam_t5x.objectives.masking import FrameSpec, PatchSpec
 
 CACHE_DIR_VARIABLE = "VISHWAM_CACHE_DIR"
 LENGTHS_KEY = "sequence_length"
@@ -149,12 +149,18 @@ class Dataset:
 
 
 def patch_specs(objective: object) -> dict[str, PatchSpec]:
-    """Returns how an objective cuts each continuous modality: its `PatchSpec` attributes."""
+    """Returns how an objective cuts each continuous modality: its `PatchSpec` attributes, and those
+    of its `histories`."""
     found = dict(getattr(objective, "patch_specs", None) or {})
+    found |= {modality: spec.patch for modality, spec in _histories(objective).items()}
     for modality in MODALITIES:
         if isinstance(spec := getattr(objective, modality, None), PatchSpec):
             found[modality] = spec
     return found
+
+
+def _histories(objective: object) -> Mapping[str, FrameSpec]:
+    return getattr(objective, "histories", None) or {}
 
 
 def batch_spec(config: DatasetConfig, objective: Objective) -> BatchSpec:
@@ -171,7 +177,9 @@ def batch_spec(config: DatasetConfig, objective: Objective) -> BatchSpec:
         {modality: specs[modality].patch_dim for modality in inputs if modality in specs},
         packed=config.pack, task_masks=tuple(
             modality for modality in objective.target_modalities
-            if modality != "text" and getattr(objective, "task_masks", False)))
+            if modality != "text" and getattr(objective, "task_masks", False)),
+        histories={modality: HistorySpec(spec.places, spec.latents, spec.budget, spec.budget_rows)
+                   for modality, spec in _histories(objective).items()})
 
 
 def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = True) -> Dataset:

@@ -48,8 +48,8 @@ class SyntheticFeature:
     num_ids: int = 256
 
     def __post_init__(self) -> None:
-        if not 0 < self.shortest <= self.longest:
-            raise UserError("a synthetic feature needs 0 < shortest <= longest",
+        if not 0 <= self.shortest <= self.longest > 0:
+            raise UserError("a synthetic feature needs 0 <= shortest <= longest, longest above 0",
                             got=f"{self.shortest}, {self.longest}")
         if self.dtype not in ("int32", "float32", "uint8"):
             raise UserError("a synthetic feature is int32, float32 or uint8", got=self.dtype)
@@ -103,7 +103,7 @@ class SyntheticTask:
         columns = {}
         for name, feature in self._features.items():
             columns[name] = self._leading[name]
-            if feature.rest:
+            if feature.rest and not records.is_history(name):
                 spec = self._patch_specs[records.modality_of(name)]
                 columns[name] = np.asarray([spec.num_patches((int(size), *feature.rest))
                                             for size in self._leading[name]], np.int32)
@@ -223,10 +223,12 @@ def synthetic_batch(spec: BatchSpec, seed: int, num_ids: Mapping[str, int],
     per_row = examples_per_row if spec.packed else 1
     placed = []
     inputs = _even_share(spec.input_capacities, spec.input_length, per_row)
+    limits = spec.frame_limits()
     for modality, history in spec.histories.items():
-        frames, most = inputs[modality] // history.latents, spec.max_frames(modality)
-        if most is not None:
-            frames = min(frames, most // (spec.batch_size * per_row))
+        frames = inputs[modality] // history.latents
+        if modality in limits:
+            most, rows = limits[modality]
+            frames = min(frames, most // (rows * per_row))
         inputs[modality] = frames * history.latents
     lengths = ModalityLengths(
         inputs,

@@ -25,7 +25,7 @@ class Answer:
 
     Attributes:
         inputs: the text the encoder read.
-        input_slots: slots of each input modality.
+        input_slots: tokens, patches or frames of each input modality.
         targets: ids of the reference, by modality; {} where there is none.
         pretokenized: the reference as a task keeps it beside its ids, or None.
         written: what was written of each modality.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
+from vishwam_t5x.core.batch import BatchSpec, HistorySpec, ModalityLengths
 from vishwam_t5x.core.errors import UserError, one_of
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data.assembly import PlacedExample, assemble
@@ -91,6 +91,22 @@ def bucket(length: int, most: int | None = None) -> int:
     return size if most is None else max(length, min(size, most))
 
 
+def _histories(config: Any) -> dict[str, HistorySpec]:
+    return {module.modality: HistorySpec(module.grid[0] * module.grid[1],
+                                         module.resampler.num_latents)
+            for module in config.inputs if hasattr(module, "resampler")}
+
+
+def _without_budgets(model: Any) -> Any:
+    """The same model, which encodes every frame that it is given."""
+    inputs = model.config.inputs
+    if not any(getattr(module, "frame_budget", None) for module in inputs):
+        return model
+    return model.clone(config=dataclasses.replace(model.config, inputs=tuple(
+        dataclasses.replace(module, frame_budget=None)
+        if getattr(module, "frame_budget", None) else module for module in inputs)))
+
+
 def _prompt(request: Request, modality: str) -> np.ndarray:
     tokens = request.targets.get(f"targets/{modality}/targets", np.zeros((0,), np.int32))
     return tokens[tokens != decoding.EOS_ID]
@@ -119,7 +135,10 @@ class Generator:
             UserError: a modality the model does not write, beams of something without end, or rows
                 that do not divide over the devices.
         """
-        self._model, self._placement = model, Placement(mesh, rules, batch_size)
+        # Requests have as many frames as they have: no budget is kept to.
+        self._model = _without_budgets(model)
+        self._placement = Placement(mesh, rules, batch_size)
+        self._histories = _histories(model.config)
         self.batch_size, self._largest = batch_size, dict(largest_inputs)
         self._max_text_length = max_text_length
         for modality, config in decoding_cfg.items():
@@ -263,9 +282,23 @@ class Generator:
         yield from waiting.values()
 
     def _shape(self, request: Request, with_targets: bool) -> Any:
-        sides = [request.slots(), request.target_slots() if with_targets else {}]
-        inputs = tuple((m, bucket(size, self._largest.get(m))) for m, size in sides[0].items())
-        return inputs, tuple((m, bucket(size)) for m, size in sides[1].items())
+        targets = request.target_slots() if with_targets else {}
+        inputs = tuple((m, self._bucket(m, size)) for m, size in self._slots(request).items())
+        return inputs, tuple((m, bucket(size)) for m, size in targets.items())
+
+    def _slots(self, request: Request) -> dict[str, int]:
+        """Slots of each input modality of a request; a frame takes several."""
+        return {m: size * (self._histories[m].latents if m in self._histories else 1)
+                for m, size in request.slots().items()}
+
+    def _bucket(self, modality: str, size: int) -> int:
+        """Slots of the array for `size` slots; of a history 1, 2, 4, 8, … frames."""
+        most = self._largest.get(modality)
+        if modality not in self._histories:
+            return bucket(size, most)
+        latents = self._histories[modality].latents
+        frames = 1 << (size // latents - 1).bit_length()
+        return max(size, min(frames * latents, most or frames * latents))
 
     def _arrays(self, rows: Sequence[Request], with_targets: bool,
                 targets: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
@@ -274,12 +307,13 @@ class Generator:
         # A spec has targets; where none are wanted, one slot that is thrown away below.
         spec = BatchSpec(self.batch_size, sum(inputs.values()), sum(targets.values()) or 1,
                          inputs, targets or {"text": 1}, self._model.config.patch_dims,
-                         packed=False)
+                         packed=False, histories={m: history for m, history
+                                                  in self._histories.items() if m in inputs})
         placed = []
         for index in range(self.batch_size):
             # Empty rows are filled with the last request: one that never ends would hold up all.
             request = rows[min(index, len(rows) - 1)]
-            lengths = ModalityLengths(request.slots(),
+            lengths = ModalityLengths(self._slots(request),
                                       request.target_slots() if with_targets else {})
             placed.append(PlacedExample(index, lengths, {**request.inputs, **request.targets}))
         arrays = assemble(spec, self.batch_size, placed)

@@ -34,8 +34,8 @@ class Request:
                    tag)
 
     def slots(self) -> dict[str, int]:
-        """Returns the slots of each input modality, in row order; those without any are left out.
-        """
+        """Returns the tokens, patches or frames of each input modality, in row order; those without
+        any are left out."""
         found = {key.split("/")[1]: len(value) for key, value in self.inputs.items()
                  if key.endswith(("/tokens", "/input")) and len(value)}
         return {modality: found[modality] for modality in modality_order(found)}

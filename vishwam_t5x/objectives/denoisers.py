@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vishwam_t5x.core.batch import ModalityLengths
+from vishwam_t5x.core.batch import HISTORIES, ModalityLengths
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
 from vishwam_t5x.objectives import (
@@ -43,6 +43,8 @@ class MixtureOfDenoisers:
     Self-supervised (`text`, `image` with `image_codes`, `audio` with `audio_codes`): a target
     modality is drawn, then one of its denoisers; the other modalities are given whole.
     - text [R], [X]: T5 span corruption. [S]: the end of the text is generated from its beginning.
+    With `text_prompt` in the place of `text` only [R] of an image or of sound is drawn, and that
+    text, never corrupted, asks for it. Histories are given whole.
     - image or audio [R]: masked patches are withheld, codes are restored. [S]: all codes are
       generated from the other modalities; drawn only if there are others, or [R] is impossible.
     An empty text is not drawn as the target if another modality can be; alone, its target is EOS.
@@ -54,6 +56,8 @@ class MixtureOfDenoisers:
         target_modalities: what its decoder writes; 'audio' needs examples with `audio_codes`.
         image: how images are cut into patches.
         audio: how log-mel spectrograms [frames, mel bins] are cut into patches.
+        image_history: how the frames of a video, or further images, are cut and counted.
+        audio_history: how the segments of sound before the last are.
         text_weights: relative chance of 'R', 'S', 'X' for a text target; {} for never a text.
         text_r: [R] denoisers, each (mean span in tokens, hidden share), equally likely.
         text_x: [X] denoisers, likewise.
@@ -85,6 +89,9 @@ class MixtureOfDenoisers:
     target_modalities: Sequence[str] = ("text", "image")
     image: masking.PatchSpec = masking.PatchSpec(16, channels=3)
     audio: masking.PatchSpec = masking.PatchSpec(16, channels=1)
+    image_history: masking.FrameSpec = masking.FrameSpec()
+    audio_history: masking.FrameSpec = masking.FrameSpec(
+        masking.PatchSpec(16, channels=1), (16, 8), 16)
     text_weights: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"R": 2.0, "S": 1.0, "X": 4.0})
     text_r: Sequence[Sequence[float]] = ((3.0, 0.15), (8.0, 0.15))
@@ -126,6 +133,12 @@ class MixtureOfDenoisers:
         """The steps every image given as input goes through, in order."""
         shift = (augmentation.RandomShift(self.image_shift),) if self.image_shift else ()
         return (*shift, *self.image_augmentations)
+
+    @functools.cached_property
+    def histories(self) -> dict[str, masking.FrameSpec]:
+        """How frames are cut and counted, by the input modalities that consist of them."""
+        return {modality: getattr(self, modality) for modality in HISTORIES
+                if modality in self.input_modalities}
 
     # -- which denoiser ------------------------------------------------------------------------
 
@@ -189,7 +202,7 @@ class MixtureOfDenoisers:
             out.append((Denoiser(modality, "R", getattr(self, f"{modality}_mask_rate")),
                         weights["R"]))
         # With nothing to generate from, [S] is unconditional: only if [R] is out of the question.
-        if not out or any(other != modality for other in roles.inputs):
+        if not roles.prompted and (not out or any(other != modality for other in roles.inputs)):
             out.append((Denoiser(modality, "S", 1.0), weights.get("S", 0.0)))
         return out
 
@@ -220,6 +233,13 @@ class MixtureOfDenoisers:
         bare = no_text.drawn(no_text.rate(self, roles, denoiser), seed, example)
         return self._lengths(roles, clean_lengths, denoiser, split, bare)
 
+    def _input_slots(self, sizes: Mapping[str, str], clean_lengths: Mapping[str, Any]
+                     ) -> dict[str, Any]:
+        """Slots of the inputs given whole: as many as tokens and patches, several a frame."""
+        return {modality: (self.histories[modality].slots(clean_lengths[name])
+                           if modality in self.histories else clean_lengths[name])
+                for modality, name in sizes.items()}
+
     def possible_lengths(self, clean_lengths: Mapping[str, int]) -> list[ModalityLengths]:
         """Returns what `lengths` may be, whatever is drawn: to know before training what fits.
 
@@ -241,7 +261,7 @@ class MixtureOfDenoisers:
     def _lengths(self, roles: FeatureRoles, clean_lengths: Mapping[str, int],
                  denoiser: Denoiser | None, split: float, bare: bool) -> ModalityLengths:
         sizes = roles.inputs if denoiser else roles.sizes
-        inputs = {m: clean_lengths[name] for m, name in sizes.items()}
+        inputs = self._input_slots(sizes, clean_lengths)
         text = inputs.pop("text", 0)
         if bare:
             text = len(no_text.of(self, roles, denoiser))
@@ -290,7 +310,8 @@ class MixtureOfDenoisers:
             UserError: as `lengths`.
         """
         roles, tables = self._plan(tuple(clean_lengths))
-        inputs = {m: np.array(clean_lengths[name], np.int64) for m, name in roles.sizes.items()}
+        inputs = self._input_slots(roles.sizes, {
+            name: np.array(sizes, np.int64) for name, sizes in clean_lengths.items()})
         text = inputs.pop("text", np.zeros((len(examples),), np.int64))
         if roles.supervised:
             bare = no_text.drawn_many(no_text.rate(self, roles), seed, examples)
@@ -342,7 +363,9 @@ class MixtureOfDenoisers:
 
         - inputs/text/tokens [n] int32: prefix token, text, EOS;
         - inputs/<m>/input [n, patch_dim] float32 (uint8 pixels are divided by 255) and
-          inputs/<m>/pos_ids [n] int32 (place in the patch grid, row-major) for patches;
+          inputs/<m>/pos_ids [n] int32 (place in the patch grid, row-major) for patches; for the
+          frames of a history input [n, places, patch_dim], and mask [n, places] where a task says
+          which patches of them are given;
         - targets/text/targets [m] int32, with EOS;
         - targets/<m>/targets, loss_mask [m] int32 for codes: targets are code + 2; loss_mask is 1
           where the loss counts; with `task_masks` also targets/<m>/task_mask, 1 where hidden.

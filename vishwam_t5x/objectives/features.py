@@ -6,19 +6,25 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 
-from vishwam_t5x.core.batch import modality_order
+from vishwam_t5x.core.batch import HISTORIES, modality_order
 from vishwam_t5x.core.errors import UserError, did_you_mean
 
 SUPERVISED_INPUTS = {"text_inputs": "text", "image_inputs": "image", "audio_inputs": "audio",
-                     "inputs": "text"}
+                     "image_history_inputs": "image_history",
+                     "audio_history_inputs": "audio_history", "inputs": "text"}
 SUPERVISED_TARGETS = {"text_targets": "text", "image_target_codes": "image",
                       "audio_target_codes": "audio", "targets": "text"}
 """Features by modality; `inputs` and `targets` are what T5's own tasks call their text."""
 SUPERVISED_SOURCES = {"image_targets": "image_target_codes", "audio_targets": "audio_target_codes"}
 """Pixels kept beside their codes, for people to look at; the trainer reads the codes."""
-INPUT_PATCHES = {"image_input_patches": "image_inputs"}
-"""Numbers of the patches that the encoder is given of an image; without them it is given all."""
-NEUTRAL_INPUTS = {"text": "text", "image": "image", "audio": "audio"}
+INPUT_PATCHES = {f"{modality}_input_patches": f"{modality}_inputs"
+                 for modality in ("image", "audio", *HISTORIES)}
+"""Numbers of the patches that the encoder is given of an image, a spectrogram or a history (counted
+on from frame to frame); without them it is given all."""
+PROMPT = "text_prompt"
+"""Text that asks for what was hidden of an image or sound to be restored; never itself hidden."""
+NEUTRAL_INPUTS = {"text": "text", PROMPT: "text", "image": "image", "audio": "audio",
+                  **{modality: modality for modality in HISTORIES}}
 NEUTRAL_TARGETS = {"text": "text", "image_codes": "image", "audio_codes": "audio"}
 
 _SUPERVISED = {**SUPERVISED_INPUTS, **SUPERVISED_TARGETS,
@@ -44,8 +50,14 @@ class FeatureRoles:
 
     @functools.cached_property
     def sizes(self) -> dict[str, str]:
-        """Modality -> feature whose length is the number of slots that the input takes."""
-        return {**self.inputs, **self.patches}
+        """Modality -> feature whose length is the number of slots, or frames, of the input."""
+        return {**self.inputs, **{modality: name for modality, name in self.patches.items()
+                                  if modality not in HISTORIES}}
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the text asks to restore something."""
+        return self.inputs.get("text") == PROMPT
 
 
 def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
@@ -83,6 +95,9 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
             got=", ".join(names),
             fix="use *_inputs and *_targets, or text, image, audio and their codes, not both; "
                 "name what to leave out in ignored_features")
+    if PROMPT in names and "text" in names:
+        raise UserError(f"an example has 'text' and '{PROMPT}'", got=", ".join(names),
+                        fix=f"'{PROMPT}' asks to restore an image or sound; 'text' is denoised")
     in_names, out_names = ((SUPERVISED_INPUTS, SUPERVISED_TARGETS) if supervised
                            else (NEUTRAL_INPUTS, NEUTRAL_TARGETS))
     inputs = {in_names[name]: name for name in names if name in in_names}

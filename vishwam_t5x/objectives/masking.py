@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
@@ -102,6 +103,75 @@ class PatchSpec:
                 got=f"{num_codes} codes, {rows} x {columns} patches, code_grid {self.code_grid}",
                 fix="set PatchSpec.code_grid to the codec's (rows, columns)")
         return grid
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameSpec:
+    """How the frames of a history are cut, and what the model makes of each.
+
+    Attributes:
+        patch: how a frame is cut into patches.
+        grid: (rows, columns) of patches of a frame; frames of another size are refused.
+        latents: slots of a row that a frame becomes, `Resampler.num_latents` of the model.
+        max_frames: examples of more are refused: their prompts and positions know no more.
+        budget: frames for each row on average, as `HistoryInput.frame_budget` of the model has it;
+            None: as many as fit.
+        budget_rows: rows one after the other that share their budget, as in the model.
+    """
+
+    patch: PatchSpec = PatchSpec(16)
+    grid: tuple[int, int] = (16, 16)
+    latents: int = 32
+    max_frames: int = 8
+    budget: float | None = None
+    budget_rows: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        for name, value in (("grid", min(self.grid)), ("latents", self.latents),
+                            ("max_frames", self.max_frames), ("budget_rows", self.budget_rows)):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"FrameSpec.{name} must be a positive whole number",
+                                got=repr(getattr(self, name)))
+        if self.budget is not None and not self.budget > 0:
+            raise UserError("FrameSpec.budget counts frames for each row, more than 0",
+                            got=self.budget, fix="None for as many as fit")
+
+    @property
+    def places(self) -> int:
+        """Patches of a frame."""
+        return self.grid[0] * self.grid[1]
+
+    def slots(self, frames: Any) -> Any:
+        """Returns the slots of a number of frames, or of many numbers.
+
+        Raises:
+            UserError: there are more than `max_frames`.
+        """
+        if np.any(np.asarray(frames) > self.max_frames):
+            raise UserError("an example has too many frames",
+                            got=f"{np.max(frames)}, at most {self.max_frames}",
+                            fix="choose frames in the task's preprocessors")
+        return frames * self.latents
+
+
+def patchify_frames(frames: Shaped[np.ndarray, "n ..."], spec: FrameSpec
+                    ) -> Shaped[np.ndarray, "n places p"]:
+    """Cuts each frame of [n, H, W, C] or [n, H, W] as `patchify` does.
+
+    Raises:
+        UserError: frames are of another size than `spec.grid` says.
+    """
+    if frames.ndim < 3 or (grid := spec.patch.grid(frames.shape[1:])) != spec.grid:
+        raise UserError(
+            "the frames of a history are not of the size that the model knows",
+            got=f"shape {frames.shape}; frames of "
+                + " x ".join(str(n * side) for n, side in zip(
+                    spec.grid, (spec.patch.height, spec.patch.width), strict=True)),
+            fix="resize them in the task's preprocessors, or set FrameSpec.grid")
+    (rows, columns), cut = grid, spec.patch
+    parts = frames.reshape(len(frames), rows, cut.height, columns, cut.width, cut.channels)
+    return parts.transpose(0, 1, 3, 2, 4, 5).reshape(len(frames), spec.places, cut.patch_dim)
 
 
 def patchify(image: Shaped[np.ndarray, "..."], spec: PatchSpec) -> Shaped[np.ndarray, "n p"]:

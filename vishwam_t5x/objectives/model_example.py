@@ -34,10 +34,13 @@ def supervised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean,
         text = no_text.of(objective, roles)
     _put_input_text(out, objective, [(modality, "S") for modality in roles.targets], text)
     for modality, name in roles.inputs.items():
-        if modality != "text":
+        chosen = _ids(clean, roles.patches[modality]) if modality in roles.patches else None
+        if modality in objective.histories:
+            _put_frames(out, objective.histories[modality], modality, clean[name], chosen)
+        elif modality != "text":
             _put_patches(out, objective, modality, clean[name], None, seed, example)
-            if modality in roles.patches:
-                _choose_patches(out, modality, _ids(clean, roles.patches[modality]))
+            if chosen is not None:
+                _choose_patches(out, modality, chosen)
     for modality, name in roles.targets.items():
         if modality == "text":
             out["targets/text/targets"] = np.concatenate([_ids(clean, name), _EOS])
@@ -71,7 +74,9 @@ def denoised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean, d
     _put_input_text(out, objective, [(denoiser.modality, denoiser.paradigm)], text)
     for modality, name in roles.inputs.items():
         generated = modality == denoiser.modality and modality not in masks
-        if modality != "text" and not generated:
+        if modality in objective.histories:
+            _put_frames(out, objective.histories[modality], modality, clean[name], None)
+        elif modality != "text" and not generated:
             _put_patches(out, objective, modality, clean[name], masks.get(modality), seed, example)
     return out
 
@@ -119,17 +124,41 @@ def _put_patches(out: Example, objective: MixtureOfDenoisers, modality: str, arr
     if modality == "image" and mask is None and objective.augmentations:
         array = augmentation.augment(array, objective.augmentations,
                                      example_generator(seed, example, AUGMENT_STREAM))
-    patches = masking.patchify(np.asarray(array), getattr(objective, modality))
-    if patches.dtype == np.uint8:  # Caches keep pixels small; the model reads [0, 1].
-        patches = patches.astype(np.float32) / np.float32(255)
-    elif not np.issubdtype(patches.dtype, np.floating):
-        raise UserError(f"a feature of modality '{modality}' must be floats, or uint8 pixels",
-                        got=str(patches.dtype), fix="convert it in the task's preprocessor")
+    patches = _numbers(masking.patchify(np.asarray(array), getattr(objective, modality)), modality)
     positions = np.arange(len(patches), dtype=np.int32)
     if mask is not None:
         patches, positions = patches[~mask], positions[~mask]
-    out[f"inputs/{modality}/input"] = patches.astype(np.float32, copy=False)
+    out[f"inputs/{modality}/input"] = patches
     out[f"inputs/{modality}/pos_ids"] = positions
+
+
+def _put_frames(out: Example, spec: masking.FrameSpec, modality: str, array: np.ndarray,
+                chosen: np.ndarray | None) -> None:
+    """Gives the encoder the frames of a history; of each only the patches chosen."""
+    patches = masking.patchify_frames(np.asarray(array), spec)
+    out[f"inputs/{modality}/input"] = _numbers(patches, modality)
+    if chosen is None:
+        return
+    mask = np.zeros(patches.shape[:2], np.int32)
+    if chosen.size and not 0 <= chosen.min() <= chosen.max() < mask.size:
+        raise UserError(f"an example chooses patches that its {modality} does not have",
+                        got=f"{chosen.min()} to {chosen.max()} of {mask.size}")
+    mask.reshape(-1)[chosen] = 1
+    if not (seen := mask.any(axis=1)).all():
+        raise UserError(f"an example chooses no patch of a frame of its {modality}",
+                        got=f"frame {int(np.argmin(seen)) + 1} of {len(mask)}",
+                        fix="leave that frame out in the task's preprocessors")
+    out[f"inputs/{modality}/mask"] = mask
+
+
+def _numbers(patches: np.ndarray, modality: str) -> np.ndarray:
+    """Returns patches as the model reads them, float32: caches keep pixels small."""
+    if patches.dtype == np.uint8:
+        return patches.astype(np.float32) / np.float32(255)
+    if not np.issubdtype(patches.dtype, np.floating):
+        raise UserError(f"a feature of modality '{modality}' must be floats, or uint8 pixels",
+                        got=str(patches.dtype), fix="convert it in the task's preprocessor")
+    return patches.astype(np.float32, copy=False)
 
 
 def _choose_patches(out: Example, modality: str, chosen: np.ndarray) -> None:

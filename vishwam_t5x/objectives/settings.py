@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vishwam_t5x.core.batch import MODALITIES
+from vishwam_t5x.core.batch import MODALITIES, ROW_ORDER
 from vishwam_t5x.core.errors import UserError, one_of
 from vishwam_t5x.objectives import no_text
 from vishwam_t5x.objectives.span_corruption import check_span_parameters
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def check_settings(objective: MixtureOfDenoisers) -> None:
     """Raises `UserError` for the first field that cannot be used."""
-    for name in ("input_modalities", "target_modalities"):
+    for name, known in (("input_modalities", ROW_ORDER), ("target_modalities", MODALITIES)):
         for modality in getattr(objective, name):
-            one_of(modality, MODALITIES, f"modality in MixtureOfDenoisers.{name}")
+            one_of(modality, known, f"modality in MixtureOfDenoisers.{name}")
     if "text" not in objective.input_modalities:
         raise UserError("the encoder must read text: it carries the prefix token and EOS",
                         got=f"input_modalities = {objective.input_modalities}",

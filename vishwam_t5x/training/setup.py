@@ -17,7 +17,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from vishwam_t5x.core import hardware
-from vishwam_t5x.core.batch import BatchSpec
+from vishwam_t5x.core.batch import BatchSpec, HistorySpec
 from vishwam_t5x.core.errors import BACKGROUND, UserError
 from vishwam_t5x.core.flops import (
     BACKWARD_AND_FORWARD,
@@ -88,9 +88,10 @@ class Parts:
         return compilation.lower_with_options(*self._step(factory, shardings))
 
     def _step(self, factory: StateFactory, shardings: Mapping[str, Any]) -> tuple[Any, ...]:
+        config = dataclasses.replace(self.step, rows_together=self.spec.rows_together)
         function = step.make_train_step(
             step.model_loss(self.model, self.step.loss), self.optimizer.build(self._logical_axes),
-            self.step, self.model.config.policy.accumulation_dtype, self.optimizer.frozen)
+            config, self.model.config.policy.accumulation_dtype, self.optimizer.frozen)
         return function, factory, compilation.abstract_batch(self.spec, shardings)
 
     def throughput(self) -> Throughput:
@@ -120,6 +121,9 @@ def check_modalities(model: Any, objective: Any, spec: BatchSpec) -> None:
                 f"patches of modality '{modality}' differ between objective and model",
                 got=f"{size} numbers a patch against {config.patch_dims.get(modality)}",
                 fix="make PatchSpec of the objective and PatchInput of the model agree")
+    for module in config.inputs:
+        if (history := spec.histories.get(module.modality)) is not None:
+            _check_history(module, objective, history)
     for target in config.targets:
         if (target.reads_task_mask and target.modality in spec.target_capacities
                 and target.modality not in spec.task_masks):
@@ -134,6 +138,26 @@ def check_modalities(model: Any, objective: Any, spec: BatchSpec) -> None:
         raise UserError("the model's text table is smaller than the vocabulary",
                         got=f"{rows} rows, {layout.size} ids",
                         fix=f"set vocab_size of TextInput and TextOutput to {layout.table_size}")
+
+
+def _check_history(module: Any, objective: Any, history: HistorySpec) -> None:
+    """Raises `UserError` unless objective and model mean the same by the frames of a modality."""
+    if not hasattr(module, "resampler"):
+        raise UserError(f"the model does not read frames of modality '{module.modality}'",
+                        got=type(module).__name__, fix="config.HistoryInput")
+    grid = objective.histories[module.modality].grid
+    for what, gives, takes, fix in (
+            ("patches of a frame", grid, module.grid, "FrameSpec.grid = HistoryInput.grid"),
+            ("latents of a frame", history.latents, module.resampler.num_latents,
+             "FrameSpec.latents = Resampler.num_latents"),
+            ("budget of frames", history.budget, module.frame_budget,
+             "FrameSpec.budget = HistoryInput.frame_budget"),
+            ("rows that share it", history.budget_rows, module.budget_rows,
+             "FrameSpec.budget_rows = HistoryInput.budget_rows")):
+        if gives != takes and not (history.budget is None is module.frame_budget
+                                   and what.startswith("rows")):
+            raise UserError(f"objective and model differ in modality '{module.modality}': {what}",
+                            got=f"{gives} against {takes}", fix=f"one gin macro for both: {fix}")
 
 
 def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:

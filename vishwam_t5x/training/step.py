@@ -41,27 +41,39 @@ class StepConfig:
         loss: z-loss, label smoothing, modality weights and normalisation.
         stability: what counts as a bad step.
         seed: seed of dropout.
+        rows_together: rows one after the other that stay in one microbatch, for what they share
+            (`BatchSpec.rows_together`).
     """
 
     num_microbatches: int = 1
     loss: losses.LossConfig = dataclasses.field(default_factory=losses.LossConfig)
     stability: StabilityConfig = dataclasses.field(default_factory=StabilityConfig)
     seed: int = 0
+    rows_together: int = 1
 
     def __post_init__(self) -> None:
         if self.num_microbatches < 1:
             raise UserError("NUM_MICROBATCHES must be at least 1", got=self.num_microbatches)
 
 
-def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
+def split_microbatches(batch: Batch, num_microbatches: int, together: int = 1) -> Batch:
     """Cuts arrays [B, ...] into [k, B/k, ...].
 
-    Row i goes to microbatch i % k, so each device keeps the rows it has and nothing moves.
+    Row i goes to microbatch i // together % k, so each device keeps the rows it has and nothing
+    moves, if it has a multiple of k * together rows.
+
+    Raises:
+        UserError: B is no multiple of k * together.
     """
     def split(array: jax.Array) -> jax.Array:
         rows = array.shape[0]
-        return jnp.moveaxis(
-            array.reshape(rows // num_microbatches, num_microbatches, *array.shape[1:]), 1, 0)
+        if rows % (num_microbatches * together):
+            raise UserError(
+                "a batch cannot be cut into microbatches without cutting rows that share their "
+                "frames", got=f"{rows} rows, {num_microbatches} microbatches, {together} share",
+                fix="BATCH_SIZE = a multiple of microbatches times budget_rows")
+        cut = array.reshape(-1, num_microbatches, together, *array.shape[1:])
+        return jnp.moveaxis(cut, 1, 0).reshape(num_microbatches, -1, *array.shape[1:])
 
     return {name: split(array) for name, array in batch.items()}
 
@@ -86,7 +98,7 @@ def accumulate_gradients(loss_fn: LossFunction, params: Any, batch: Batch, confi
     if config.num_microbatches == 1:
         return gradient(params, batch, key)
 
-    parts = split_microbatches(batch, config.num_microbatches)
+    parts = split_microbatches(batch, config.num_microbatches, config.rows_together)
     keys = jax.random.split(key, config.num_microbatches)
 
     def add(total: Any, part_and_key: tuple[Batch, jax.Array]) -> tuple[Any, None]:

@@ -275,9 +275,10 @@ class CleanFeatures:
                     value.min() >= 0 and value.max() < limit):
                 return (f"{name} has ids from {value.min()} to {value.max()}, not in the "
                         f"vocabulary of {limit}")
-            if value.size == 0 and (value.ndim > 1 or name.endswith("_codes")):
+            frames = records.is_history(name)
+            if value.size == 0 and (name.endswith("_codes") or (value.ndim > 1 and not frames)):
                 return f"{name} is empty"
-            if len(info.shape) == 3 and info.dtype == "float32" and (
+            if len(info.shape) == 3 + frames and info.dtype == "float32" and (
                     value.min() < -1e-3 or value.max() > 1.001):
                 return f"{name} has pixels from {value.min()} to {value.max()}, not in [0, 1]"
             lengths.append(value.size)
@@ -296,11 +297,15 @@ def _feature_info(task: str, name: str, spec: Any, meta: bool) -> records.Featur
                     "that begins with meta_")
         return records.FeatureInfo((), "bytes")
     info = records.FeatureInfo(shape, dtype.as_numpy_dtype(0).dtype.name)
+    rank = len(shape) - (not meta and records.is_history(name) and len(shape) > 1)
     allowed = {1: ("int32",), 2: ("float32", "uint8"), 3: ("float32", "uint8")}
-    if not meta and info.dtype not in allowed.get(len(shape), ()):
+    if rank < len(shape) and None in shape[1:]:
+        raise UserError(f"the frames of '{name}' of task '{task}' have no fixed size", got=shape,
+                        fix="resize them: vishwam_t5x.data.tf.image.decode_frames does")
+    if not meta and info.dtype not in allowed.get(rank, ()):
         raise UserError(
             f"feature '{name}' of task '{task}' has a type that the trainer does not know",
             got=f"{info.dtype} of rank {len(shape)}",
             fix="int32 of rank 1 (tokens, codes), or float32 or uint8 of rank 2 (spectrograms) or "
-                "3 (images); or a name that begins with meta_")
+                "3 (images), one more for histories; or a name that begins with meta_")
     return info

@@ -57,12 +57,12 @@ class LiveTask:
         return self._kept.features
 
     def clean_lengths(self, record: int) -> dict[str, int]:
-        """Returns the length of each feature: elements if 1-D, patches otherwise."""
+        """Returns the length of each feature: elements if 1-D, frames, or patches."""
         lengths = {}
         for name, value in self.read(record).items():
             if name.startswith(records.META_PREFIX):
                 continue
-            if value.ndim == 1:
+            if value.ndim == 1 or records.is_history(name):
                 lengths[name] = len(value)
                 continue
             spec = self._specs.get(records.modality_of(name))

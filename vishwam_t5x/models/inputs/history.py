@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from vishwam_t5x.core.batch import rows_sharing
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.sequence import InputSequence
 from vishwam_t5x.models import modalities, rows
@@ -39,9 +40,13 @@ class HistoryInput:
         mean: subtracted from every number of a patch, in the units of the patches; or one a
             channel.
         std: every number is divided by it after that; or one a channel.
-        frame_budget: frames that are encoded for each row on average: the frames of the whole batch
+        freeze: no gradient reaches the resampler and the projections around it either; only the
+            modality's own vector learns.
+        frame_budget: frames that are encoded for each row on average: the frames of several rows
             are gathered first, and absent ones cost nothing. What makes batches must keep to it:
             frames beyond it become NaN, which stops a run. None: all frames, present or not.
+        budget_rows: rows one after the other that share their budget, all of a batch that is no
+            multiple of it. While those of a run lie on one device, frames stay where they are.
     """
 
     modality: str
@@ -50,9 +55,12 @@ class HistoryInput:
     grid: tuple[int, int]
     mean: float | tuple[float, ...] = 0.0
     std: float | tuple[float, ...] = 1.0
+    freeze: bool = False
     frame_budget: float | None = None
+    budget_rows: int = 8
 
     def __post_init__(self) -> None:
+        modalities.check_positive(self, ("budget_rows",))
         modalities.check_normalization(self)
         object.__setattr__(self, "grid", tuple(self.grid))
         if self.frame_budget is not None and not self.frame_budget > 0:
@@ -134,18 +142,23 @@ class HistoryInputEncoder(nn.Module):
     def _encode(self, patches: Float[Array, "N P C"], mask: Bool[Array, "N P"],
                 pos_ids: Int[Array, "N P"], present: Bool[Array, "B F"]) -> Float[Array, "N L D"]:
         """Returns the latents of each of N = B · F frames; those of absent ones mean nothing."""
-        number, budget = present.size, self.input.frame_budget
-        if budget is None or round(budget * present.shape[0]) >= number:
+        budget, shared = self.input.frame_budget, rows_sharing(
+            self.input.budget_rows, present.shape[0])
+        kept = 0 if budget is None else max(1, round(budget * shared))
+        if not 0 < kept < shared * present.shape[1]:
             return self._latents(patches, mask, pos_ids)
-        # The frames of the whole batch side by side, those present first.
-        kept = max(1, round(budget * present.shape[0]))
-        index = jnp.argsort(~present.reshape(-1), stable=True)[None, :kept].astype(jnp.int32)
-        latents = self._latents(*(array[index[0]] for array in (patches, mask, pos_ids)))
+        # The frames of each run of rows side by side, those present first.
+        present = present.reshape(-1, shared * present.shape[1])
+        runs, number = present.shape
+        index = jnp.argsort(~present, axis=1, stable=True)[:, :kept].astype(jnp.int32)
+        gathered = (rows.take(array.reshape(runs, number, *array.shape[1:]), index)
+                    for array in (patches, mask, pos_ids))
+        latents = self._latents(*(array.reshape(runs * kept, *array.shape[2:])
+                                  for array in gathered))
         inverse = rows.invert(index, number)
-        spread = rows.permute(latents.reshape(1, kept, -1), inverse, index)
-        spread = spread.reshape(number, *latents.shape[1:])
-        beyond = present.reshape(-1) & (inverse[0] < 0)
-        return jnp.where(beyond[:, None, None], jnp.nan, spread)
+        spread = rows.permute(latents.reshape(runs, kept, -1), inverse, index)
+        spread = jnp.where((present & (inverse < 0))[..., None], jnp.nan, spread)
+        return spread.reshape(runs * number, *latents.shape[1:])
 
     def _latents(self, patches: jax.Array, mask: jax.Array, pos_ids: jax.Array) -> jax.Array:
         cfg, policy, this = self.config, self.config.policy, self.input
@@ -158,4 +171,5 @@ class HistoryInputEncoder(nn.Module):
         features = self.transformer(patches, pos_ids, mask.astype(jnp.int32), this.grid)
         x = dense(this.resampler.emb_dim, "pre_projection")(jax.lax.stop_gradient(features.last))
         x = PerceiverResampler(this.resampler, policy, name="resampler")(x, mask)
-        return dense(cfg.emb_dim, "post_projection")(x)
+        x = dense(cfg.emb_dim, "post_projection")(x)
+        return jax.lax.stop_gradient(x) if this.freeze else x
