@@ -85,7 +85,9 @@ class _Look:
     def __init__(self, settings: Reconstructions, config: DatasetConfig, parts: setup.Parts,
                  objective: Any, examples: FirstExamples) -> None:
         self._settings, self._config, self._examples = settings, config, examples
-        self._objective, self._spec = objective, source.batch_spec(config, objective)
+        self._objective = objective
+        self._spec = source.batch_spec(config, objective,
+                                       [task.features for task in examples.tasks])
         self._placement = Placement(parts.mesh, parts.rules, self._spec.batch_size)
         model = parts.model
         self._modality, self._num_codes = model.config.modality, model.config.codec.num_codes

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -30,6 +31,7 @@ from absl import logging
 from vishwam_t5x import gin_config, gin_differences, joining, screen, task_lookup
 from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.core import distributed, storage
+from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data import fit, source
@@ -158,7 +160,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         parts = setup.Parts(
             model, optimizer, devices, logical_axis_rules,
             StepConfig(cut_into(devices, logical_axis_rules), loss, stability, random_seed),
-            source.batch_spec(train_dataset_cfg, objective))
+            source.batch_spec(train_dataset_cfg, objective, _known_features(train_dataset_cfg)))
         setup.check_modalities(model, objective, parts.spec)
         factory, batch_shardings = parts.factory(), parts.batch_shardings()
         _write_model_info(run_dir, factory, devices, logical_axis_rules)
@@ -185,7 +187,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         if profile_steps:
             each_step.append(_profile(stack, run_dir, first_step + profile_start, profile_steps))
         ledger.enter("compile")
-        step_fn = step_ready.result() or parts.compile(factory, batch_shardings)
+        step_fn = _step_for(dataset.spec, parts, step_ready, factory, batch_shardings)
         distributed.barrier("first step", patience)  # a collective waits far less long
         loop = Loop(
             LoopConfig(total_steps, stats_period, stability), step_fn, batches, saver,
@@ -262,6 +264,21 @@ def _opened_by_all(open_dataset: Callable[[], source.Dataset], filling: bool, le
         "the data", {"data": json.dumps(same_data.order(opened[0].examples), indent=1)},
         fix="give every host the same cache (a shared cache_dir, or a copy of it)")
     return opened[0]
+
+
+def _known_features(config: source.DatasetConfig) -> list[Any]:
+    """What all processes have caches of: those that compile together must compile the same."""
+    found = source.cached_features(config)
+    return [] if distributed.any_process(not found, "features of the caches") else found
+
+
+def _step_for(spec: BatchSpec, parts: setup.Parts, ready: concurrent.futures.Future,
+              factory: StateFactory, shardings: Mapping[str, Any]) -> Any:
+    """The step compiled already, unless none is or the data turned out to be bytes."""
+    compiled = ready.result()
+    if compiled is None or spec != parts.spec:  # a cache just written, or a live stream
+        return dataclasses.replace(parts, spec=spec).compile(factory, shardings)
+    return compiled
 
 
 def _dataset(config: source.DatasetConfig, objective: Objective, model: Trainable

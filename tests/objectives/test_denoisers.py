@@ -266,13 +266,14 @@ def test_supervised_examples_are_taken_as_they_are():
         VOCABULARY.prefix("text", "S"), VOCABULARY.prefix("image", "S")]
 
 
-def test_pixels_are_read_as_numbers_from_0_to_1():
+def test_pixels_stay_bytes():
     mixture, clean = objective(), make_clean(FEATURES["caption"], 0)
     pixels = (clean["image_inputs"] * 255).round().astype(np.uint8)
     example = mixture.apply({**clean, "image_inputs": pixels}, seed=0, example=0)
-    np.testing.assert_allclose(example["inputs/image/input"],
-                               patchify(clean["image_inputs"], mixture.image), atol=0.5 / 255)
-    assert example["inputs/image/input"].dtype == np.float32
+    np.testing.assert_array_equal(example["inputs/image/input"], patchify(pixels, mixture.image))
+    assert example["inputs/image/input"].dtype == np.uint8
+    doubles = mixture.apply({**clean, "image_inputs": pixels / 255}, seed=0, example=0)
+    assert doubles["inputs/image/input"].dtype == np.float32
     with pytest.raises(UserError, match="int64"):
         mixture.apply({**clean, "image_inputs": pixels.astype(np.int64)}, seed=0, example=0)
 

@@ -114,10 +114,12 @@ class BatchSpec:
         target_length: columns of a decoder row, in slots.
         input_capacities: slots each input modality may use in one row.
         target_capacities: slots each target modality may use in one row.
-        patch_dims: floats per patch of each continuous input modality.
+        patch_dims: numbers per patch of each continuous input modality.
         packed: several examples a row (with row indices and segment ids); False: one a row.
         task_masks: target modalities whose slots say whether the task hid them from the encoder.
         histories: input modalities of frames; their capacities count slots, `latents` a frame.
+        byte_patches: continuous input modalities whose patches are uint8, 255 standing for 1.0;
+            those of the others are float32.
     """
 
     batch_size: int
@@ -129,6 +131,7 @@ class BatchSpec:
     packed: bool = True
     task_masks: tuple[str, ...] = ()
     histories: Mapping[str, HistorySpec] = dataclasses.field(default_factory=dict)
+    byte_patches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "input_length", "target_length"):
@@ -164,7 +167,8 @@ class BatchSpec:
                              input_modalities: tuple[str, ...], target_modalities: tuple[str, ...],
                              patch_dims: Mapping[str, int], packed: bool = True,
                              task_masks: tuple[str, ...] = (),
-                             histories: Mapping[str, HistorySpec] | None = None) -> BatchSpec:
+                             histories: Mapping[str, HistorySpec] | None = None,
+                             byte_patches: tuple[str, ...] = ()) -> BatchSpec:
         """Builds the shapes from TASK_FEATURE_LENGTHS.
 
         Args:
@@ -173,10 +177,11 @@ class BatchSpec:
                 capacities not named are as long as the row.
             input_modalities: modalities the encoder reads.
             target_modalities: modalities the decoder writes.
-            patch_dims: floats per patch of each continuous input modality.
+            patch_dims: numbers per patch of each continuous input modality.
             packed: several examples a row.
             task_masks: target modalities with a 'task_mask'.
             histories: input modalities of frames.
+            byte_patches: continuous input modalities whose patches are uint8.
 
         Raises:
             UserError: a row length is missing, a name is unknown, a capacity exceeds its row.
@@ -205,7 +210,8 @@ class BatchSpec:
 
         return cls(batch_size, lengths["inputs"], lengths["targets"],
                    capacities("inputs", input_modalities), capacities("targets", target_modalities),
-                   dict(patch_dims), packed, tuple(task_masks), dict(histories or {}))
+                   dict(patch_dims), packed, tuple(task_masks), dict(histories or {}),
+                   tuple(byte_patches))
 
     def arrays(self) -> dict[str, FeatureSpec]:
         """Returns the shape and dtype of every array of the batch."""
@@ -219,7 +225,7 @@ class BatchSpec:
                 continue
             if modality in self.patch_dims:
                 out[f"{prefix}/input"] = FeatureSpec(
-                    (rows, slots, self.patch_dims[modality]), np.dtype(np.float32))
+                    (rows, slots, self.patch_dims[modality]), self._patch_dtype(modality))
             else:
                 out[f"{prefix}/tokens"] = FeatureSpec((rows, slots), ints)
             for name in ("mask", "pos_ids", *segments):
@@ -239,10 +245,13 @@ class BatchSpec:
         frames = (self.batch_size, slots // history.latents)
         places = (*frames, history.places)
         out = {f"{prefix}/input": FeatureSpec((*places, self.patch_dims[modality]),
-                                              np.dtype(np.float32)),
+                                              self._patch_dtype(modality)),
                f"{prefix}/mask": FeatureSpec(places, ints),
                f"{prefix}/pos_ids": FeatureSpec(places, ints),
                f"{prefix}/frame_ids": FeatureSpec(frames, ints)}
         if self.packed:
             out[f"{prefix}/segment_ids"] = FeatureSpec(frames, ints)
         return out
+
+    def _patch_dtype(self, modality: str) -> np.dtype:
+        return np.dtype(np.uint8 if modality in self.byte_patches else np.float32)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vishwam_t5x.core.batch import BatchSpec, ModalityLengths
+from vishwam_t5x.data.pictures import scaled
 
 Example = Mapping[str, np.ndarray]
 
@@ -48,7 +49,8 @@ def assemble(spec: BatchSpec, num_rows: int, placed: Sequence[PlacedExample]
     Within its row an example comes after those before it in `placed`, and the plan has made sure
     that all fit. Missing arrays of an example get what they mean when absent: a mask of ones,
     positions and frames 0, 1, …, decoder inputs that are the targets one later after BOS (0), a
-    loss mask that is the mask, a task mask of zeros.
+    loss mask that is the mask, a task mask of zeros. uint8 patches become float32 in [0, 1] where
+    those of the batch are.
 
     Args:
         spec: shapes; `batch_size` is not looked at.
@@ -112,7 +114,9 @@ def _fill(arrays: dict[str, np.ndarray], prefix: str, runs: _Runs, examples: Seq
           ) -> None:
     """Scatters every array of a modality, given or implied."""
     rest = arrays[prefix + "mask"].shape[2:]  # of a history: the places of a frame
-    values = dict(_given(prefix, runs, examples, rest))
+    patches = arrays.get(prefix + "input")
+    floats = patches is not None and patches.dtype != np.uint8
+    values = dict(_given(prefix, runs, examples, rest, floats))
     if rest:
         whole = len(runs.within), *rest
         values.setdefault("frame_ids", runs.within)
@@ -142,9 +146,9 @@ def _implied(name: str, size: int, rest: tuple[int, ...]) -> np.ndarray:
     return np.full((size, *(rest if name == "mask" else ())), name != "task_mask", np.int32)
 
 
-def _given(prefix: str, runs: _Runs, examples: Sequence[Example], rest: tuple[int, ...]
-           ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the arrays that examples bring along, one after the other."""
+def _given(prefix: str, runs: _Runs, examples: Sequence[Example], rest: tuple[int, ...],
+           floats: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the arrays that examples bring along, one after the other; `floats`: of patches."""
     names = dict.fromkeys(key[len(prefix):] for example in examples for key in example
                           if key.startswith(prefix))
     for name in names:
@@ -154,6 +158,8 @@ def _given(prefix: str, runs: _Runs, examples: Sequence[Example], rest: tuple[in
                 assert name in ("mask", "pos_ids", "frame_ids", "loss_mask", "task_mask"), (
                     f"some examples lack {prefix}{name}")
                 parts[index] = _implied(name, size, rest)
+            elif name == "input" and floats and part.dtype == np.uint8:
+                parts[index] = scaled(part)
             assert len(parts[index]) == size, f"{prefix}{name} has a length of its own"
         yield name, np.concatenate(parts)
 

@@ -11,7 +11,7 @@ import os
 import pathlib
 
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data.records import MANIFEST_NAME
+from vishwam_t5x.data.records import MANIFEST_NAME, FeatureInfo, Manifest
 
 
 def task_directory(cache_dir: str | os.PathLike, task: str, split: str) -> pathlib.Path:
@@ -55,3 +55,17 @@ def available_splits(cache_dir: str | os.PathLike, task: str) -> list[str]:
     """Returns the splits of a task whose cache is finished."""
     root = pathlib.Path(cache_dir) / "tasks" / task
     return sorted(path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}"))
+
+
+def read_features(cache_dir: str | os.PathLike, name: str, split: str
+                  ) -> list[dict[str, FeatureInfo]]:
+    """Returns the features of each task of a mixture, by its manifests; [] if one is missing.
+
+    What cannot be read counts as missing: who opens the caches says what is wrong with them.
+    """
+    try:
+        rates = read_rates(cache_dir, name) or {}
+        return [Manifest.from_json((task_directory(cache_dir, task, split) / MANIFEST_NAME)
+                                   .read_text()).features for task in rates]
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return []

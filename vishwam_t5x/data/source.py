@@ -163,8 +163,15 @@ def _histories(objective: object) -> Mapping[str, FrameSpec]:
     return getattr(objective, "histories", None) or {}
 
 
-def batch_spec(config: DatasetConfig, objective: Objective) -> BatchSpec:
+def batch_spec(config: DatasetConfig, objective: Objective,
+               features: Sequence[Mapping[str, records.FeatureInfo]] = ()) -> BatchSpec:
     """Returns the shapes of the batches of an objective's modalities.
+
+    Args:
+        config: lengths of rows and how many there are.
+        objective: its modalities and their patches.
+        features: of every task to be read. Where all that a modality may be read from are uint8,
+            its patches are uint8 in the batch too, a quarter of the bytes; otherwise float32.
 
     Raises:
         UserError: see `BatchSpec.from_feature_lengths`.
@@ -179,7 +186,22 @@ def batch_spec(config: DatasetConfig, objective: Objective) -> BatchSpec:
             modality for modality in objective.target_modalities
             if modality != "text" and getattr(objective, "task_masks", False)),
         histories={modality: HistorySpec(spec.places, spec.latents, spec.budget, spec.budget_rows)
-                   for modality, spec in _histories(objective).items()})
+                   for modality, spec in _histories(objective).items()},
+        byte_patches=tuple(modality for modality in inputs if modality in specs
+                           and getattr(objective, "keeps_bytes", False)
+                           and _all_bytes(modality, features)))
+
+
+def _all_bytes(modality: str, features: Sequence[Mapping[str, records.FeatureInfo]]) -> bool:
+    dtypes = {info.dtype for task in features for name, info in task.items()
+              if len(info.shape) > 1 and f"{name}_".startswith(f"{modality}_")}
+    return dtypes == {"uint8"}
+
+
+def cached_features(config: DatasetConfig) -> list[dict[str, records.FeatureInfo]]:
+    """Returns the features of each task, by the caches on this machine; [] if one is missing."""
+    return cache_directory.read_features(config.directory, config.mixture_or_task_name,
+                                         config.split) if config.use_cached else []
 
 
 def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = True) -> Dataset:
@@ -204,7 +226,7 @@ def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = Tru
 
 def assemble(config: DatasetConfig, objective: Objective, examples: ExampleStream) -> Dataset:
     """Returns the dataset of numbered examples from anywhere."""
-    spec = batch_spec(config, objective)
+    spec = batch_spec(config, objective, [task.features for task in examples.tasks])
     batches = PackedBatches(examples, objective, spec, config.seed, config.max_bad_fraction,
                             config.read_threads)
     return Dataset(config, examples, objective, spec, batches)

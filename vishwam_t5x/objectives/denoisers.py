@@ -117,6 +117,9 @@ class MixtureOfDenoisers:
     ignored_features: Sequence[str] = ()
     _plans: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
+    keeps_bytes = True
+    """`apply` gives patches of uint8 pixels as uint8."""
+
     def __post_init__(self) -> None:
         for name in ("input_modalities", "target_modalities", "text_r", "text_x",
                      "image_augmentations", "ignored_features"):
@@ -362,10 +365,10 @@ class MixtureOfDenoisers:
         """Returns the model example: unbatched, unpadded arrays by batch key.
 
         - inputs/text/tokens [n] int32: prefix token, text, EOS;
-        - inputs/<m>/input [n, patch_dim] float32 (uint8 pixels are divided by 255) and
-          inputs/<m>/pos_ids [n] int32 (place in the patch grid, row-major) for patches; for the
-          frames of a history input [n, places, patch_dim], and mask [n, places] where a task says
-          which patches of them are given;
+        - inputs/<m>/input [n, patch_dim] (float32, or uint8 as the pixels are, 255 standing for
+          1.0) and inputs/<m>/pos_ids [n] int32 (place in the patch grid, row-major) for patches;
+          for the frames of a history input [n, places, patch_dim], and mask [n, places] where a
+          task says which patches of them are given;
         - targets/text/targets [m] int32, with EOS;
         - targets/<m>/targets, loss_mask [m] int32 for codes: targets are code + 2; loss_mask is 1
           where the loss counts; with `task_masks` also targets/<m>/task_mask, 1 where hidden.

@@ -152,9 +152,9 @@ def _put_frames(out: Example, spec: masking.FrameSpec, modality: str, array: np.
 
 
 def _numbers(patches: np.ndarray, modality: str) -> np.ndarray:
-    """Returns patches as the model reads them, float32: caches keep pixels small."""
+    """Returns patches as the model reads them: float32, or pixels as they are, 255 for 1.0."""
     if patches.dtype == np.uint8:
-        return patches.astype(np.float32) / np.float32(255)
+        return patches
     if not np.issubdtype(patches.dtype, np.floating):
         raise UserError(f"a feature of modality '{modality}' must be floats, or uint8 pixels",
                         got=str(patches.dtype), fix="convert it in the task's preprocessor")

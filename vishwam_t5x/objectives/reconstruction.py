@@ -32,6 +32,7 @@ class Reconstruction:
     patch: PatchSpec = PatchSpec()
 
     vocabulary = None
+    keeps_bytes = True  # `apply` gives patches of uint8 pixels as uint8
 
     def __post_init__(self) -> None:
         one_of(self.modality, ("image", "audio"), "modality that codecs code")
@@ -83,12 +84,13 @@ class Reconstruction:
               ) -> dict[str, np.ndarray]:
         """Returns the model example.
 
-        'inputs/<modality>/input' [n, patch_dim] float32, the patches row-major, uint8 pixels
-        divided by 255; 'targets/<modality>/targets' [1], a zero.
+        'inputs/<modality>/input' [n, patch_dim], the patches row-major, float32, or uint8 as the
+        pixels are, 255 standing for 1.0; 'targets/<modality>/targets' [1], a zero.
         """
         del seed, example
         array = np.asarray(clean[self._feature(clean)])
         patches = patchify(array, self.patch)
-        scale = np.float32(1 / 255) if patches.dtype == np.uint8 else np.float32(1)
-        return {f"inputs/{self.modality}/input": patches.astype(np.float32) * scale,
+        if patches.dtype != np.uint8:
+            patches = patches.astype(np.float32)
+        return {f"inputs/{self.modality}/input": patches,
                 f"targets/{self.modality}/targets": np.zeros((1,), np.int32)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data.source import DatasetConfig, batch_spec
+from vishwam_t5x.data.source import DatasetConfig, batch_spec, cached_features
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import MESH_AXES, LogicalAxisRules
@@ -90,7 +90,7 @@ class Recipe:
                             fix="plan what you would give to vishwam train: a recipe that includes "
                                 "gin/runs/pretrain.gin")
         dataset: DatasetConfig = given["train_dataset_cfg"]
-        spec = batch_spec(dataset, given["objective"])
+        spec = batch_spec(dataset, given["objective"], cached_features(dataset))
         setup.check_modalities(given["model"], given["objective"], spec)
         step = StepConfig(given.get("num_microbatches", 1), given.get("loss", LossConfig()),
                           given.get("stability", StabilityConfig()), given.get("random_seed", 0))

@@ -17,6 +17,7 @@ from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models.codecs.audio_vqgan import AudioVQGAN, AudioVQGANConfig
 from vishwam_t5x.models.codecs.image_vqgan import ImageVQGAN, ImageVQGANConfig
 from vishwam_t5x.models.codecs.layers import CodecOutput
+from vishwam_t5x.models.modalities import normalize
 from vishwam_t5x.objectives.losses import LossConfig, LossSums, loss_weights
 from vishwam_t5x.precision.policy import Policy
 
@@ -235,7 +236,7 @@ class CodecTrainer(nn.Module):
                 fix=f"TASK_FEATURE_LENGTHS = {{'inputs': {cfg.num_patches}, 'targets': 1}} and "
                     "DatasetConfig.pack = False")
         (height, width), (tall, wide) = cfg.size, cfg.patch
-        cut = patches.astype(jnp.float32).reshape(
+        cut = normalize(patches, 0.0, 1.0, jnp.float32).astype(jnp.float32).reshape(
             -1, height // tall, width // wide, tall, wide, cfg.channels)
         signal = cut.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, cfg.channels)
         return signal * 2 - 1 if cfg.modality == "image" else signal
