@@ -44,6 +44,15 @@ def test_files_without_sound_are_refused():
                      (good[:-20], "cut off"), (wave_file(np.zeros((0, 1))), "no samples")):
         with pytest.raises(UserError, match=why):
             decode_wave(bad)
+    wide = bytearray(good)
+    wide[34:36] = (64).to_bytes(2, "little")  # bits of a sample, as its header says
+    with pytest.raises(UserError, match="more than 32 bits"):
+        decode_wave(bytes(wide))
+
+
+def test_a_rate_out_of_a_damaged_header_does_not_fill_the_memory():
+    with pytest.raises(UserError, match="cannot be brought"):
+        resample(np.ones((100,)), 3_999_999_999, 16000)
 
 
 @pytest.mark.parametrize(("rate", "wanted"), [(8000, 16000), (44100, 16000), (16000, 11025)])
@@ -71,6 +80,21 @@ def test_recordings_become_segments_of_256_frames():
     assert found.segments.dtype == np.float32
     short = spectrograms(noise[:800], 8000)
     assert short.segments.shape == (1, 256, 128) and short.lost_samples == 0
+
+
+def test_the_silence_that_fills_a_segment_up_has_no_patches():
+    noise = np.random.default_rng(0).standard_normal(65280 + 36000) * 0.1
+    config = RecordingConfig(max_segments=2)
+    found = spectrograms(noise, 16000, config)
+    # Frames are 256 samples apart, and a window reaches half its 1,024 to either side.
+    assert found.heard[1, :142].all() and not found.heard[1, 143:].any()
+    patches = recordings.patches_heard(found.heard, 16)
+    np.testing.assert_array_equal(patches, np.arange(128 + 9 * 8), "patch 9 is heard up to 142")
+    silent = spectrograms(np.concatenate([np.zeros(65280), noise[:40000]]), 16000, config)
+    with pytest.raises(UserError, match=r"silent[\s\S]*segment 1 of 2"):
+        recordings.patches_heard(silent.heard, 16)
+    with pytest.raises(UserError, match="multiples of its patch"):
+        recordings.patches_heard(found.heard, 24)
 
 
 def test_what_cannot_be_heard_whole_is_refused():

@@ -10,19 +10,22 @@ import wave
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.spectrogram import (
     UNIFIED_IO2_INPUT,
     LogMelConfig,
     SegmentConfig,
-    log_mel_spectrogram,
+    mel_spectrogram,
+    normalised,
     segments,
 )
 
 _ZERO_CROSSINGS = 32
 _KAISER_BETA = 9.0
+_MAX_WEIGHTS = 2**24
+"""Of the filters from one rate to another: a damaged file may claim any rate."""
 _ROLL_OFF = 0.95
 """Of the lower of the two half rates: where the filter of `resample` has fallen by half."""
 
@@ -40,6 +43,8 @@ def decode_wave(data: bytes) -> tuple[Float[np.ndarray, "samples"], int]:
         with wave.open(io.BytesIO(data), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             promised = file.getnframes()
+            if width > 4:
+                raise UserError("the recording has samples of more than 32 bits", got=8 * width)
             raw = file.readframes(promised)
     except (OSError, EOFError, wave.Error) as error:
         raise UserError("the recording cannot be read",
@@ -74,7 +79,8 @@ def resample(waveform: Float[np.ndarray, "samples"], rate: int, wanted: int
         wanted: those of the result.
 
     Raises:
-        UserError: a rate is not positive, or the waveform is not mono or has no samples.
+        UserError: a rate is not positive, the two have so little in common that their filters would
+            fill the memory, or the waveform is not mono or has no samples.
     """
     if rate < 1 or wanted < 1:
         raise UserError("a sample rate must be positive", got=f"{rate} and {wanted} Hz")
@@ -104,6 +110,9 @@ def _filters(up: int, down: int) -> Float[np.ndarray, "phases taps"]:
     """Weights of the samples around a place `phase / up` after one; each row adds up to 1."""
     cutoff = _ROLL_OFF * min(1.0, up / down)
     half = math.ceil(_ZERO_CROSSINGS / cutoff)
+    if 2 * half * up > _MAX_WEIGHTS:
+        raise UserError("the sample rate of the recording cannot be brought to that wanted",
+                        got=f"{down} to {up}, as they are in their smallest whole numbers")
     offsets = np.arange(1 - half, half + 1) - np.arange(up)[:, None] / up
     ratio = np.clip(1 - np.square(offsets / half), 0, None)
     weights = np.sinc(cutoff * offsets) * np.i0(_KAISER_BETA * np.sqrt(ratio))
@@ -150,10 +159,13 @@ class Spectrograms(NamedTuple):
 
     Attributes:
         segments: float32 [n, frames, num_mels], n >= 1.
+        heard: bool [n, frames, num_mels]: where there is any power, not digital silence such as the
+            last segment is filled up with.
         lost_samples: at its end, at most `SegmentConfig.least_rest`, that are in no segment.
     """
 
     segments: Float[np.ndarray, "n frames num_mels"]
+    heard: Bool[np.ndarray, "n frames num_mels"]
     lost_samples: int
 
 
@@ -193,5 +205,30 @@ def spectrograms(waveform: Float[np.ndarray, "samples"], rate: int,
             "the recording is too long",
             got=f"{len(waveform) / rate:.2f} s are {len(cut.waveforms)} segments, at most "
                 f"{config.max_segments}")
-    out = np.stack([log_mel_spectrogram(piece, config.log_mel) for piece in cut.waveforms])
-    return Spectrograms(out, cut.lost_samples)
+    mel = np.stack([mel_spectrogram(piece, config.log_mel) for piece in cut.waveforms])
+    return Spectrograms(normalised(mel, config.log_mel), mel != 0, cut.lost_samples)
+
+
+def patches_heard(heard: Bool[np.ndarray, "n frames num_mels"], patch: int
+                  ) -> Int[np.ndarray, "patches"]:
+    """Returns the numbers of the patches that are not silence, int32, ascending.
+
+    As Unified-IO 2 masks them: a patch counts where its bin at (patch / 2, patch / 2), which
+    nearest-neighbour resizing takes, has power. Row-major in a segment, time first, and counted on
+    from segment to segment.
+
+    Args:
+        heard: of `Spectrograms`.
+        patch: frames, and mel bins, of a patch.
+
+    Raises:
+        UserError: a side is not a multiple of the patch, or no patch of a segment is heard.
+    """
+    if heard.shape[1] % patch or heard.shape[2] % patch:
+        raise UserError("the sides of a spectrogram must be multiples of its patch",
+                        got=f"{heard.shape[1]} x {heard.shape[2]} with patches of {patch}")
+    centres = heard[:, patch // 2::patch, patch // 2::patch].reshape(len(heard), -1)
+    if not (some := centres.any(axis=1)).all():
+        raise UserError("the recording is silent",
+                        got=f"segment {int(np.argmin(some)) + 1} of {len(heard)}")
+    return np.flatnonzero(centres).astype(np.int32)

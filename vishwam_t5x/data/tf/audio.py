@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import tensorflow as tf
 
@@ -18,7 +16,8 @@ from vishwam_t5x.data.tf.refusals import map_or_refuse
 
 
 def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None = None,
-                     config: RecordingConfig = RecordingConfig()) -> tf.data.Dataset:
+                     config: RecordingConfig = RecordingConfig(), patches: str | None = None,
+                     patch_size: int = 16) -> tf.data.Dataset:
     """Turns encoded WAV files into spectrograms; what cannot be heard is refused and counted.
 
     Args:
@@ -27,6 +26,10 @@ def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None
         history: name of a feature to add: the segments before it, float32
             [n, frames, num_mels], n from 0 to `max_segments` - 1. None: recordings are one segment.
         config: sample rate, spectrogram and segments.
+        patches: name of a feature to add: the numbers of the patches of `feature` that the encoder
+            is to be given, int32 [n]; Unified-IO 2 leaves out those of the silence that fills a
+            segment up. None: it is given all.
+        patch_size: frames, and mel bins, of those patches.
 
     Returns:
         the dataset, also with `meta_lost_samples`, int32: samples at the end that no segment has.
@@ -40,11 +43,16 @@ def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None
                "meta_lost_samples": tf.TensorSpec((), tf.int32)}
     if history is not None:
         outputs[history] = tf.TensorSpec((None, *shape), tf.float32)
-    return map_or_refuse(dataset, functools.partial(_decode, config, history is not None),
-                         [feature], outputs)
+    if patches is not None:
+        outputs[patches] = tf.TensorSpec((None,), tf.int32)
 
+    def decode(data: bytes) -> list[np.ndarray | int]:
+        found = recordings.spectrograms(*recordings.decode_wave(data), config)
+        out: list[np.ndarray | int] = [found.segments[-1], found.lost_samples]
+        if history is not None:
+            out.append(found.segments[:-1])
+        if patches is not None:
+            out.append(recordings.patches_heard(found.heard[-1:], patch_size))
+        return out
 
-def _decode(config: RecordingConfig, history: bool, data: bytes) -> tuple[np.ndarray | int, ...]:
-    found = recordings.spectrograms(*recordings.decode_wave(data), config)
-    last, before = found.segments[-1], found.segments[:-1]
-    return (last, found.lost_samples, before) if history else (last, found.lost_samples)
+    return map_or_refuse(dataset, decode, [feature], outputs)
