@@ -88,7 +88,9 @@ def ask(line: str, number: int) -> tuple[str, str, str]:
     listed = "\n".join(f"({letter}) {option}"
                        for letter, option in zip(letters, options, strict=True))
     named = {int(n) for n in _IMAGE.findall(f"{question}\n{listed}")}
-    images = {name: value for name, value in fields.items() if name.startswith("image_")}
+    # Exports of a table have a null in each column of pictures that a question does not use.
+    images = {name: value for name, value in fields.items()
+              if name.startswith("image_") and value is not None}
     if len(images) != 1 or named - {1} or not isinstance(images.get("image_1"), str):
         raise UserError("the question must have one picture, image_1",
                         got=", ".join(sorted(images)) or "none")
@@ -104,7 +106,8 @@ def _source(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data
     del split, shuffle_files, seed
     path = folder()
     try:
-        lines = storage.read_text(os.path.join(path, FILE)).splitlines()
+        # Not splitlines(), which ends a line at U+2028 too: JSON may hold it within a text.
+        lines = storage.read_text(os.path.join(path, FILE)).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("the file of questions cannot be read",
                         got=f"{os.path.join(path, FILE)}: {error}",

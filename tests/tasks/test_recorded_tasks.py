@@ -102,9 +102,11 @@ def test_questions_with_a_picture(tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(png(np.zeros((20, 40), np.uint8))[:40])
     good = {"question": "What is <image 1>?", "options": ["a cat", "{a} dog"], "answer": "B",
             "image_1": "a.png"}
-    lines = [good, {**good, "answer": "C"}, {**good, "image_1": "broken.png"},
+    whole = {**good, "question": "Look.\u2028What is <image 1>?", "image_2": None}
+    lines = [whole, {**good, "answer": "C"}, {**good, "image_1": "broken.png"},
              {**good, "image_1": "none.png"}, {**good, "image_2": "a.png"}, {"question": "why?"}]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "data.jsonl").write_text("".join(
+        json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     task = seqio.TaskRegistry.get("multiple_choice")
     dataset = task.source.get_dataset("test")
     for step in task.preprocessors[:-1]:
@@ -151,10 +153,12 @@ def test_long_recordings_become_a_segment_and_its_history(tmp_path):
     dataset = refusals.read_bytes(tf.data.Dataset.from_tensor_slices({"audio_inputs": paths}),
                                   "audio_inputs")
     kept, refused = kept_and_refused(audio.decode_recording(
-        dataset, "audio_inputs", "audio_history_inputs", audio.RecordingConfig(max_segments=2)))
+        dataset, "audio_inputs", "audio_history_inputs", audio.RecordingConfig(max_segments=2),
+        "audio_input_patches"))
     assert [example["audio_inputs"].shape for example in kept] == [(256, 128)]
     assert kept[0]["audio_history_inputs"].shape == (1, 256, 128)
     assert kept[0]["meta_lost_samples"] == 9 * 16000 - 2 * 65280
+    np.testing.assert_array_equal(kept[0]["audio_input_patches"], np.arange(128))
     assert "too long" in refused[0] and "none.wav" in refused[1]
 
 
