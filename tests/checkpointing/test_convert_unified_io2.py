@@ -90,11 +90,12 @@ def test_a_subset_reads_its_part_and_names_the_rest(published):
     assert "audio_token_embedder/embedding" in said and "audio_transformer/cls" not in said
 
 
-def test_the_shared_transformer_of_a_model_without_the_image_input(tmp_path):
-    alone = "target/input_encoders_image_history/vit_image_encoder/vision_transformer/pre_ln/bias"
+@pytest.mark.parametrize(("modality", "name"), [("image", "pre_ln/bias"), ("audio", "cls_token")])
+def test_the_shared_transformer_of_a_model_without_its_own_input(modality, name, tmp_path):
+    alone = f"target/input_encoders_{modality}_history/vit_image_encoder/vision_transformer/{name}"
     place = t5x_folders.write({alone: np.arange(3, dtype=np.float32)}, tmp_path / "checkpoint_1")
     source, _, _ = open_source(place)
-    assert list(source.leaves) == ["image_transformer/pre_ln/bias"]
+    assert list(source.leaves) == [f"{modality}_transformer/{name}"]
 
 
 def test_every_published_name_has_a_place():

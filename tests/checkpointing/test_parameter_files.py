@@ -94,6 +94,18 @@ def test_the_ports_names_and_orders(port):
                    for name in theirs)
 
 
+def test_a_port_without_the_inputs_whose_transformers_its_histories_share(port, tmp_path):
+    with np.load(port / unified_io2_torch.FILE) as file:
+        theirs = {re.sub(r"^input_embedders\.(image|audio)\.image_encoder",
+                         r"input_embedders.\1_history.vit_image_encoder", name): array
+                  for name, array in file.items()
+                  if not re.match(r"input_embedders\.(image|audio)\.(proj|modality)", name)}
+    np.savez(tmp_path / "histories.npz", **theirs)
+    assert_equal(read(tmp_path / "histories.npz"), {
+        name: array for name, array in ours().items()
+        if not re.match(r"input_(image|audio)_encoder/", name)})
+
+
 def clip():
     """The golden image transformer as OpenCLIP would have it, with a text tower beside."""
     own = branch("image_transformer/")

@@ -14,9 +14,10 @@ _SHARED = {
     "audio_transformer/": "input_audio_encoder/image_encoder/vision_transformer/",
 }
 _ALONE = {
-    "image_transformer/": "input_encoders_image_history/vit_image_encoder/vision_transformer/",
-}
-"""Where the original keeps it in models without the image input: read, never written."""
+    f"{modality}_transformer/":
+        f"input_encoders_{modality}_history/vit_image_encoder/vision_transformer/"
+    for modality in ("image", "audio")}
+"""Where the original keeps it in models without the image or audio input: read, never written."""
 
 _RESAMPLERS = tuple(f"input_encoders_{modality}_history/resampler/"
                     for modality in ("image", "audio"))

@@ -66,10 +66,13 @@ def _rules() -> Iterator[_Rule]:
     yield f"{ours}/resampler_latents", f"{theirs}/latents", "same"
     yield f"{ours}/{{w}}_norm/scale", f"{theirs}/{{w}}_norm/scale", "same"
     yield from _blocks(ours, theirs)
-    yield from _transformer("image", ("class_embedding", "class_embedding"),
-                            ("positional_embedding", "positional_embedding"))
-    yield from _transformer("audio", ("cls_token", "cls_token"), ("dist_token", "dist_token"),
-                            ("pos_embed", "positional_embedding"))
+    for place in ("{m}/image_encoder", "{m}_history/vit_image_encoder"):
+        # The second where the input itself is not there: read, never written.
+        yield from _transformer("image", place, ("class_embedding", "class_embedding"),
+                                ("positional_embedding", "positional_embedding"))
+        yield from _transformer("audio", place, ("cls_token", "cls_token"),
+                                ("dist_token", "dist_token"),
+                                ("pos_embed", "positional_embedding"))
     yield from _image_codec("target_encoders_image/discrete_vae", "target_embedders/image/vqgan")
     yield from _audio_codec("target_encoders_audio/discrete_vae", "target_embedders/audio/vqgan")
 
@@ -82,9 +85,9 @@ def _blocks(ours: str, theirs: str) -> Iterator[_Rule]:
     yield f"{ours}/{{w}}/{{v}}/kernel", f"{theirs}/{{w}}/{{v}}/weight", "kernel"
 
 
-def _transformer(modality: str, *vectors: tuple[str, str]) -> Iterator[_Rule]:
+def _transformer(modality: str, place: str, *vectors: tuple[str, str]) -> Iterator[_Rule]:
     ours = f"input_{modality}_encoder/image_encoder/vision_transformer"
-    theirs = f"input_embedders/{modality}/image_encoder/vision_transformer"
+    theirs = f"input_embedders/{place.format(m=modality)}/vision_transformer"
     for own, name in vectors:
         yield f"{ours}/{own}", f"{theirs}/{name}", "same"
     yield from _dense(f"{ours}/embedding", f"{theirs}/embedding")
