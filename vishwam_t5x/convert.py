@@ -5,7 +5,8 @@ usage: vishwam convert --from=PATH --to=PATH [--format=F] [--verify] [--dtype=D]
 --from       T5X: MODEL_DIR (its newest) or MODEL_DIR/checkpoint_STEP, legacy or Orbax; Hugging
              Face: a folder with config.json and safetensors; ours: MODEL_DIR or
              MODEL_DIR/checkpoints/STEP; or a flat .npz or .safetensors, with our names or those
-             of Unified-IO 2's PyTorch port, OpenCLIP's image transformer, AST, or taming's VQGAN
+             of Unified-IO 2's PyTorch port, OpenCLIP's image transformer, AST, or taming's VQGAN;
+             several such files, joined by commas, go into one; or the folder of that port
 --to         a MODEL_DIR, where checkpoint_STEP or checkpoints/STEP is made; for huggingface and
              unified_io2_torch the folder itself. Nothing is overwritten, and what is killed leaves
              nothing that looks whole

@@ -10,9 +10,10 @@ import pytest
 from models import golden_fixtures
 
 from vishwam_t5x import __main__ as program
-from vishwam_t5x.checkpointing.convert import parts, unified_io2_torch
+from vishwam_t5x.checkpointing.convert import conversion, parts, unified_io2_torch
 from vishwam_t5x.checkpointing.restore import open_source
 from vishwam_t5x.checkpointing.sources import Request
+from vishwam_t5x.core.errors import UserError
 
 BLOCK = "Transformer_0/ResidualAttentionBlock_"
 
@@ -92,6 +93,18 @@ def test_the_ports_names_and_orders(port):
         np.testing.assert_array_equal(theirs.pop(name), change(ours()[own]), err_msg=name)
     assert not any("/" in name or name.endswith((".kernel", ".embedding")) and "codec" in name
                    for name in theirs)
+
+
+def test_the_ports_folder_as_it_is_published(port, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    (tmp_path / "config.json").write_text('{"t5_config": {"emb_dim": 32}}')
+    with pytest.raises(UserError, match="holds no model.safetensors"):
+        open_source(tmp_path)
+    with np.load(port / unified_io2_torch.FILE) as file:
+        safetensors.save_file(dict(file), tmp_path / "model.safetensors")
+    assert_equal(read(tmp_path), ours())
+    assert conversion.open_any(tmp_path).own["params/text_token_embedder/embedding"] == (
+        "text_token_embedder.weight")
 
 
 def test_a_port_without_the_inputs_whose_transformers_its_histories_share(port, tmp_path):
@@ -186,6 +199,23 @@ def test_ast(tmp_path):
                                       positions[2 + band * 64 + 24 + step])
     assert sorted(table[:, 0]) == sorted(positions[:, 0])
     assert parts.lay_positions(np.zeros((1, 1214, 4))).shape == (1214, 4)
+
+
+def test_both_transformers_are_read_from_two_files(tmp_path, capsys):
+    np.savez(tmp_path / "clip.npz", **clip())
+    np.savez(tmp_path / "ast.npz", **spectrogram_transformer())
+    both = f"{tmp_path / 'clip.npz'},{tmp_path / 'ast.npz'}"
+    found = read(both)
+    assert {"audio_transformer/cls_token", "image_transformer/pre_ln/bias"} < set(found)
+    assert program.main(["convert", f"--from={both}", f"--to={tmp_path / 'start'}",
+                         "--verify"]) == 0
+    assert "ast.npz: module.v.cls_token -> params/audio_transformer/cls_token" in (
+        capsys.readouterr().out)
+    assert_equal(read(tmp_path / "start"), found)
+    np.savez(tmp_path / "again.npz", **clip())
+    for other, why in (("again.npz", "same name"), ("none.npz", "no such file")):
+        with pytest.raises(UserError, match=why):
+            open_source(f"{tmp_path / 'clip.npz'},{tmp_path / other}")
 
 
 def test_taming_vqgan(tmp_path):

@@ -214,6 +214,19 @@ def find(path: str | os.PathLike) -> epath.Path:
     return place
 
 
+def several_files(place: epath.Path) -> list[epath.Path]:
+    """Returns the files whose paths a path that was found joins by commas; [] if it is no such."""
+    words = os.fspath(place).split(",")
+    if len(words) < 2 or storage.exists(place):
+        return []
+    files = [absolute(word.strip()) for word in words]
+    for file in files:
+        if not storage.is_file(file):
+            raise UserError("there is no such file of parameters", got=str(file),
+                            fix="paths of .npz or .safetensors files, joined by commas")
+    return files
+
+
 def is_ours(place: epath.Path) -> bool:
     """Whether a folder that was found is a checkpoint of ours, or one of checkpoints.
 

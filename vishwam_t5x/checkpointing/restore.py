@@ -143,10 +143,10 @@ def open_source(path: str | os.PathLike, checksums: bool = True) -> tuple[Source
         UserError: nothing is there that is known, or it is damaged.
     """
     place = directories.find(path)
-    if storage.is_file(place):
+    if storage.is_file(place) or directories.several_files(place):
         from vishwam_t5x.checkpointing.convert import files
 
-        return files.open_file(place), None, str(place)
+        return files.open_files(place), None, str(place)
     if not directories.is_ours(place):
         from vishwam_t5x.checkpointing.convert import foreign
 
@@ -186,7 +186,7 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, *,
 
     Args:
         path: MODEL_DIR, MODEL_DIR/checkpoints/STEP, either with '/latest', or a flat `.npz` of
-            '/'-joined names.
+            '/'-joined names; or several such files, joined by commas.
         abstract_params: the model's parameters: `jax.ShapeDtypeStruct`s with shardings, or arrays.
         assignment_map: T5X's: (pattern, replacement) pairs; the first pattern that matches a whole
             parameter name, ours or T5X's, gives the name looked for in the checkpoint (with

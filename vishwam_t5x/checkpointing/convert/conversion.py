@@ -74,14 +74,14 @@ def open_any(path: str | os.PathLike) -> Opened:
     """
     place = directories.find(path)
     try:
-        if storage.is_file(place):
+        if storage.is_file(place) or directories.several_files(place):
             return _of_file(place)
         if directories.is_ours(place):
             source, step = native.open_native(place)
             same = {name: name for name in source.leaves}
             return Opened(OURS, source.place, Renamed(source, same), same, (), step)
-        if unified_io2_torch.FILE in storage.names(place):
-            return _of_file(place / unified_io2_torch.FILE)
+        if (port := foreign.find_port(place)) is not None:
+            return _of_file(port)
         if (found := t5x.find_t5x(place)) is not None:
             theirs = t5x.open_t5x(found)
             ours, homeless = t5x.under_our_names(theirs)
@@ -96,7 +96,7 @@ def open_any(path: str | os.PathLike) -> Opened:
 
 
 def _of_file(place: epath.Path) -> Opened:
-    source = files.open_file(place)
+    source = files.open_files(place)
     opened = _of_parameters(NPZ, place, source)
     return dataclasses.replace(opened, own={
         name: source.made[own][0] for name, own in opened.own.items()})

@@ -1,4 +1,4 @@
-"""One file of parameters, `.npz` or `.safetensors`, under our names whosever names it has.
+"""Files of parameters, `.npz` or `.safetensors`, under our names whosever names they have.
 
 Known are those of Unified-IO 2's PyTorch port, and of the sources of its parts (`parts`). Others
 are taken as they are: a flat file of ours.
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from vishwam_t5x.checkpointing import directory as directories
 from vishwam_t5x.checkpointing.convert import parts, unified_io2_torch
 from vishwam_t5x.checkpointing.manifest import Leaf
 from vishwam_t5x.checkpointing.sources import NpzSource, Request, Source, place
@@ -24,6 +25,17 @@ Made = tuple[str, Callable[[np.ndarray], np.ndarray]]
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
            "I64": "int64", "I32": "int32", "BOOL": "bool", "U8": "uint8"}
+
+
+def open_files(place: epath.Path) -> Relaid | Joined:
+    """Opens a file of parameters, or several whose paths are joined by commas.
+
+    Raises:
+        UserError: as `open_file`; one is not there, or two have an array of the same name.
+    """
+    several = directories.several_files(place)
+    return Joined({str(path): open_file(path) for path in several}) if several else (
+        open_file(place))
 
 
 def open_file(path: epath.Path) -> Relaid:
@@ -75,6 +87,36 @@ class Relaid:
             array = self.source.read({own: Request(request.dtype, None)})[own]
             found[name] = place(np.ascontiguousarray(make(array)), request.sharding)
         return found
+
+
+class Joined:
+    """The arrays of several files.
+
+    Attributes:
+        made: our name -> its file and its own name there, and what makes ours of it.
+    """
+
+    def __init__(self, files: Mapping[str, Relaid]) -> None:
+        """Raises `UserError` where two have an array of the same name."""
+        self._files: dict[str, Relaid] = {}
+        self.made: dict[str, Made] = {}
+        for path, file in files.items():
+            for name, (own, make) in file.made.items():
+                if name in self.made:
+                    raise UserError("two files have an array of the same name",
+                                    got=f"{name}: {self.made[name][0]} and {path}: {own}",
+                                    fix="leave one of the files out")
+                self._files[name], self.made[name] = file, (f"{path}: {own}", make)
+
+    @property
+    def leaves(self) -> Mapping[str, Leaf]:
+        """See `Source.leaves`."""
+        return {name: file.leaves[name] for name, file in self._files.items()}
+
+    def read(self, requests: Mapping[str, Request]) -> dict[str, Any]:
+        """See `Source.read`."""
+        return {name: self._files[name].read({name: request})[name]
+                for name, request in requests.items()}
 
 
 class SafetensorsSource:

@@ -7,8 +7,7 @@ import os
 from etils import epath
 
 from vishwam_t5x.checkpointing import directory as directories
-from vishwam_t5x.checkpointing.convert import files, t5x, unified_io2_torch
-from vishwam_t5x.checkpointing.convert.huggingface import open_huggingface
+from vishwam_t5x.checkpointing.convert import files, huggingface, t5x, unified_io2_torch
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.sources import Source, Subtree
 from vishwam_t5x.core import storage
@@ -20,7 +19,8 @@ LOOKED_FOR = (
     "checkpoints/STEP/ with manifest.json (ours)",
     "checkpoint_STEP/ with a file 'checkpoint' (T5X) or a folder 'state' (T5X with Orbax)",
     "config.json with model.safetensors (Hugging Face)",
-    f"{unified_io2_torch.FILE} (Unified-IO 2's PyTorch port)", "a flat .npz or .safetensors")
+    f"{unified_io2_torch.FILE}, or config.json and model.safetensors (Unified-IO 2's PyTorch port)",
+    "a flat .npz or .safetensors")
 
 
 def open_foreign(place: epath.Path) -> tuple[Source, int | None, str] | None:
@@ -36,13 +36,36 @@ def open_foreign(place: epath.Path) -> tuple[Source, int | None, str] | None:
             source = t5x.open_t5x(found)
             ours, _ = t5x.under_our_names(source)
             return Subtree(ours, "params"), t5x.step_of(source), str(found)
-        if (model := open_huggingface(place)) is not None:
+        if (port := find_port(place)) is not None:
+            return files.open_file(port), None, str(place)
+        if (model := huggingface.open_huggingface(place)) is not None:
             return model, None, str(place)
-        if unified_io2_torch.FILE in storage.names(place):
-            return files.open_file(place / unified_io2_torch.FILE), None, str(place)
     except DamagedCheckpoint as damage:
         raise damaged(damage) from damage
     return None
+
+
+def find_port(place: epath.Path) -> epath.Path | None:
+    """Returns the file in a folder that holds Unified-IO 2 as its PyTorch port has it, or None.
+
+    It is one that we wrote, or that of a folder as the port saves it for Hugging Face's hub.
+
+    Raises:
+        UserError: it is such a folder, but without a `model.safetensors`.
+    """
+    found = storage.names(place)
+    if unified_io2_torch.FILE in found:
+        return place / unified_io2_torch.FILE
+    if huggingface.CONFIG not in found or "t5_config" not in huggingface.read_json(
+            place, huggingface.CONFIG):
+        return None
+    if huggingface.ONE not in found:
+        raise UserError(
+            f"this folder of Unified-IO 2's PyTorch port holds no {huggingface.ONE}; pickles are "
+            "never loaded: they may run code", got=", ".join(sorted(found)),
+            fix="in PyTorch: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+                f"'{huggingface.ONE}')")
+    return place / huggingface.ONE
 
 
 def damaged(damage: DamagedCheckpoint) -> UserError:

@@ -46,7 +46,7 @@ def open_huggingface(place: epath.Path) -> HuggingFaceSource | None:
     found = set(storage.names(place))
     if CONFIG not in found:
         return None
-    config = _read_json(place, CONFIG)
+    config = read_json(place, CONFIG)
     files = {ONE, INDEX} & found
     if "model_type" not in config and not files:
         return None
@@ -64,7 +64,7 @@ def open_huggingface(place: epath.Path) -> HuggingFaceSource | None:
 
 def describe(place: epath.Path) -> T5Network:
     """Returns what the folder's config.json says of the network."""
-    return t5_network.from_config_json(_read_json(place, CONFIG))
+    return t5_network.from_config_json(read_json(place, CONFIG))
 
 
 def vocabulary(place: epath.Path) -> str | None:
@@ -72,7 +72,8 @@ def vocabulary(place: epath.Path) -> str | None:
     return storage.join(place, VOCABULARY) if VOCABULARY in storage.names(place) else None
 
 
-def _read_json(place: epath.Path, name: str) -> dict[str, Any]:
+def read_json(place: epath.Path, name: str) -> dict[str, Any]:
+    """Returns the object in a JSON file of a folder; `UserError` if it holds none."""
     try:
         found = json.loads(storage.read_text(place / name))
     except ValueError as error:
@@ -86,7 +87,7 @@ def _files(place: epath.Path, found: set[str]) -> dict[str, str | None]:
     """The folder's safetensors files; by array name where an index names them, else {ONE: None}."""
     if INDEX not in found:
         return {}
-    index = _read_json(place, INDEX).get("weight_map")
+    index = read_json(place, INDEX).get("weight_map")
     if not isinstance(index, dict):
         raise UserError("the index of the safetensors files has no weight_map", got=place / INDEX)
     absent = sorted(set(index.values()) - found)
