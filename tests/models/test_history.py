@@ -13,7 +13,13 @@ from models import golden_fixtures
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names
-from vishwam_t5x.models.config import EncoderDecoderConfig, HistoryInput, ImageTransformer
+from vishwam_t5x.models.config import (
+    AudioInput,
+    AudioTransformer,
+    EncoderDecoderConfig,
+    HistoryInput,
+    ImageTransformer,
+)
 from vishwam_t5x.models.encoder_decoder import EncoderDecoder
 
 BATCH, FRAMES = 2, 3
@@ -118,3 +124,15 @@ def test_patches_of_another_size_are_refused(history):
     with pytest.raises(UserError, match=r"\[rows, frames, patches, 768\]"):
         embed(history, {"input": np.zeros((1, 2, 9, 12), np.float32)})
     assert isinstance(history, HistoryInput)
+
+
+def test_transformers_refuse_what_they_would_answer_wrongly():
+    """More places than positions would share the last one; one block has no second."""
+    audio = AudioInput(transformer=AudioTransformer(num_positions=512), grid=(64, 16))
+    with pytest.raises(UserError, match="num_positions = 1024"):
+        dataclasses.replace(golden_fixtures.config(("text",), ("text",)), inputs=(audio,))
+    for build, why in ((lambda: ImageTransformer(num_layers=1), "at least 2"),
+                       (lambda: AudioTransformer(num_layers=1), "at least 2"),
+                       (lambda: ImageTransformer(position_grid=14), "rows, columns")):
+        with pytest.raises(UserError, match=why):
+            build()

@@ -111,6 +111,8 @@ def test_a_subset_by_one_list():
         model("tiny", "--gin.INPUT_MODALITIES=('text', 'audio_histori')")
     with pytest.raises(UserError, match="must be a list"):
         choose((TextInput(vocab_size=8),), "text")
+    with pytest.raises(UserError, match="must be a list"):
+        choose((TextInput(vocab_size=8),), None)
 
 
 @pytest.mark.parametrize("inputs", [("text", "image_history"), ("audio_history", "image")])

@@ -80,9 +80,9 @@ def choose(modules: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
     Raises:
         UserError: a name that no module has, or not a list of names.
     """
-    if isinstance(names, str):  # Its letters would pass for a list of names.
+    if not isinstance(names, list | tuple):  # The letters of a name would pass for a list.
         raise UserError("the modalities to choose must be a list", got=repr(names),
-                        fix=f"({names!r},)")
+                        fix=f"({names!r},)" if isinstance(names, str) else "('text', 'image')")
     known = tuple(module.modality for module in modules)
     for name in names:
         one_of(name, known, "modality to choose")

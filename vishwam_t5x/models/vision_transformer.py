@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models import masks
 from vishwam_t5x.models.attention import Attention
 from vishwam_t5x.models.layers import ACTIVATIONS, Dense
@@ -73,7 +74,16 @@ class ImageTransformer:
 
     def __post_init__(self) -> None:
         check_positive(self, _SIZES)
-        object.__setattr__(self, "position_grid", tuple(self.position_grid))
+        _check_depth(self)
+        grid = self.position_grid
+        if not isinstance(grid, list | tuple) or len(grid) != 2 or not all(
+                isinstance(side, int) and side >= 1 for side in grid):
+            raise UserError("ImageTransformer.position_grid is (rows, columns), whole numbers of "
+                            "at least 1", got=repr(grid), fix="(14, 14), as of OpenCLIP's ViT-B/16")
+        object.__setattr__(self, "position_grid", tuple(grid))
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Any grid goes: the positions are resized to it."""
 
     def build(self, policy: Policy, remat_policy: str) -> ImageTransformerEncoder:
         """Returns the module: (patches, pos_ids, segment_ids, grid, pictures) -> `Features`."""
@@ -109,6 +119,15 @@ class AudioTransformer:
 
     def __post_init__(self) -> None:
         check_positive(self, (*_SIZES, "num_positions"))
+        _check_depth(self)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises `UserError` if an input's grid has more places than the table of positions."""
+        if grid[0] * grid[1] > self.num_positions:
+            raise UserError("the spectrogram transformer has too few positions for a grid",
+                            got=f"{grid[0]} x {grid[1]}, num_positions {self.num_positions}",
+                            fix=f"AudioTransformer.num_positions = {grid[0] * grid[1]}, or a "
+                            "smaller grid")
 
     def build(self, policy: Policy, remat_policy: str) -> AudioTransformerEncoder:
         """Returns the module: (patches, pos_ids, segment_ids, grid, pictures) -> `Features`."""
@@ -118,6 +137,12 @@ class AudioTransformer:
 Transformer = ImageTransformer | AudioTransformer
 
 _SIZES = ("patch_dim", "emb_dim", "num_heads", "head_dim", "mlp_dim", "num_layers")
+
+
+def _check_depth(config: Transformer) -> None:
+    if config.num_layers <= EARLY_LAYER:
+        raise UserError(f"{type(config).__name__}.num_layers must be at least {EARLY_LAYER + 1}: "
+                        "the second block's features are used", got=config.num_layers)
 
 
 def _policy(config: Transformer, policy: Policy) -> Policy:
@@ -197,7 +222,7 @@ class _Blocks(nn.Module):
 
         x, outputs = apply_layers(blocks, body, x, num_layers=len(blocks),
                                   policy=self.remat_policy)
-        return x, outputs[min(EARLY_LAYER, len(blocks) - 1)]
+        return x, outputs[EARLY_LAYER]
 
 
 class ImageTransformerEncoder(nn.Module):

@@ -86,6 +86,7 @@ class HistoryInput:
 
     def check(self, config: EncoderDecoderConfig) -> None:
         modalities.check_grid(self, config.head_dim)
+        self.transformer.check_grid(self.grid)
 
     def dummy(self) -> dict[str, Any]:
         return {"input": jnp.zeros((1, 1, 1, self.patch_dim), jnp.float32)}
