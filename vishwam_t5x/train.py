@@ -109,8 +109,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         mesh: devices along each axis; None: what suits the devices at hand.
         logical_axis_rules: which dimension is split over which mesh axis.
         checkpoint_cfg: when to save, what to keep.
-        initial_checkpoint_path: parameters to start from where MODEL_DIR has no checkpoint yet;
-            several files joined by commas are taken together.
+        initial_checkpoint_path: parameters to start from where MODEL_DIR has no checkpoint yet.
         assignment_map: T5X's (pattern, name in the checkpoint) pairs for the initial checkpoint;
             None for the name leaves the parameter out.
         fallback_to_scratch: parameters that it lacks start afresh instead of being an error.
