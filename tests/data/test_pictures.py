@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data import pictures
+from vishwam_t5x.data import fast_pictures, pictures
 from vishwam_t5x.data.pictures import PictureConfig, decode_picture, place
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
 from vishwam_t5x.objectives.masking import PatchSpec
@@ -126,3 +128,101 @@ def test_the_encoder_is_given_the_chosen_patches_in_their_places():
         objective.apply({**clean, "image_input_patches": np.asarray([4])}, seed=0, example=0)
     with pytest.raises(UserError, match="without 'image_inputs'"):
         objective.lengths({"image_input_patches": 2, "text_targets": 1}, seed=0, example=0)
+
+
+def natural(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Noise of a photograph's spectrum, with edges."""
+    rng = np.random.default_rng(seed)
+    down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    spectrum = np.fft.rfft2(rng.standard_normal((3, height, width))) / np.maximum(
+        np.hypot(down, across), 1 / width) ** 1.4
+    pixels = np.fft.irfft2(spectrum, s=(height, width)).transpose(1, 2, 0)
+    pixels /= pixels.std((0, 1))
+    rows, columns = np.mgrid[:height, :width]
+    for _ in range(8):
+        row, column, radius = rng.random(3) * (height, width, width / 6)
+        pixels[np.hypot(rows - row, columns - column) < radius] += rng.normal(size=3)
+    return Image.fromarray(np.clip(128 + 45 * pixels, 0, 255).astype(np.uint8))
+
+
+def both_ways(data: bytes, channels: int = 3, seed: int | None = None, size: int = 96):
+    found = []
+    for resize in ("exact", "fast"):
+        config = PictureConfig(size, size, random=seed is not None, resize=resize)
+        rng = None if seed is None else np.random.default_rng(seed)
+        found.append(pictures.read_picture(data, channels, config, rng))
+    exact, fast = found
+    assert fast.pixels.shape == exact.pixels.shape and fast.pixels.dtype == np.uint8
+    np.testing.assert_array_equal(fast.inside, exact.inside)
+    np.testing.assert_array_equal(fast.pixels[~fast.inside], 0)
+    return exact, fast
+
+
+@pytest.fixture
+def fast_packages():
+    for package in ("cv2", "simplejpeg"):
+        pytest.importorskip(package, reason="the extra 'images' is not installed")
+
+
+@pytest.mark.parametrize("height, width", [(150, 200), (90, 120), (480, 640), (310, 260)])
+def test_the_fast_way_is_near_the_exact_one(fast_packages, height, width):
+    image = natural(height, width)
+    files = [encoded(image, "JPEG", quality=85), encoded(image.convert("L"), "JPEG"),
+             encoded(image, "JPEG", progressive=True, subsampling=0)]
+    for data in files:
+        for channels, seed in ((3, None), (1, None), (3, 0), (3, 1), (3, 2)):
+            exact, fast = both_ways(data, channels, seed)
+            error = (exact.pixels.astype(float) - fast.pixels)[exact.inside]
+            assert 10 * np.log10(255**2 / np.mean(error**2)) > 32, (channels, seed)
+            assert error.any(), "read the fast way"
+            assert abs(error.mean()) < 0.5, "neither darker nor moved"
+
+
+def test_the_fast_way_leaves_all_that_is_not_plain_to_the_exact_one(fast_packages):
+    image, turned = natural(60, 80), Image.Exif()
+    turned[274] = 6
+    deep = Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257)
+    for data in (encoded(image), encoded(image.convert("RGBA")), encoded(image.convert("P")),
+                 encoded(deep), encoded(image, "GIF"), encoded(image.convert("CMYK"), "JPEG"),
+                 encoded(image, "JPEG", exif=turned),
+                 encoded(image.resize((16 * 96 + 9, 40)), "JPEG")):
+        exact, fast = both_ways(data)
+        np.testing.assert_array_equal(fast.pixels, exact.pixels)
+    whole = encoded(image, "JPEG")
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2:len(whole) // 2 + 8] = bytes(8)
+    both_ways(bytes(damaged))  # Pillow reads what it can
+    fast = PictureConfig(96, 96, resize="fast")
+    for data, why in ((whole[:len(whole) // 2], "cannot be read"), (whole[:3], "cannot be read"),
+                      (b"", "empty file")):
+        with pytest.raises(UserError, match=why):
+            pictures.read_picture(data, config=fast)
+    with pytest.raises(UserError, match="too large"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "MAX_PIXELS", 100)
+        pictures.read_picture(whole, config=fast)
+
+
+def test_without_its_packages_the_fast_way_is_the_exact_one_and_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace())
+    fast_pictures.codecs.cache_clear()
+    for seed in (None, 0):
+        exact, fast = both_ways(encoded(natural(60, 80), "JPEG"), seed=seed)
+        np.testing.assert_array_equal(fast.pixels, exact.pixels)
+    fast_pictures.codecs.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "PictureConfig.resize = 'fast' needs simplejpeg: pictures are read exactly, more slowly; "
+        "pip install 'vishwam_t5x[images]'"]
+    with pytest.raises(UserError, match="resize"):
+        PictureConfig(resize="quick")
+
+
+def test_a_file_is_read_as_decoded_and_placed():
+    data = encoded(natural(60, 80), "JPEG")
+    for seed in (None, 0, 1):
+        config = PictureConfig(48, 48, random=seed is not None, least_side=8)
+        rng = lambda seed=seed: None if seed is None else np.random.default_rng(seed)
+        found = pictures.read_picture(data, 3, config, rng())
+        expected = place(decode_picture(data), config, rng())
+        np.testing.assert_array_equal(found.pixels, expected.pixels)
+        np.testing.assert_array_equal(found.inside, expected.inside)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.errors import UserError, one_of
+from vishwam_t5x.data import fast_pictures
 
 MAX_PIXELS = 100_000_000
 """Of a picture that is read: a small file may claim to be much larger than memory."""
@@ -34,6 +35,15 @@ def decode_picture(data: bytes, channels: int = 3) -> UInt8[np.ndarray, "height 
     Raises:
         UserError: it cannot be read whole, or is too large.
     """
+    return _array(_opened(data, channels))
+
+
+def _array(image: Any) -> UInt8[np.ndarray, "height width channels"]:
+    return np.asarray(image, np.uint8).reshape(image.height, image.width, len(image.getbands()))
+
+
+def _opened(data: bytes, channels: int) -> Any:
+    """`decode_picture`, as Pillow's image."""
     from PIL import Image, ImageOps
 
     if channels not in (1, 3):
@@ -46,7 +56,11 @@ def decode_picture(data: bytes, channels: int = 3) -> UInt8[np.ndarray, "height 
                 raise UserError("the image is too large",
                                 got=f"{file.width} x {file.height}, at most {MAX_PIXELS} pixels")
             file.load()
-            image = _flat(ImageOps.exif_transpose(file)).convert("L" if channels == 1 else "RGB")
+            # Both ways to change it would copy what needs no change.
+            upright = fast_pictures.is_upright(file)
+            image = _flat(file if upright else ImageOps.exif_transpose(file))
+            mode = "L" if channels == 1 else "RGB"
+            return image if image.mode == mode else image.convert(mode)
     except UserError:
         raise
     # Pillow's readers raise these for damaged files, besides OSError.
@@ -54,7 +68,6 @@ def decode_picture(data: bytes, channels: int = 3) -> UInt8[np.ndarray, "height 
         why = "the format is not known" if isinstance(error, Image.UnidentifiedImageError) else (
             str(error))
         raise UserError("the image cannot be read", got=why) from error
-    return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
 
 
 def _flat(image: Any) -> Any:
@@ -99,6 +112,9 @@ class PictureConfig:
         fit_probability: chance that the scale is that of the side which then fits (the longer one
             for its size), so that at scale 1 all is seen; else that of the other.
         least_side: no side becomes shorter than this many pixels.
+        resize: how `read_picture` reads JPEG files. 'exact': as other pictures, by Pillow,
+            antialiased; 'fast': see `fast_pictures`; the filter is always linear. Scale and place
+            are the same.
     """
 
     height: int = 384
@@ -108,6 +124,7 @@ class PictureConfig:
     most_scale: float = 4 / 3
     fit_probability: float = 0.5
     least_side: int = 64
+    resize: Literal["exact", "fast"] = "exact"
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "least_side"):
@@ -120,6 +137,51 @@ class PictureConfig:
         if not 0 <= self.fit_probability <= 1:
             raise UserError("PictureConfig.fit_probability must be in [0, 1]",
                             got=self.fit_probability)
+        one_of(self.resize, ("exact", "fast"), "PictureConfig.resize")
+
+
+class _Spot(NamedTuple):
+    """What part of a picture becomes what part of the result; (vertical, horizontal) each.
+
+    Attributes:
+        low: where the part begins, in pixels of the picture.
+        high: where it ends.
+        shown: pixels of the result that it becomes.
+        begin: the first of them.
+        method: Pillow's filter.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    shown: np.ndarray
+    begin: np.ndarray
+    method: str
+
+
+def read_picture(data: bytes, channels: int = 3, config: PictureConfig = PictureConfig(),
+                 rng: np.random.Generator | None = None) -> Picture:
+    """Returns the picture of a file at the model's size: `decode_picture`, then `place`.
+
+    Args:
+        data: content of a file of any format that Pillow reads.
+        channels: 3 for RGB, 1 for grey.
+        config: the size wanted, whether scale and place are drawn, and `resize`.
+        rng: what they are drawn from, for `config.random`.
+
+    Raises:
+        UserError: as `decode_picture`.
+    """
+    if config.resize == "fast" and channels in (1, 3) and (
+            size := fast_pictures.plain_size(data)) and size[0] * size[1] <= MAX_PIXELS:
+        spot = _spot(*size, config, rng)
+        box = (*spot.low.tolist(), *spot.high.tolist())
+        pixels = fast_pictures.read(data, channels, size, box, tuple(spot.shown.tolist()))
+        if pixels is not None:
+            return _on_black(pixels, spot, config)
+        return _on_black(_resized(_opened(data, channels), spot), spot, config)
+    image = _opened(data, channels)
+    spot = _spot(image.height, image.width, config, rng)
+    return _on_black(_resized(image, spot), spot, config)
 
 
 def place(pixels: UInt8[np.ndarray, "h w channels"], config: PictureConfig = PictureConfig(),
@@ -137,9 +199,18 @@ def place(pixels: UInt8[np.ndarray, "h w channels"], config: PictureConfig = Pic
     Raises:
         UserError: it has no pixels.
     """
+    from PIL import Image
+
     height, width = pixels.shape[:2]
     if not height or not width:
         raise UserError("the image has no pixels", got=f"{height} x {width}")
+    spot = _spot(height, width, config, rng)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return _on_black(_resized(image, spot), spot, config)
+
+
+def _spot(height: int, width: int, config: PictureConfig, rng: np.random.Generator | None
+          ) -> _Spot:
     wanted = np.asarray((config.height, config.width))
     ratios = wanted / (height, width)
     if not config.random:
@@ -159,26 +230,28 @@ def place(pixels: UInt8[np.ndarray, "h w channels"], config: PictureConfig = Pic
     first = rng.integers(0, room + 1) if config.random and rng is not None else room // 2
     shown = np.minimum(size, wanted)
     begin = np.maximum(-spare, 0) // 2
-    resized = _resized(pixels, size, first, shown, method)
-    out = np.zeros((config.height, config.width, pixels.shape[2]), np.uint8)
-    inside = np.zeros((config.height, config.width), bool)
-    region = tuple(slice(int(b), int(b + n)) for b, n in zip(begin, shown, strict=True))
-    out[region], inside[region] = resized, True
-    return Picture(out, inside)
+    step = np.asarray((height, width)) / size
+    return _Spot(first * step, np.minimum((first + shown) * step, (height, width)), shown, begin,
+                 method)
 
 
-def _resized(pixels: np.ndarray, size: np.ndarray, first: np.ndarray, shown: np.ndarray,
-             method: str) -> np.ndarray:
-    """The `shown` rows and columns from `first` on of the picture resized to `size`."""
+def _resized(image: Any, spot: _Spot) -> UInt8[np.ndarray, "rows columns channels"]:
+    """The part of Pillow's image, resized."""
     from PIL import Image
 
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    step = np.asarray(pixels.shape[:2]) / size
-    top, left = first * step
-    bottom, right = np.minimum((first + shown) * step, pixels.shape[:2])
-    image = image.resize((int(shown[1]), int(shown[0])), Image.Resampling[method.upper()],
-                         box=(left, top, right, bottom), reducing_gap=None)
-    return np.asarray(image).reshape(*shown, pixels.shape[2])
+    (top, left), (bottom, right) = spot.low, spot.high
+    return _array(image.resize((int(spot.shown[1]), int(spot.shown[0])),
+                               Image.Resampling[spot.method.upper()],
+                               box=(left, top, right, bottom), reducing_gap=None))
+
+
+def _on_black(resized: UInt8[np.ndarray, "rows columns channels"], spot: _Spot,
+              config: PictureConfig) -> Picture:
+    out = np.zeros((config.height, config.width, resized.shape[2]), np.uint8)
+    inside = np.zeros((config.height, config.width), bool)
+    region = tuple(slice(int(b), int(b + n)) for b, n in zip(spot.begin, spot.shown, strict=True))
+    out[region], inside[region] = resized, True
+    return Picture(out, inside)
 
 
 def patches_inside(inside: Bool[np.ndarray, "height width"], patch: int

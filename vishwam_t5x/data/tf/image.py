@@ -92,7 +92,7 @@ def decode_picture(dataset: tf.data.Dataset, feature: str, config: PictureConfig
 
     def decode(data: bytes, name: bytes = b"") -> tuple[np.ndarray, ...]:
         rng = example_generator(seed, 0, f"picture/{bytes(name).decode('utf-8', 'replace')}")
-        picture = pictures.place(pictures.decode_picture(data, channels), config, rng)
+        picture = pictures.read_picture(data, channels, config, rng)
         if patches is None:
             return (picture.pixels,)
         inside = pictures.patches_inside(picture.inside, patch_size)
@@ -134,5 +134,4 @@ def _frames(config: PictureConfig, channels: int, max_frames: int, files: Sequen
         raise UserError("the video has no frames")
     if len(files) > max_frames:
         raise UserError("the video has too many frames", got=f"{len(files)}, at most {max_frames}")
-    return (np.stack([pictures.place(pictures.decode_picture(each, channels), config).pixels
-                      for each in files]),)
+    return (np.stack([pictures.read_picture(each, channels, config).pixels for each in files]),)
