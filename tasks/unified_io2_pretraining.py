@@ -43,7 +43,7 @@ class Corpus(NamedTuple):
 
 _TEXT = ("text",)
 _CAPTIONED = ("image", "image_codes", "text")
-_VIDEO = ("image_history_inputs", "audio_history_inputs", "text")
+_VIDEO = ("image_history", "audio_history", "text")
 _SOUND = ("audio", "text")
 
 CORPORA = (

@@ -72,4 +72,12 @@ def test_what_is_missing_is_refused():
         prompts.ask("captionning", {}, rng)
     for seed in range(12):
         asked, _ = prompts.ask("instruction", {**VALUES, "input": ""}, np.random.default_rng(seed))
-        assert not asked.endswith(("Given:", " "))
+        assert not asked.endswith(("Given:", " ")) and not asked.startswith(" ")
+
+
+def test_lines_and_columns_of_a_text_are_kept():
+    code = "def f(x):\n    return x"
+    for seed in range(12):
+        asked, _ = prompts.ask("instruction", {**VALUES, "input": f" {code}\n"},
+                               np.random.default_rng(seed))
+        assert code in asked and asked == asked.strip()

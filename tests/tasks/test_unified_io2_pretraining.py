@@ -9,6 +9,7 @@ from absl import logging
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.tf.features import text_feature
+from vishwam_t5x.objectives.features import feature_roles
 from vishwam_t5x_tasks import unified_io2_pretraining as pretraining
 
 
@@ -16,6 +17,13 @@ def test_shares_are_those_of_a_whole():
     names = [corpus.name for corpus in pretraining.CORPORA]
     assert len(set(names)) == len(names)
     assert sum(corpus.share for corpus in pretraining.CORPORA) == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("corpus", pretraining.CORPORA, ids=lambda corpus: corpus.name)
+def test_the_mixture_of_denoisers_knows_what_to_do_with_each(corpus):
+    found = feature_roles(corpus.features, ("text", "image", "image_history", "audio",
+                                            "audio_history"), ("text", "image"))
+    assert not found.supervised and "text" in found.targets
 
 
 def test_corpora_are_chosen_by_the_tasks_there_are(monkeypatch):

@@ -138,7 +138,7 @@ def ask(name: str, fields: Mapping[str, str | np.ndarray | int], rng: np.random.
         if not values[field] and field != "input":
             raise UserError(f"the {field} is empty")
     phrasing = kind.phrasings[int(rng.integers(len(kind.phrasings)))]
-    asked = " ".join(phrasing.format_map(values).split())
+    asked = phrasing.format_map(values).strip()  # lines and columns of an example's text stay
     if not values.get("input", "-"):
         asked = asked.removesuffix(" Given:")
     return asked, None if kind.answer is None else kind.answer.format_map(values)
