@@ -96,6 +96,23 @@ def test_the_ports_names_and_orders(port):
     assert not any("/" in name for name in theirs)
 
 
+def test_stacked_layers_are_taken_apart_for_the_port(port, tmp_path):
+    """Our recipes scan over layers; the port never does."""
+    layer = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
+    stacks: dict[str, list[np.ndarray]] = {}
+    kept = {}
+    for name, array in ours().items():
+        if match := layer.fullmatch(name):
+            stacks.setdefault(f"{match[1]}/{match[1]}/{match[3]}", []).append(array)
+        else:
+            kept[name] = array
+    kept.update({name: np.stack(arrays, axis=1) for name, arrays in stacks.items()})
+    np.savez(tmp_path / "stacked.npz", **kept)
+    assert program.main(["convert", f"--from={tmp_path / 'stacked.npz'}", "--verify",
+                         f"--to={tmp_path / 'theirs'}", "--format=unified_io2_torch"]) == 0
+    assert_equal(read(tmp_path / "theirs"), ours())
+
+
 def test_the_ports_folder_as_it_is_published(port, tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     (tmp_path / "config.json").write_text('{"t5_config": {"emb_dim": 32}}')

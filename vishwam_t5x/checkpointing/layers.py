@@ -15,7 +15,8 @@ from vishwam_t5x.core.errors import UserError
 _STACKED = re.compile(r"(?P<head>(?:.*/)?)(?P<stack>encoder|decoder)/(?P=stack)/(?P<rest>.+)")
 _UNROLLED = re.compile(
     r"(?P<head>(?:.*/)?)(?P<stack>encoder|decoder)/layers_(?P<number>\d+)/(?P<rest>.+)")
-_LAYER_AXIS = 1  # of parameters; what is derived from them may have it elsewhere
+LAYER_AXIS = 1
+"""Of stacked parameters; what is derived from them may have it elsewhere."""
 
 Shape = tuple[int, ...]
 
@@ -57,7 +58,7 @@ def layer_axis(single: Shape, stacked: Shape) -> int | None:
 
     Where several would do, the one parameters use is meant.
     """
-    usual = min(_LAYER_AXIS, len(single))
+    usual = min(LAYER_AXIS, len(single))
     others = [axis for axis in range(len(single) + 1) if axis != usual]
     for axis in (usual, *others):
         if len(stacked) == len(single) + 1 and stacked[:axis] + stacked[axis + 1:] == single:

@@ -25,9 +25,16 @@ from vishwam_t5x.checkpointing.convert import (
     unified_io2_torch,
 )
 from vishwam_t5x.checkpointing.convert.huggingface_writing import write_huggingface
-from vishwam_t5x.checkpointing.convert.report import ConversionReport, parts_of, read_part
+from vishwam_t5x.checkpointing.convert.report import (
+    ConversionReport,
+    compiled,
+    named,
+    parts_of,
+    read_part,
+)
 from vishwam_t5x.checkpointing.convert.stores import Renamed, dtype_named, is_floating, scalar
 from vishwam_t5x.checkpointing.convert.t5_network import T5Network
+from vishwam_t5x.checkpointing.convert.unrolled import Unrolled
 from vishwam_t5x.checkpointing.layers import make_plan
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.sources import Request, Source, assemble
@@ -157,9 +164,13 @@ def plan(opened: Opened, kind: str, to: str | os.PathLike, drop: Sequence[str] =
         UserError: an array has no place, there are no parameters, or the target is there already.
     """
     one_of(kind, FORMATS, "format to write")
-    patterns = _compiled(drop)
-    dropped = [name for name in opened.own if _named(patterns, name, opened.own[name])]
-    dropped += [name for name in opened.homeless if _named(patterns, name)]
+    if kind == TORCH:
+        single = Unrolled(opened.source)
+        opened = dataclasses.replace(opened, own=single.own(opened.own), source=Renamed(
+            single, {name: name for name in single.leaves}))
+    patterns = compiled(drop)
+    dropped = [name for name in opened.own if named(patterns, name, opened.own[name])]
+    dropped += [name for name in opened.homeless if named(patterns, name)]
     kept = [name for name in opened.own if name not in dropped]
     lost = [name for name in opened.homeless if name not in dropped]
     held: dict[str, np.ndarray] = {}
@@ -211,21 +222,6 @@ def _two_counts(source: Source, kept: Sequence[str]) -> str:
         return ""
     return "T5X has one count of steps: of " + ", ".join(
         f"{name} = {count}" for name, count in counts.items()) + " it gets 'step'"
-
-
-def _compiled(drop: Sequence[str]) -> list[re.Pattern]:
-    patterns = []
-    for pattern in drop:
-        try:
-            patterns.append(re.compile(pattern))
-        except re.error as error:
-            raise UserError("--drop is not a regular expression",
-                            got=f"{pattern!r}: {error}") from error
-    return patterns
-
-
-def _named(patterns: Sequence[re.Pattern], *spellings: str) -> bool:
-    return any(pattern.fullmatch(name) for pattern in patterns for name in spellings)
 
 
 def _refusal(kind: str, lost: Sequence[str]) -> UserError:

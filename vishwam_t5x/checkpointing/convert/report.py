@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from vishwam_t5x.checkpointing.sources import Request, Source
+from vishwam_t5x.core.errors import UserError
 
 PART_BYTES = 64 * 2**20
 """How much of an array is read at a time."""
@@ -120,3 +121,20 @@ def _together(names: Sequence[str]) -> list[str]:
     groups = collections.Counter(
         _MOMENT.sub("/{m,v,v_row,v_col}", _LAYER.sub("layers_*", name)) for name in names)
     return [f"{name}  ({count})" if count > 1 else name for name, count in groups.items()]
+
+
+def compiled(drop: Sequence[str]) -> list[re.Pattern]:
+    """Returns the regular expressions of what may be lost; `UserError` if one is none."""
+    patterns = []
+    for pattern in drop:
+        try:
+            patterns.append(re.compile(pattern))
+        except re.error as error:
+            raise UserError("--drop is not a regular expression",
+                            got=f"{pattern!r}: {error}") from error
+    return patterns
+
+
+def named(patterns: Sequence[re.Pattern], *spellings: str) -> bool:
+    """Returns whether a pattern matches the whole of an array's name, in one of its spellings."""
+    return any(pattern.fullmatch(name) for pattern in patterns for name in spellings)

@@ -167,7 +167,7 @@ def _looked_up(name: str, from_ours: bool) -> tuple[str, Change] | None:
 
 def parameter_to_torch(name: str) -> tuple[str, Change] | None:
     """Returns the port's name of one of our parameters and what makes its array of ours; None if it
-    has none, as layers that are stacked.
+    has none. Layers are not stacked there: see `unrolled`.
     """
     found = _looked_up(unified_io2.parameter_to_unified_io2(name), True)
     return found and (found[0].replace("/", "."), found[1])
