@@ -10,7 +10,8 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
                   score: the log-probability of each example's target, teacher-forced;
                   predict_with_aux: predict, with the log-probability of every token of a text
 --input_file=F    lines {"text": "what is this?", "image": "a.png", "audio": "b.wav"}, each with one
-                  or more of the three, and "target": the text to score, or to begin with where
+                  or more of the three or of "frames", a list of pictures: a video, or further
+                  images; and "target": the text to score, or to begin with where
                   DecodingConfig.prompt_with_targets is set; paths are relative to F
 --target=M        what to write for the lines of --input_file; default: text
 --output_file=F   default: MODEL_DIR/inference/STEP/NAME.jsonl; NAME-MODE.jsonl unless predicting
@@ -45,8 +46,9 @@ import numpy as np
 from vishwam_t5x import evaluation_setup, joining, screen, task_lookup
 from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError, one_of
-from vishwam_t5x.data import fit
+from vishwam_t5x.data import fit, recordings
 from vishwam_t5x.data.source import DatasetConfig
+from vishwam_t5x.data.spectrogram import mel_spectrogram, normalised
 from vishwam_t5x.evaluation import chunks, inference, restoring
 from vishwam_t5x.evaluation import input_file as input_files
 from vishwam_t5x.evaluation.answers import MODES
@@ -121,7 +123,7 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         max_examples: at most so many of each task.
         vocabulary: SentencePiece model for `input_file`, or the tasks' own; None: that.
         decode_image: turns codes into a picture; None: codes are written as numbers.
-        log_mel: `data.tf.audio.LogMelConfig` for recordings of `input_file`.
+        log_mel: `LogMelConfig` for recordings of `input_file`, or a `RecordingConfig` of segments.
         shard_id: number of this job among `num_shards`.
         num_shards: jobs that share the work.
         chunk_size: examples written in one piece, and lost at most when a job is killed.
@@ -249,7 +251,7 @@ def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, targ
                         fix="DECODE_IMAGE = @a function from codes to pixels")
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
     return input_files.InputReader(ready.objective, target, codec.encode, ready.spec, grids,
-                                   _spectrogram(log_mel), mode == SCORE,
+                                   _hear(log_mel), mode == SCORE,
                                    ready.generator.is_prompted(target),
                                    task_lookup.text_ends(caches, ready.objective))
 
@@ -274,22 +276,24 @@ def _with_picture(line: Prediction, path: pathlib.PurePath, decode_image: Decode
     return dataclasses.replace(line, extra={**line.extra, "picture": file.name})
 
 
-def _spectrogram(config: Any) -> input_files.Spectrogram | None:
+def _hear(config: Any) -> input_files.Hear | None:
+    """Returns how recordings become spectrograms: of segments, of which those before the last are
+    the history, or one as long as they are."""
     if config is None:
         return None
-    screen.quiet_tensorflow()
-    from vishwam_t5x.data.tf import audio
+    if isinstance(config, recordings.RecordingConfig):
+        return lambda waveform, rate, multiple: recordings.spectrograms(waveform, rate, config)
+    rates = recordings.RecordingConfig(config)
 
-    def spectrogram(waveform: np.ndarray, rate: int, multiple: int) -> np.ndarray:
-        if rate != config.sample_rate:
-            raise UserError("the recording has another sample rate than the model's",
-                            got=f"{rate} Hz, not {config.sample_rate} Hz")
+    def hear(waveform: np.ndarray, rate: int, multiple: int) -> recordings.Spectrograms:
+        waveform = recordings.at_rate(waveform, rate, rates)
         frames = config.num_frames(len(waveform))
         # Silence to the end of the last patch.
         missing = -frames % multiple * config.hop
-        return audio.log_mel_spectrogram(np.pad(waveform, (0, missing)), config)
+        mel = mel_spectrogram(np.pad(waveform, (0, missing)), config)[None]
+        return recordings.Spectrograms(normalised(mel, config), mel != 0, 0)
 
-    return spectrogram
+    return hear
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import wave
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vishwam_t5x.core.batch import BatchSpec
+import media
+from vishwam_t5x.core.batch import ROW_ORDER, BatchSpec
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data.tf.audio import LogMelConfig, log_mel_spectrogram
+from vishwam_t5x.data.recordings import RecordingConfig
+from vishwam_t5x.data.source import DatasetConfig, batch_spec
+from vishwam_t5x.data.spectrogram import LogMelConfig, SegmentConfig, log_mel_spectrogram
 from vishwam_t5x.evaluation.input_file import BadLine, InputReader, read_image, read_wave
-from vishwam_t5x.infer import _spectrogram
+from vishwam_t5x.infer import _hear
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
-from vishwam_t5x.objectives.masking import PatchSpec, patchify
+from vishwam_t5x.objectives.masking import FrameSpec, PatchSpec, patchify
 from vishwam_t5x.objectives.text_to_text import TextToText
 from vishwam_t5x.objectives.vocabulary import EOS_ID, VocabularyLayout
 
@@ -29,7 +33,7 @@ OBJECTIVE = MixtureOfDenoisers(
 
 def reader(**changes) -> InputReader:
     return InputReader(**{
-        "objective": OBJECTIVE, "target": "text", "spectrogram": _spectrogram(MEL),
+        "objective": OBJECTIVE, "target": "text", "hear": _hear(MEL),
         "encode": lambda text: np.array([ord(letter) % 60 + 3 for letter in text], np.int32),
         "spec": BatchSpec(1, 24, 8, {"text": 10, "image": 16, "audio": 16}, {"text": 8},
                           {"image": 4, "audio": 32}),
@@ -133,7 +137,10 @@ def test_a_recording_is_padded_to_whole_patches(tmp_path):
     ({"text": "a" * 8, "image": "a.png"},
      "too long together (26 tokens and patches, at most 24)"),
     ({"audio": "long.wav"}, "recording is too long (20 frames, at most 16)"),
-    ({"audio": "fast.wav"}, "16000 Hz, not 8000 Hz"),
+    ({"frames": ["a.png", "a.png"]}, "the model reads no frames"),
+    ({"frames": []}, "the video has no frames"),
+    ({"frames": "a.png"}, "not a list of paths"),
+    ({"images": ["a.png"]}, "unknown field 'images'"),
     ({"audio": "a.png"}, "recording cannot be read"),
     ({"audio": "none.wav"}, "recording cannot be read"),
     ({"image": "none.png"}, "image cannot be read"),
@@ -143,15 +150,65 @@ def test_a_recording_is_padded_to_whole_patches(tmp_path):
 def test_what_does_not_fit_is_named_with_its_limit(tmp_path, fields, message):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     write_wave(tmp_path / "long.wav", np.zeros(128 * 18))
-    write_wave(tmp_path / "fast.wav", np.zeros(1000), rate=16000)
     bad, good = lines(tmp_path, fields, {"text": "a"})
     assert isinstance(bad, BadLine) and bad.number == 1 and message in bad.why
     assert good.number == 2
 
 
+def test_pictures_and_recordings_of_other_kinds_are_converted(tmp_path):
+    (tmp_path / "deep.png").write_bytes(media.png(np.full((8, 8), 0x8000, np.uint16)))
+    clear = np.zeros((8, 8, 4), np.uint8)
+    (tmp_path / "clear.png").write_bytes(media.png(clear))
+    (tmp_path / "slow.wav").write_bytes(media.wav(media.hum(0.1, 8000, 1000), 8000))
+    (tmp_path / "fast.wav").write_bytes(media.wav(media.hum(0.1, 16000, 1000), 16000))
+    (tmp_path / "empty.wav").write_bytes(media.wav(np.zeros(0), 8000))
+    deep, clear, slow, fast, empty = lines(
+        tmp_path, {"image": "deep.png"}, {"image": "clear.png"}, {"audio": "slow.wav"},
+        {"audio": "fast.wav"}, {"audio": "empty.wav"})
+    np.testing.assert_allclose(deep.example["inputs/image/input"], 128 / 255, atol=1e-6)
+    np.testing.assert_allclose(clear.example["inputs/image/input"], 1.0, atol=1e-6)
+    slow, fast = (line.example["inputs/audio/input"] for line in (slow, fast))
+    assert slow.shape == fast.shape and np.abs(slow[:2] - fast[:2]).mean() < 0.1
+    assert "no samples" in empty.why
+    refusing = _hear(RecordingConfig(MEL, SegmentConfig(128 * 15, 0), other_rates="refuse"))
+    bad, = lines(tmp_path, {"audio": "fast.wav"}, hear=refusing)
+    assert "16000 Hz, not 8000" in bad.why
+
+
+def test_frames_and_long_recordings_become_histories(tmp_path):
+    goal = dataclasses.replace(
+        OBJECTIVE, input_modalities=ROW_ORDER, image_history=FrameSpec(
+            PatchSpec(2, channels=1), (2, 2), 3, max_frames=2),
+        audio_history=FrameSpec(PatchSpec((4, 8), channels=1), (4, 2), 2))
+    spec = batch_spec(DatasetConfig("made up", {
+        "inputs": 32, "targets": 8, "inputs/image_history": 6, "inputs/audio_history": 4}, 1), goal)
+    segments = RecordingConfig(MEL, SegmentConfig(128 * 15, 0), max_segments=4)
+    known = {"objective": goal, "spec": spec, "hear": _hear(segments),
+             "grids": {"image": (4, 4), "audio": (4, 2)}}
+    for number, grey in enumerate((100, 200)):
+        Image.fromarray(np.full((4, 4), grey, np.uint8)).save(tmp_path / f"{number}.png")
+    write_wave(tmp_path / "a.wav", media.hum(0.6, 8000))  # two segments and a half
+    write_wave(tmp_path / "long.wav", media.hum(0.9, 8000))
+    video, many, broken, sound, too_long, much = lines(
+        tmp_path, {"text": "x", "frames": ["0.png", "1.png"]}, {"frames": ["0.png"] * 3},
+        {"frames": ["0.png", "a.wav"]}, {"audio": "a.wav"}, {"audio": "long.wav"},
+        {"frames": ["0.png"] * 2, "audio": "a.wav", "text": "a" * 9, "image": "0.png"}, **known)
+    given = video.example["inputs/image_history/input"]
+    assert given.shape == (2, 4, 4) and np.allclose(given.mean((1, 2)) * 255, (100, 200))
+    assert video.fields["frames"] == ["0.png", "1.png"]
+    assert many.why == "an example has too many frames (3, at most 2)"
+    assert "a.wav" in broken.why and "cannot be read" in broken.why
+    assert sound.example["inputs/audio/input"].shape == (8, 32)
+    assert sound.example["inputs/audio_history/input"].shape == (2, 8, 32)
+    assert "the audio_history is too long (6 slots, at most 4)" in too_long.why
+    assert much.why.startswith("the inputs are too long together (45 ")
+    bad, = lines(tmp_path, {"audio": "a.wav"}, hear=_hear(segments))
+    assert "too long for a model without audio_history (3 segments)" in bad.why
+
+
 def test_recordings_need_a_spectrogram(tmp_path):
     write_wave(tmp_path / "a.wav", np.zeros(1000))
-    bad, = lines(tmp_path, {"audio": "a.wav"}, spectrogram=None)
+    bad, = lines(tmp_path, {"audio": "a.wav"}, hear=None)
     assert "log_mel is not bound" in bad.why
     with pytest.raises(UserError, match="cannot be read"):
         list(reader().read(tmp_path / "gone.jsonl"))

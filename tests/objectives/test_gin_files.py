@@ -11,7 +11,9 @@ from vishwam_t5x import gin_config
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
 
-FILES = sorted((pathlib.Path(__file__).parents[2] / "gin" / "objectives").glob("*.gin"))
+# unified_io2.gin goes behind a model file: tests/planning/test_unified_io2_recipes.py has it.
+FILES = sorted(path for path in (pathlib.Path(__file__).parents[2] / "gin" / "objectives").glob(
+    "*.gin") if path.stem != "unified_io2")
 
 
 def read_objective(objective: MixtureOfDenoisers) -> MixtureOfDenoisers:

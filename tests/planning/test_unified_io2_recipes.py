@@ -8,6 +8,7 @@ import pytest
 
 import helpers
 from vishwam_t5x import gin_config, train
+from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.planning.program import Recipe
 
 FOLDER = pathlib.Path(helpers.ROOT, "gin", "recipes", "unified_io2")
@@ -48,3 +49,34 @@ def test_more_modalities_by_two_lists():
                       "--gin.TARGET_MODALITIES=('text', 'image')")
     assert found.model.config.input_modalities == ("text", "image", "audio")
     assert set(found.spec.target_capacities) == {"text", "image"}
+
+
+EVERYTHING = ("--gin.INPUT_MODALITIES=('text', 'image', 'image_history', 'audio', 'audio_history')",
+              "--gin.TARGET_MODALITIES=('text', 'image', 'audio')",
+              "--gin.TASK_FEATURE_LENGTHS={'inputs': 864, 'targets': 1664, "
+              "'inputs/image_history': 128, 'inputs/audio_history': 64}")
+
+
+def test_histories_by_the_same_two_lists():
+    found, _ = recipe("tiny_finetune", *EVERYTHING, "--gin.IMAGE_FRAME_BUDGET=2.0",
+                      "--gin.BATCH_SIZE=16", "--gin.FRAME_BUDGET_ROWS=4")
+    assert found.spec.frame_limits() == {"image_history": (8, 4)}
+    assert found.spec.rows_together == 4
+    shapes = {name: feature.shape for name, feature in found.spec.arrays().items()}
+    assert shapes["inputs/image_history/input"] == (16, 4, 256, 768)
+    assert shapes["inputs/audio_history/input"] == (16, 4, 128, 256)
+    budgets = {module.modality: module.frame_budget for module in found.model.config.inputs
+               if module.modality.endswith("_history")}
+    assert budgets == {"image_history": 2.0, "audio_history": None}
+    more, _ = recipe("tiny_finetune", *EVERYTHING, "--gin.BATCH_SIZE=16")
+    assert found.flops() < more.flops(), "frames beyond the budget cost nothing"
+
+
+@pytest.mark.parametrize("binding, why", [
+    ("image_history/config.HistoryInput.frame_budget=1.0", "budget of frames"),
+    ("audio_history/masking.FrameSpec.latents=8", "latents of a frame"),
+    ("TASK_FEATURE_LENGTHS={'inputs': 864, 'targets': 1280, 'inputs/image_history': 100}",
+     "whole frames")])
+def test_model_and_objective_must_agree_about_frames(binding, why):
+    with pytest.raises(UserError, match=why):
+        recipe("tiny_finetune", *EVERYTHING, f"--gin.{binding}")

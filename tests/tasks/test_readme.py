@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import helpers
+import media
 from vishwam_t5x_tasks import quickstart_fitted
 
 README = helpers.ROOT / "tasks" / "README.md"
@@ -36,13 +37,45 @@ def captions(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_task_of_the_readme(captions, tmp_path):
-    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+def loaded(number: int, tmp_path):
+    """The module of one of the page's pieces of code."""
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[number]
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     (tmp_path / "my_tasks.py").write_text(code)
     spec = importlib.util.spec_from_file_location("my_tasks", tmp_path / "my_tasks.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_task_of_videos(tmp_path, monkeypatch):
+    shutil.copy(quickstart_fitted.vocabulary_path(), tmp_path / "text.model")
+    monkeypatch.setenv("VIDEOS", str(tmp_path))
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(
+            media.png(np.full((20, 10, 3), 100 + number, np.uint8)))
+    rows = [{"frames": ["0.png", "1.png"], "caption": "it moves"},
+            {"frames": [], "caption": "nothing"}, {"frames": ["9.png"], "caption": "gone"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = loaded(1, tmp_path)
+    import seqio
+
+    from vishwam_t5x.data.tf import examples
+    try:
+        task = seqio.TaskRegistry.get("my_videos")
+        found = list(examples.read_task(task, "train", 0).as_numpy_iterator())
+    finally:
+        seqio.TaskRegistry.remove("my_videos")
+    assert found[0]["image_history_inputs"].shape == (2, 256, 256, 3)
+    asked = module.TEXT.decode(found[0]["text_inputs"].tolist())
+    assert "<image_history_1> <image_history_2>" in asked
+    assert module.TEXT.decode(found[0]["text_targets"].tolist()) == "it moves"
+    refused = [example[examples.REFUSED].decode() for example in found[1:]]
+    assert refused[0] == "train:2: the video has no frames" and "9.png" in refused[1]
+
+
+def test_the_task_of_the_readme(captions, tmp_path):
+    module = loaded(0, tmp_path)
     import seqio
 
     try:

@@ -14,8 +14,7 @@ import tensorflow as tf
 from PIL import Image
 
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data import prompts as plain_prompts
-from vishwam_t5x.data.tf import audio, examples, image, prompts, refusals
+from vishwam_t5x.data.tf import audio, examples, image, refusals
 from vishwam_t5x.data.tf.features import image_feature
 from vishwam_t5x.data.tf.special_tokens import SpecialTokens
 from vishwam_t5x_tasks import multiple_choice, spoken_digits
@@ -120,30 +119,6 @@ def test_questions_with_a_picture(tmp_path, monkeypatch):
     for number, why in ((2, "letter of one"), (3, "cannot be read"), (4, "none.png"),
                         (5, "one picture"), (6, "KeyError")):
         assert why in refused[number - 2] and f"data.jsonl:{number}" in refused[number - 2]
-
-
-@pytest.mark.parametrize("family", plain_prompts.FAMILIES)
-def test_every_family_asks_about_a_made_up_source(family):
-    fields = {"caption": "a red cat", "question": "how many?", "answer": "two",
-              "expression": "the cup", "transcript": "seven", "instruction": "sort",
-              "input": "b a", "output": "a b"}
-    source = tf.data.Dataset.from_tensor_slices({
-        "meta_id": [b"one", b"two", b"three"],
-        **{name: [value, value, ""] for name, value in fields.items()},
-        "box": np.asarray([[0, 0, .5, .5]] * 2 + [[0, 0, 0, 0]], np.float32),
-        "image_history_inputs": np.zeros((3, 2, 4, 4, 3), np.uint8)})
-    kept, refused = kept_and_refused(
-        prompts.ask(source, family, grid=(4, 4) if family == "inpainting" else None))
-    assert len(kept) == 2 and len(refused) == 1 and refused[0].startswith("three: ")
-    answer = plain_prompts.family(family).answer
-    for example in kept:
-        assert ("text_targets" in example) == (answer is not None)
-        if family == "inpainting":
-            np.testing.assert_array_equal(example["image_input_patches"],
-                                          [2, 3, 6, 7, *range(8, 16)])
-    assert kept[0]["text_inputs"] == next(iter(prompts.ask(
-        source, family, grid=(4, 4) if family == "inpainting" else None
-    ).as_numpy_iterator()))["text_inputs"], "the same again"
 
 
 def test_long_recordings_become_a_segment_and_its_history(tmp_path):

@@ -30,10 +30,13 @@ class Family:
     Attributes:
         phrasings: texts with {fields} of the example; one is drawn for each.
         answer: the text to be written, with {fields}; None where the target is no text.
+        restores: parts of a picture or a sound are hidden and to be restored: the objective hides
+            them, and the text is its `text_prompt`.
     """
 
     phrasings: tuple[str, ...]
     answer: str | None
+    restores: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -74,6 +77,16 @@ FAMILIES: dict[str, Family] = {
         "A part of <image_input> is missing at {box}. Complete the picture: {caption}",
         "Paint the gap {box} in <image_input>. It should show {caption}",
         "Restore what is hidden at {box} of <image_input>, given that it is {caption}"), None),
+    "image_denoising": Family((
+        "Restore the picture <image_input>, of which parts are hidden.",
+        "Some pieces of <image_input> have been taken out. Show it whole.",
+        "Complete <image_input> from the pieces that are left.",
+        "Fill in everything that is missing in <image_input>."), None, restores=True),
+    "audio_denoising": Family((
+        "Restore the sound <audio_input>, of which parts are hidden.",
+        "Some pieces of <audio_input> have been silenced. Play it whole.",
+        "Complete <audio_input> from the pieces that are left.",
+        "Make up for everything that is missing in <audio_input>."), None, restores=True),
     "audio_captioning": Family((
         "Describe the sound <audio_input>.",
         "What can be heard in <audio_input>?",
@@ -197,6 +210,29 @@ def placed_box(box: Float[np.ndarray, "4"], size: tuple[int, int], wanted: tuple
     return out
 
 
+def codes_inside(box: Float[np.ndarray, "4"], grid: tuple[int, int]) -> np.ndarray:
+    """Returns for each code whether its centre is in a box, int32 row-major: what inpainting fills.
+
+    Args:
+        box: y1, x1, y2, x2, shares.
+        grid: rows and columns of codes.
+
+    Raises:
+        UserError: the box holds no code.
+    """
+    inside = _inside(box, grid)
+    if not inside.any():
+        raise UserError("the box holds none of the image's codes", got=box.tolist())
+    return inside.reshape(-1).astype(np.int32)
+
+
+def _inside(box: Float[np.ndarray, "4"], grid: tuple[int, int]) -> np.ndarray:
+    rows = (np.arange(grid[0]) + 0.5) / grid[0]
+    columns = (np.arange(grid[1]) + 0.5) / grid[1]
+    return (((rows >= box[0]) & (rows < box[2]))[:, None]
+            & ((columns >= box[1]) & (columns < box[3])))
+
+
 def patches_outside(box: Float[np.ndarray, "4"], grid: tuple[int, int]) -> np.ndarray:
     """Returns the numbers of the patches whose centre is not in a box, int32: for inpainting.
 
@@ -207,10 +243,7 @@ def patches_outside(box: Float[np.ndarray, "4"], grid: tuple[int, int]) -> np.nd
     Raises:
         UserError: the box leaves no patch to see, or hides none.
     """
-    rows = (np.arange(grid[0]) + 0.5) / grid[0]
-    columns = (np.arange(grid[1]) + 0.5) / grid[1]
-    hidden = (((rows >= box[0]) & (rows < box[2]))[:, None]
-              & ((columns >= box[1]) & (columns < box[3])))
+    hidden = _inside(box, grid)
     if hidden.all() or not hidden.any():
         raise UserError("the box hides all or none of the image's patches", got=box.tolist())
     return np.flatnonzero(~hidden.reshape(-1)).astype(np.int32)

@@ -114,7 +114,7 @@ class LinesSource:
         raw = itertools.islice(self._lines, chunk.first - self._at, chunk.end - self._at)
         self._at = chunk.end
         found: dict[int, Answer] = {}
-        fields: dict[int, dict[str, str]] = {}
+        fields: dict[int, dict[str, Any]] = {}
         bad: list[BadLine] = []
         modality = None if how.mode == SCORE else self._reader.target
 
@@ -149,9 +149,10 @@ class LinesSource:
                 for number in sorted(found)], [[line.number, line.why] for line in bad]
 
 
-def _without_text(line: InputLine) -> dict[str, str]:
+def _without_text(line: InputLine) -> dict[str, Any]:
     """What is recorded of a line as it was given: text is there as the encoder read it."""
-    return {name: value for name, value in line.fields.items() if name in ("image", "audio")}
+    return {name: value for name, value in line.fields.items()
+            if name not in ("text", input_file.TARGET)}
 
 
 def run(params: Any, sources: Sequence[Source], file: ChunkedFile, todo: Sequence[Chunk], how: How,

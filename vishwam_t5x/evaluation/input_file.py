@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,15 +16,16 @@ from jaxtyping import Float
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError, did_you_mean
-from vishwam_t5x.data import recordings
-from vishwam_t5x.objectives.masking import PatchSpec
+from vishwam_t5x.data import pictures, recordings
+from vishwam_t5x.objectives.masking import FrameSpec, PatchSpec
 from vishwam_t5x.objectives.vocabulary import EOS_ID
 
-FIELDS = ("text", "image", "audio")
+FIELDS = ("text", "image", "frames", "audio")
 TARGET = "target"
 """Field of the text that is scored, or that what is written begins with."""
-Spectrogram = Callable[[Float[np.ndarray, "samples"], int, int], Float[np.ndarray, "frames mels"]]
-"""(waveform in [-1, 1], samples per second, multiple of frames wanted) -> log-mel spectrogram."""
+Hear = Callable[[Float[np.ndarray, "samples"], int, int], recordings.Spectrograms]
+"""(waveform in [-1, 1], samples per second, multiple of frames wanted) -> log-mel spectrograms."""
+_logger = logging.getLogger(__name__)
 
 
 class BadLine(Exception):
@@ -44,13 +46,13 @@ class InputLine(NamedTuple):
 
     Attributes:
         number: from 1.
-        fields: what it said.
+        fields: what it said: texts and paths, of "frames" a list of paths.
         example: the model example: 'inputs/…', and 'targets/text/targets' where the line has a
             target.
     """
 
     number: int
-    fields: dict[str, str]
+    fields: dict[str, Any]
     example: dict[str, np.ndarray]
 
 
@@ -64,7 +66,7 @@ class InputReader:
         encode: text -> ids, without an end token.
         spec: the longest inputs.
         grids: (rows, columns) of patches the model knows, by continuous modality.
-        spectrogram: for recordings; None: they cannot be read.
+        hear: makes spectrograms of recordings; None: they cannot be read.
         needs_target: whether a line without a "target" cannot be used.
         reads_target: whether a target is read where there is one, as a prompt say.
         ends: which of 'inputs' and 'targets' get an end token, as SeqIO's tasks append it, where
@@ -76,7 +78,7 @@ class InputReader:
     encode: Callable[[str], np.ndarray]
     spec: BatchSpec
     grids: Mapping[str, tuple[int, int]]
-    spectrogram: Spectrogram | None = None
+    hear: Hear | None = None
     needs_target: bool = False
     reads_target: bool = False
     ends: Sequence[str] = ("inputs", "targets")
@@ -104,7 +106,7 @@ class InputReader:
             got = "" if error.got is None else f" ({error.got})"
             return BadLine(number, f"{error.problem}{got}")
 
-    def example(self, fields: Mapping[str, str], folder: str) -> dict[str, np.ndarray]:
+    def example(self, fields: Mapping[str, Any], folder: str) -> dict[str, np.ndarray]:
         """Returns the model example of one line's fields, whose paths are relative to `folder`.
 
         Raises:
@@ -114,15 +116,19 @@ class InputReader:
         for name, value in fields.items():
             if name == TARGET:
                 continue
-            if name not in self.objective.input_modalities:
+            modality = "image_history" if name == "frames" else name
+            if modality not in self.objective.input_modalities:
                 raise UserError(f"the model reads no {name}")
             if name == "text":
                 clean["text_inputs"] = self._ids(value, "inputs")
             elif name == "image":
                 clean["image_inputs"] = read_image(
                     storage.join(folder, value), self.objective.image, self.grids["image"])
+            elif name == "frames":
+                clean["image_history_inputs"] = self._frames(
+                    [storage.join(folder, path) for path in value])
             else:
-                clean["audio_inputs"] = self._audio(storage.join(folder, value))
+                clean |= self._audio(storage.join(folder, value))
         target = fields.get(TARGET)
         if target is not None and self.target != "text":
             raise UserError(f"a target is text, but what is to be written is {self.target}")
@@ -146,12 +152,26 @@ class InputReader:
             ids = np.append(ids, np.int32(EOS_ID))
         return ids
 
-    def _audio(self, path: str) -> np.ndarray:
-        if self.spectrogram is None:
+    def _frames(self, paths: Sequence[str]) -> np.ndarray:
+        spec: FrameSpec = self.objective.histories["image_history"]
+        spec.slots(len(paths))  # before files are read: there may be too many
+        return np.stack([read_image(path, spec.patch, spec.grid) for path in paths])
+
+    def _audio(self, path: str) -> dict[str, np.ndarray]:
+        """The last segment of a recording, and those before it if there are any."""
+        if self.hear is None:
             raise UserError("recordings cannot be read: infer.infer.log_mel is not bound")
         waveform, rate = read_wave(path)
         spec: PatchSpec = self.objective.audio
-        spectrogram = self.spectrogram(waveform, rate, spec.height)
+        found = self.hear(waveform, rate, spec.height)
+        if found.lost_samples:
+            _logger.warning("%s: %d samples at its end are in no segment", path,
+                            found.lost_samples)
+        segments = found.segments
+        spectrogram, before = segments[-1], segments[:-1]
+        if len(before) and "audio_history" not in self.objective.input_modalities:
+            raise UserError("the recording is too long for a model without audio_history",
+                            got=f"{len(segments)} segments")
         rows, columns = spec.grid(spectrogram.shape)
         most, mels = self.grids["audio"]
         if columns != mels:
@@ -160,7 +180,8 @@ class InputReader:
         if rows > most:
             raise UserError("the recording is too long",
                             got=f"{rows * spec.height} frames, at most {most * spec.height}")
-        return spectrogram
+        history = {"audio_history_inputs": before} if len(before) else {}
+        return {"audio_inputs": spectrogram, **history}
 
     def _check_lengths(self, clean: Mapping[str, np.ndarray], example: Mapping[str, np.ndarray]
                        ) -> None:
@@ -168,11 +189,14 @@ class InputReader:
         for modality, most in self.spec.input_capacities.items():
             name = "tokens" if modality == "text" else "input"
             length = len(example.get(f"inputs/{modality}/{name}", ()))
+            if modality in self.spec.histories:
+                length *= self.spec.histories[modality].latents
             if modality == "text" and (given := len(clean.get("text_inputs", ()))) > length:
                 most, length = length, given  # T5X's objectives cut what is too long
             total += length
             if length > most:
-                unit = "tokens, with prefix and end" if modality == "text" else "patches"
+                unit = "tokens, with prefix and end" if modality == "text" else (
+                    "slots" if modality in self.spec.histories else "patches")
                 raise UserError(f"the {modality} is too long",
                                 got=f"{length} {unit}, at most {most}")
         if total > self.spec.input_length:
@@ -210,18 +234,23 @@ def raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(lines, 1)
 
 
-def _fields(text: bytes) -> dict[str, str]:
+def _fields(text: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(text.decode("utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one
         raise UserError("not JSON", got=str(error)) from error
     if not isinstance(fields, dict) or not set(fields) - {TARGET}:
-        raise UserError('not an object with one of "text", "image", "audio"')
+        raise UserError('not an object with one of "text", "image", "frames", "audio"')
     for name, value in fields.items():
         if name not in (known := (*FIELDS, TARGET)):
             raise UserError(f"unknown field {name!r}",
                             got=did_you_mean(name, known) or "fields: " + ", ".join(known))
-        if not isinstance(value, str):
+        if name == "frames":
+            if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
+                raise UserError("the frames are not a list of paths", got=repr(value))
+            if not value:
+                raise UserError("the video has no frames")
+        elif not isinstance(value, str):
             raise UserError(f"the {name} is not a string", got=repr(value))
     return fields
 
@@ -230,7 +259,8 @@ def read_image(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
                ) -> Float[np.ndarray, "height width channels"]:
     """Reads a picture as a model with this grid of patches knows pictures.
 
-    It keeps its aspect ratio, is resized to fit and centred on black, as `data.tf.image` does.
+    As tasks read it (`data.pictures`): grey, transparent and 16-bit ones are converted; it keeps
+    its aspect ratio, is resized to fit and centred on black.
 
     Args:
         path: any format that Pillow reads.
@@ -243,16 +273,17 @@ def read_image(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
     Raises:
         UserError: there is no such picture, or it cannot be decoded.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    size = grid[1] * spec.width, grid[0] * spec.height
     try:
-        with storage.as_local(path) as place, Image.open(place) as file:
-            image = file.convert("L" if spec.channels == 1 else "RGB")
-            image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=0)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        raise UserError("the image cannot be read", got=error) from error
-    return (np.asarray(image, np.float32) / 255).reshape(size[1], size[0], spec.channels)
+        data = storage.read_bytes(path)
+    except OSError as error:
+        raise UserError("the image cannot be read", got=f"{path}: {error}") from error
+    try:
+        pixels = pictures.decode_picture(data, spec.channels)
+        config = pictures.PictureConfig(grid[0] * spec.height, grid[1] * spec.width)
+        return pictures.scaled(pictures.place(pixels, config).pixels)
+    except UserError as error:
+        got = path if error.got is None else f"{path}: {error.got}"
+        raise UserError(error.problem, got=got) from error
 
 
 def read_wave(path: storage.PathLike) -> tuple[Float[np.ndarray, "samples"], int]:

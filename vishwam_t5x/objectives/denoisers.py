@@ -69,9 +69,9 @@ class MixtureOfDenoisers:
         audio_weights: relative chance of 'R', 'S' for an audio target.
         audio_mask_rate: share of the patches that audio [R] withholds.
         target_weights: relative chance of each modality as the target, among those possible.
-        masked_loss: image and audio [R] weigh 'masked' codes only, or 'all'.
-        task_masks: say in the batch which codes [R] hid, for `CodeOutput.dynamic_mask` and
-            `mask_token` of the model.
+        masked_loss: image and audio [R], and inpainting, weigh 'masked' codes only, or 'all'.
+        task_masks: say in the batch which codes [R] or the task hid, for `mask_token` and
+            `dynamic_mask` of the model's `CodeOutput`.
         image_shift: largest random shift of an image given as input, in pixels; 0 for none. The
             image that [R] must restore is never changed.
         image_augmentations: further callables (image, rng) -> image for images given as input.

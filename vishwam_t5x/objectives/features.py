@@ -21,6 +21,9 @@ INPUT_PATCHES = {f"{modality}_input_patches": f"{modality}_inputs"
                  for modality in ("image", "audio", *HISTORIES)}
 """Numbers of the patches that the encoder is given of an image, a spectrogram or a history (counted
 on from frame to frame); without them it is given all."""
+TARGET_MASKS = {"image_target_task_masks": "image_target_codes",
+                "audio_target_task_masks": "audio_target_codes"}
+"""Which codes the task hid from the encoder: 1, or 0; of inpainting those inside the box."""
 PROMPT = "text_prompt"
 """Text that asks for what was hidden of an image or sound to be restored; never itself hidden."""
 NEUTRAL_INPUTS = {"text": "text", PROMPT: "text", "image": "image", "audio": "audio",
@@ -30,6 +33,7 @@ NEUTRAL_TARGETS = {"text": "text", "image_codes": "image", "audio_codes": "audio
 _SUPERVISED = {**SUPERVISED_INPUTS, **SUPERVISED_TARGETS,
                **{name: codes.split("_")[0] for name, codes in SUPERVISED_SOURCES.items()}}
 _NEUTRAL = {**NEUTRAL_INPUTS, **NEUTRAL_TARGETS}
+_ABOUT = {**INPUT_PATCHES, **TARGET_MASKS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +45,14 @@ class FeatureRoles:
         inputs: modality -> feature the encoder can be given, in row order.
         targets: modality -> feature the decoder can be asked for, in row order.
         patches: modality -> feature with the numbers of the patches that the encoder is given.
+        masks: modality -> feature that says which codes the encoder cannot see.
     """
 
     supervised: bool
     inputs: dict[str, str]
     targets: dict[str, str]
     patches: dict[str, str] = dataclasses.field(default_factory=dict)
+    masks: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def sizes(self) -> dict[str, str]:
@@ -77,15 +83,15 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
             to predict.
     """
     names = [name for name in names if not name.startswith("meta_") and name not in ignored]
-    patches = [name for name in names if name in INPUT_PATCHES]
-    names = [name for name in names if name not in INPUT_PATCHES]
-    for name in patches:
-        if INPUT_PATCHES[name] not in names:
-            raise UserError(f"an example has '{name}' without '{INPUT_PATCHES[name]}'",
-                            got=", ".join([*names, *patches]))
+    about = [name for name in names if name in _ABOUT]
+    names = [name for name in names if name not in _ABOUT]
+    for name in about:
+        if _ABOUT[name] not in names:
+            raise UserError(f"an example has '{name}' without '{_ABOUT[name]}'",
+                            got=", ".join([*names, *about]))
     for name in names:
         if name not in _SUPERVISED and name not in _NEUTRAL:
-            known = [*_SUPERVISED, *_NEUTRAL, *INPUT_PATCHES]
+            known = [*_SUPERVISED, *_NEUTRAL, *_ABOUT]
             raise UserError("an example has a feature with no known role", got=name,
                             fix=did_you_mean(name, known) or "known: " + ", ".join(known))
     supervised = [name for name in names if name in _SUPERVISED]
@@ -118,7 +124,10 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
                             + ", ".join([*SUPERVISED_TARGETS, *NEUTRAL_TARGETS]))
     return FeatureRoles(bool(supervised), {m: inputs[m] for m in modality_order(inputs)},
                         {m: targets[m] for m in modality_order(targets)},
-                        {SUPERVISED_INPUTS[INPUT_PATCHES[name]]: name for name in patches})
+                        {SUPERVISED_INPUTS[INPUT_PATCHES[name]]: name for name in about
+                         if name in INPUT_PATCHES},
+                        {SUPERVISED_TARGETS[TARGET_MASKS[name]]: name for name in about
+                         if name in TARGET_MASKS})
 
 
 def _check_modalities(found: dict[str, str], allowed: tuple[str, ...], field: str) -> None:

@@ -45,7 +45,10 @@ def supervised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean,
         if modality == "text":
             out["targets/text/targets"] = np.concatenate([_ids(clean, name), _EOS])
         else:
-            _put_codes(out, objective, modality, _ids(clean, name), None)
+            hidden = None
+            if modality in roles.masks:
+                hidden = _ids(clean, roles.masks[modality]) > 0
+            _put_codes(out, objective, modality, _ids(clean, name), hidden)
     return out
 
 
@@ -173,6 +176,9 @@ def _choose_patches(out: Example, modality: str, chosen: np.ndarray) -> None:
 
 def _put_codes(out: Example, objective: MixtureOfDenoisers, modality: str, codes: np.ndarray,
                hidden: np.ndarray | None) -> None:
+    if hidden is not None and hidden.shape != codes.shape:
+        raise UserError(f"the task mask of an example's {modality} is not as long as its codes",
+                        got=f"{len(hidden)} and {len(codes)}")
     out[f"targets/{modality}/targets"] = codes + np.int32(CODE_OFFSET)
     out[f"targets/{modality}/loss_mask"] = (
         hidden.astype(np.int32) if hidden is not None and objective.masked_loss == "masked"

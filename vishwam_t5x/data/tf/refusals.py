@@ -66,18 +66,36 @@ def _nothing(spec: tf.TensorSpec) -> np.ndarray | bytes:
 
 
 def read_bytes(dataset: tf.data.Dataset, feature: str) -> tf.data.Dataset:
-    """Replaces the path in `feature` (scalar string) by the content of that file.
+    """Replaces the path in `feature`, or each of a list, by the content of that file.
 
     A file that cannot be read is refused, with its path. The path becomes the example's `meta_id`
     if it has none.
+
+    Args:
+        dataset: examples whose `feature` is a string, or strings [n].
+        feature: name.
+
+    Raises:
+        UserError: examples with lists of paths have no `meta_id`.
     """
-    def read(path: bytes) -> tuple[bytes]:
+    several = dataset.element_spec[feature].shape.rank == 1
+
+    def one(path: bytes) -> bytes:
         try:
-            return (storage.read_bytes(path.decode()),)
+            return storage.read_bytes(path.decode())
         except OSError as error:
             raise UserError("the file cannot be read",
                             got=f"{path.decode()}: {error.strerror or error}") from error
 
+    def read(given: bytes | np.ndarray) -> tuple[bytes | np.ndarray]:
+        if not several:
+            return (one(bytes(given)),)
+        return (np.asarray([one(path) for path in given], object),)
+
     if ID not in dataset.element_spec:
+        if several:
+            raise UserError("examples with lists of files need names", got=f"no feature '{ID}'",
+                            fix=f"let the source give each example a '{ID}'")
         dataset = dataset.map(lambda example: {**example, ID: example[feature]})
-    return map_or_refuse(dataset, read, [feature], {feature: tf.TensorSpec((), tf.string)})
+    return map_or_refuse(dataset, read, [feature], {
+        feature: tf.TensorSpec((None,) if several else (), tf.string)})

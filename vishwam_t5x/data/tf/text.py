@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.tf.refusals import map_or_refuse
 
 
 class LazyVocabulary(seqio.Vocabulary):
@@ -116,6 +118,29 @@ def split_evenly(dataset: tf.data.Dataset, feature: str, max_length: int) -> tf.
         return cut.map(lambda start, end: {**example, feature: tokens[start:end]})
 
     return dataset.flat_map(pieces)
+
+
+def refuse_longer(dataset: tf.data.Dataset, feature: str, most: int) -> tf.data.Dataset:
+    """Refuses examples whose `feature` (int32 [n]) has more than `most` tokens: they are named,
+    counted and left out. Otherwise a text that fits in no row ends a run before it begins.
+
+    Args:
+        dataset: examples with `feature`, already tokenized.
+        feature: name of the token feature.
+        most: tokens it may have; an objective adds its end and a prefix token for each target.
+
+    Raises:
+        UserError: `most` is not positive.
+    """
+    if most < 1:
+        raise UserError("a text may have a positive number of tokens", got=most)
+
+    def check(tokens: np.ndarray) -> tuple[np.ndarray]:
+        if len(tokens) > most:
+            raise UserError(f"{feature} is too long", got=f"{len(tokens)} tokens, at most {most}")
+        return (tokens,)
+
+    return map_or_refuse(dataset, check, [feature], {feature: tf.TensorSpec((None,), tf.int32)})
 
 
 def rename(dataset: tf.data.Dataset, names: dict[str, str]) -> tf.data.Dataset:
