@@ -4,6 +4,7 @@
 {"question": "What is <image 1>?", "options": ["a cat", "a dog"], "answer": "B",
 "image_1": "images/7.png"}, as the examples of MMMU-Pro (Yue et al. 2024, arXiv:2409.02813). It is
 for judging, so there is only a test split. A question of several pictures is left out and counted.
+The letters are the options of an example (`evaluation.options`): the most probable is the answer.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vishwam_t5x.data.tf.features import codes_feature, image_feature, text_feat
 from vishwam_t5x.data.tf.image import PictureConfig, decode_picture
 from vishwam_t5x.data.tf.special_tokens import SpecialTokens
 from vishwam_t5x.evaluation.metrics.text import exact_match
+from vishwam_t5x.evaluation.options import FEATURE as OPTIONS
 from vishwam_t5x_tasks import quickstart_fitted as fitted
 from vishwam_t5x_tasks.quickstart import VOCABULARY
 
@@ -62,8 +64,8 @@ def folder() -> str:
     return value
 
 
-def ask(line: str, number: int) -> tuple[str, str, str]:
-    """Returns what is asked, the letter of the answer, and the path of the picture.
+def ask(line: str, number: int) -> tuple[str, str, str, str]:
+    """Returns what is asked, the letter of the answer, all letters, and the path of the picture.
 
     Args:
         line: of the file.
@@ -99,7 +101,7 @@ def ask(line: str, number: int) -> tuple[str, str, str]:
     text = _IMAGE.sub("<image_input>", phrasing.format(question=question.strip(), options=listed))
     if not named:
         text = f"<image_input>\n{text}"
-    return text, answer, images["image_1"]
+    return text, answer, letters, images["image_1"]
 
 
 def _source(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -123,13 +125,14 @@ def _source(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data
 
 
 def _ask(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    def read(line: bytes, number: np.ndarray, path: bytes) -> tuple[bytes, bytes, bytes]:
-        asked, answer, image = ask(line.decode(), int(number))
-        return asked.encode(), answer.encode(), os.path.join(path.decode(), image).encode()
+    def read(line: bytes, number: np.ndarray, path: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+        asked, answer, letters, image = ask(line.decode(), int(number))
+        return (asked.encode(), answer.encode(), json.dumps(list(letters)).encode(),
+                os.path.join(path.decode(), image).encode())
 
     text = tf.TensorSpec((), tf.string)
     return refusals.map_or_refuse(dataset, read, ["line", "number", "folder"], {
-        "text_inputs": text, "text_targets": text, "image_inputs": text})
+        "text_inputs": text, "text_targets": text, OPTIONS: text, "image_inputs": text})
 
 
 seqio.TaskRegistry.add(

@@ -72,6 +72,30 @@ def test_it_says_what_the_verb_says(run, asked, tmp_path, monkeypatch):
     assert judged == {"seen": 2, "right": sum(text == "one" for text in predictions)}
 
 
+def test_it_chooses_what_the_verb_chooses(run, asked, tmp_path, monkeypatch):
+    _, cache_dir, model_dir = run
+    monkeypatch.setenv("VISHWAM_CACHE_DIR", cache_dir)
+    options = ["one two", "seven"]
+    asking = [{"text": text, "options": options} for text in TEXTS]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asking))
+    infer(asked._ready.model, model_dir, small_model.objective(),
+          small_model.dataset_config(cache_dir=cache_dir), input_file=str(tmp_path / "in.jsonl"),
+          output_file=str(tmp_path / "out.jsonl"), vocabulary=f"{cache_dir}/text.model")
+    lines = list(read_lines(tmp_path / "out.jsonl"))
+    best, scores = asked.choose(asking)
+    assert best == [line["prediction"] for line in lines] == asked.predict(asking)
+    for row, line in enumerate(lines):
+        each = [asked.score([TEXTS[row]], [option])[0] for option in options]
+        assert list(line["scores"]) == options
+        assert list(line["scores"].values()) == pytest.approx(each, rel=1e-4)
+        assert list(scores[row].values()) == pytest.approx(each, rel=1e-4)
+        assert line["score"] == pytest.approx(max(each), rel=1e-4)
+    with pytest.raises(UserError, match="no options"):
+        asked.choose(TEXTS)
+    with pytest.raises(UserError, match="to be scored"):
+        asked.score(asking, ["one"] * 2)
+
+
 def test_t5_s_text_gets_its_end(asked, monkeypatch):
     monkeypatch.setattr(asked, "_ready", dataclasses.replace(
         asked._ready, objective=TextToText(6, 4)))

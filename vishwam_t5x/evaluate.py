@@ -43,6 +43,7 @@ from vishwam_t5x.evaluation.evaluator import Evaluator, TaskResult
 from vishwam_t5x.evaluation.generator import DecodingConfig
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator, SplitSums
 from vishwam_t5x.evaluation.metrics.text import unigram_loss
+from vishwam_t5x.evaluation.options import OptionReader, OptionScoring
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
@@ -86,6 +87,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
              split: str | None = None, tasks: Sequence[str] = (),
              loss: LossConfig = LossConfig(),
              decoding: Mapping[str, DecodingConfig] | None = None, decode_batch_size: int = 64,
+             options: OptionScoring = OptionScoring(),
              max_examples: int | None = None, baseline_examples: int = 20_000,
              page: report.PageConfig | None = None, poll_seconds: float = 10.0,
              watch_timeout: float | None = None, mesh: mesh_lib.MeshConfig | None = None,
@@ -107,6 +109,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         loss: as in training.
         decoding: how each modality is written; greedily those not named.
         decode_batch_size: examples written together.
+        options: how the best of an example's options is found.
         max_examples: at most so many of each task, the first ones; None: all.
         baseline_examples: training examples a task's unigram model counts at most; 0 for none.
         page: what to show on a PNG page in MODEL_DIR, when all tasks are evaluated; None: no page.
@@ -126,7 +129,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
     def set_up() -> _OneCheckpoint:
         ready = evaluation_setup.prepare(model, objective, dataset_cfg, split, decoding,
                                          decode_batch_size, mesh, logical_axis_rules,
-                                         compilation_cache_dir)
+                                         compilation_cache_dir, options)
         config = ready.config
         caches = task_lookup.open_tasks(config, ready.objective, tasks)
         shown = None if tasks else page
@@ -134,13 +137,15 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
             report.check_tasks(shown, [task.name for task in caches])
         judges = {task.name: task_lookup.metrics_of(task, config) for task in caches}
         codec = task_lookup.text_codec(caches, config, getattr(objective, "vocabulary", None))
+        ready.generator.read_text(codec.encode)
+        read_options = task_lookup.option_reader(codec, caches, ready.objective, options)
         losses = LossEvaluator(model, loss, ready.objective, config, ready.devices, ready.rules,
                                max_examples, caches)
         directory = storage.place(output_dir or storage.join(model_dir, "evaluation"))
         at = config.split if config.split != dataset_cfg.split else ""
-        return _OneCheckpoint(ready, caches, judges, codec, losses, loss, max_examples,
-                              _Baseline(losses, ready, baseline_examples), baseline_examples,
-                              shown, model_dir, directory, at)
+        return _OneCheckpoint(ready, caches, judges, codec, read_options, losses, loss,
+                              max_examples, _Baseline(losses, ready, baseline_examples),
+                              baseline_examples, shown, model_dir, directory, at)
 
     one = evaluation_setup.on_all("evaluation", set_up)
     evaluation_setup.check_same_data(one.caches)
@@ -165,6 +170,7 @@ class _OneCheckpoint:
     caches: Sequence[TaskCache]
     judges: Mapping[str, TaskMetrics]
     codec: task_lookup.TextCodec
+    read_options: OptionReader | None
     losses: LossEvaluator
     loss: LossConfig
     max_examples: int | None
@@ -178,7 +184,7 @@ class _OneCheckpoint:
     def __post_init__(self) -> None:
         self._bar = evaluation_setup.Progress()
         self._evaluator = Evaluator(self.ready.generator, self.ready.objective, self.codec.decode,
-                                    self.ready.config.seed, self._bar)
+                                    self.ready.config.seed, self._bar, self.read_options)
 
     def folder(self, name: str) -> pathlib.PurePath:
         """Where the files of a step, or of a file of parameters, go."""
@@ -271,6 +277,7 @@ class _OneCheckpoint:
                 "records": [task.manifest.lengths_sha256 for task in self.caches],
                 "max_examples": self.max_examples, "lengths": dict(config.task_feature_lengths),
                 "loss": described(self.loss), "decoding": self.ready.generator.description,
+                "constraints": evaluation_setup.code_of_constraints(self.ready.generator.configs),
                 "model": described(self.ready.model.config),
                 "objective": described(self.ready.objective)}
 

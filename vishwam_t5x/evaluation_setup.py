@@ -27,6 +27,7 @@ from vishwam_t5x.evaluation import restoring
 from vishwam_t5x.evaluation.generator import DecodingConfig, Generator
 from vishwam_t5x.evaluation.inference import Source, facts_of
 from vishwam_t5x.evaluation.loss_evaluator import without_augmentation
+from vishwam_t5x.evaluation.options import OptionScoring
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.training import compilation, setup
@@ -83,7 +84,8 @@ class Prepared:
 def prepare(model: Any, objective: Any, dataset_cfg: DatasetConfig, split: str | None,
             decoding: Mapping[str, DecodingConfig] | None, decode_batch_size: int,
             mesh: mesh_lib.MeshConfig | None, rules: LogicalAxisRules,
-            compilation_cache_dir: str | None) -> Prepared:
+            compilation_cache_dir: str | None, options: OptionScoring = OptionScoring()
+            ) -> Prepared:
     """Checks that the parts fit together and builds what needs no parameters.
 
     Args:
@@ -96,6 +98,7 @@ def prepare(model: Any, objective: Any, dataset_cfg: DatasetConfig, split: str |
         mesh: devices along each axis; None: what suits the devices at hand.
         rules: logical axis rules.
         compilation_cache_dir: as for `train`.
+        options: how the best of some options is found.
 
     Raises:
         UserError: they do not.
@@ -109,7 +112,9 @@ def prepare(model: Any, objective: Any, dataset_cfg: DatasetConfig, split: str |
     logging.info("mesh: %s", mesh_lib.describe_mesh(devices))
     generator = Generator(model, devices, rules, decode_batch_size, decoding or {},
                           spec.target_capacities.get("text", spec.target_length),
-                          spec.input_capacities)
+                          spec.input_capacities,
+                          without_text=getattr(objective, "without_text", None),
+                          option_scoring=options)
     return Prepared(model, objective, config, spec, devices, rules, generator)
 
 
@@ -210,6 +215,12 @@ def code_of(function: Any) -> str:
         source = b""
     return " ".join([f"{what.__module__}:{what.__qualname__}",
                      hashlib.sha256(source).hexdigest()[:12], *inside])
+
+
+def code_of_constraints(decoding: Mapping[str, DecodingConfig]) -> dict[str, str]:
+    """Returns `code_of` the functions of one's own that say what may be written, by modality."""
+    return {name: code_of(config.allowed) for name, config in sorted(decoding.items())
+            if callable(config.allowed)}
 
 
 def described(value: Any) -> str:

@@ -12,7 +12,8 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
 --input_file=F    lines {"text": "what is this?", "image": "a.png", "audio": "b.wav"}, each with one
                   or more of the three or of "frames", a list of pictures: a video, or further
                   images; and "target": the text to score, or to begin with where
-                  DecodingConfig.prompt_with_targets is set; paths are relative to F
+                  DecodingConfig.prompt_with_targets is set; and "options": ["a cat", "a dog"], of
+                  which the most probable is the prediction; paths are relative to F
 --target=M        what to write for the lines of --input_file; default: text
 --output_file=F   default: MODEL_DIR/inference/STEP/NAME.jsonl; NAME-MODE.jsonl unless predicting
 --checkpoint=C    latest (the default) or a step of MODEL_DIR's checkpoints; or a path
@@ -56,6 +57,7 @@ from vishwam_t5x.evaluation.chunks import ChunkedFile, Summary
 from vishwam_t5x.evaluation.evaluator import Evaluator
 from vishwam_t5x.evaluation.generator import DecodingConfig
 from vishwam_t5x.evaluation.inference import How, LinesSource, TaskSource
+from vishwam_t5x.evaluation.options import OptionScoring
 from vishwam_t5x.evaluation.predictions import Prediction
 from vishwam_t5x.evaluation.task_metrics import PREDICT, SCORE
 from vishwam_t5x.evaluation_setup import Progress
@@ -96,10 +98,10 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
           output_file: str | None = None, target: str = "text",
           decoding: Mapping[str, DecodingConfig] | None = None, decode_batch_size: int = 64,
           num_decodes: int | None = None, return_all_decodes: bool = False,
-          max_examples: int | None = None, vocabulary: str | None = None,
-          decode_image: DecodeImage | None = None, log_mel: Any = None,
-          shard_id: int = 0, num_shards: int = 1, chunk_size: int = 1024, overwrite: bool = False,
-          mesh: mesh_lib.MeshConfig | None = None,
+          options: OptionScoring = OptionScoring(), max_examples: int | None = None,
+          vocabulary: str | None = None, decode_image: DecodeImage | None = None,
+          log_mel: Any = None, shard_id: int = 0, num_shards: int = 1, chunk_size: int = 1024,
+          overwrite: bool = False, mesh: mesh_lib.MeshConfig | None = None,
           logical_axis_rules: LogicalAxisRules = LogicalAxisRules(),
           compilation_cache_dir: str | None = None) -> Inference:
     """Writes what a model makes of the examples of a split, or of the lines of a file.
@@ -120,6 +122,7 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         decode_batch_size: examples written together.
         num_decodes: instead of that of each modality that is sampled or searched by beam.
         return_all_decodes: record all of them, not the best alone.
+        options: how the best of the options of an example, or of a line, is found.
         max_examples: at most so many of each task.
         vocabulary: SentencePiece model for `input_file`, or the tasks' own; None: that.
         decode_image: turns codes into a picture; None: codes are written as numbers.
@@ -140,15 +143,16 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
     def set_up() -> tuple[evaluation_setup.Prepared, Sequence[Any], Sequence[inference.Source]]:
         ready = evaluation_setup.prepare(
             model, objective, dataset_cfg, split, decoding, decode_batch_size, mesh,
-            logical_axis_rules, compilation_cache_dir)
+            logical_axis_rules, compilation_cache_dir, options)
         layout = getattr(objective, "vocabulary", None)
         caches = () if input_file is not None and vocabulary is not None else (
             task_lookup.open_tasks(ready.config, ready.objective, tasks))
         fit.check_model(caches, model.config, layout)
         codec = task_lookup.text_codec(caches, ready.config, layout) if caches else (
             task_lookup.tokenizer(str(vocabulary), layout))
+        ready.generator.read_text(codec.encode)
         if input_file is None:
-            return ready, caches, _sources(ready, caches, codec, max_examples)
+            return ready, caches, _sources(ready, caches, codec, max_examples, options)
         reader = _reader(ready, codec, target, decode_image, log_mel, mode, caches)
         return ready, caches, [LinesSource(ready.generator, reader, codec.decode, str(input_file))]
     ready, caches, sources = evaluation_setup.on_all("inference", set_up)
@@ -156,10 +160,8 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
     params, restored = ready.load(checkpoint_path, model_dir)
     distributed.refuse_together("vocabulary", lambda: task_lookup.check_vocabulary(
         caches, restored.path, vocabulary))
-    path = storage.place(output_file or storage.join(
-        model_dir, "inference", evaluation_setup.checkpoint_name(restored),
-        _name(input_file, ready.config.split, mode)))
-    settings = _settings(ready, restored, decoding, sources, log_mel, decode_image) | {
+    path = storage.place(output_file or _name(model_dir, restored, input_file, ready, mode))
+    settings = _settings(ready, restored, decoding, options, sources, log_mel, decode_image) | {
         "mode": mode, "all_decodes": return_all_decodes, "chunk_size": chunk_size,
         "vocabulary": vocabulary and [vocabulary, restoring.identity(vocabulary)],
         "target": None if input_file is None else target}
@@ -172,9 +174,11 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
     return _checked(file, summary, sources, input_file)
 
 
-def _name(input_file: str | None, split: str, mode: str) -> str:
-    stem = split if input_file is None else pathlib.Path(input_file).stem
-    return f"{stem}.jsonl" if mode == PREDICT else f"{stem}-{mode}.jsonl"
+def _name(model_dir: str, restored: Any, input_file: str | None,
+          ready: evaluation_setup.Prepared, mode: str) -> str:
+    stem = ready.config.split if input_file is None else pathlib.Path(input_file).stem
+    return storage.join(model_dir, "inference", evaluation_setup.checkpoint_name(restored),
+                        f"{stem}.jsonl" if mode == PREDICT else f"{stem}-{mode}.jsonl")
 
 
 def _decoding(decoding: Mapping[str, DecodingConfig], num_decodes: int | None, return_all: bool,
@@ -195,8 +199,9 @@ def _decoding(decoding: Mapping[str, DecodingConfig], num_decodes: int | None, r
 
 
 def _settings(ready: evaluation_setup.Prepared, restored: Any,
-              decoding: Mapping[str, DecodingConfig], sources: Sequence[inference.Source],
-              log_mel: Any, decode_image: DecodeImage | None) -> dict[str, Any]:
+              decoding: Mapping[str, DecodingConfig], options: OptionScoring,
+              sources: Sequence[inference.Source], log_mel: Any,
+              decode_image: DecodeImage | None) -> dict[str, Any]:
     """What the lines of a file depend on, beside the arguments that are plain values."""
     pictures = None if decode_image is None else evaluation_setup.code_of(decode_image)
     return {"checkpoint": restored.path, "step": restored.step,
@@ -206,13 +211,18 @@ def _settings(ready: evaluation_setup.Prepared, restored: Any,
             "lengths": dict(ready.config.task_feature_lengths),
             "decode_batch_size": ready.generator.batch_size,
             "decoding": evaluation_setup.described(dict(sorted(decoding.items()))),
+            "options": evaluation_setup.described(options),
+            "constraints": evaluation_setup.code_of_constraints(decoding),
             "model": evaluation_setup.described(ready.model.config),
             "objective": evaluation_setup.described(ready.objective)}
 
 
 def _sources(ready: evaluation_setup.Prepared, caches: Sequence[Any],
-             codec: task_lookup.TextCodec, max_examples: int | None) -> list[inference.Source]:
-    evaluator = Evaluator(ready.generator, ready.objective, codec.decode, ready.config.seed)
+             codec: task_lookup.TextCodec, max_examples: int | None, options: OptionScoring
+             ) -> list[inference.Source]:
+    evaluator = Evaluator(
+        ready.generator, ready.objective, codec.decode, ready.config.seed,
+        read_options=task_lookup.option_reader(codec, caches, ready.objective, options))
     return [TaskSource(evaluator, task, max_examples) for task in caches]
 
 

@@ -16,6 +16,7 @@ from vishwam_t5x.data.records import TaskCache
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation.evaluator import Evaluator
 from vishwam_t5x.evaluation.generator import DecodingConfig, Generator
+from vishwam_t5x.evaluation.options import OptionScoring
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.training import hooks, setup
 
@@ -37,6 +38,7 @@ class InferEval:
         tasks: only these; (): all that have metrics.
         decoding: how each modality is written; greedily those not named.
         decode_batch_size: examples written together.
+        options: how the best of an example's options is found.
     """
 
     dataset_cfg: DatasetConfig
@@ -45,6 +47,7 @@ class InferEval:
     tasks: Sequence[str] = ()
     decoding: Mapping[str, DecodingConfig] = dataclasses.field(default_factory=dict)
     decode_batch_size: int = 64
+    options: OptionScoring = OptionScoring()
 
     def __post_init__(self) -> None:
         if self.period < 1:
@@ -73,8 +76,12 @@ class InferEval:
         codec = task_lookup.text_codec(caches, config, getattr(objective, "vocabulary", None))
         generator = Generator(parts.model, parts.mesh, parts.rules, self.decode_batch_size,
                               self.decoding, spec.target_capacities.get("text", spec.target_length),
-                              spec.input_capacities)
-        evaluator = Evaluator(generator, objective, codec.decode, config.seed)
+                              spec.input_capacities, encode=codec.encode,
+                              without_text=getattr(objective, "without_text", None),
+                              option_scoring=self.options)
+        evaluator = Evaluator(generator, objective, codec.decode, config.seed,
+                              read_options=task_lookup.option_reader(
+                                  codec, caches, objective, self.options))
         return hooks.EvaluateHook(_Judged(evaluator, judged, self.max_examples), self.period,
                                   prefix=PREFIX)
 

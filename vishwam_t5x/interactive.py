@@ -12,19 +12,21 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from vishwam_t5x import evaluation_setup, task_lookup
+from vishwam_t5x import evaluation_setup, interactive_examples, task_lookup
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import DataPosition
-from vishwam_t5x.core.errors import UserError, one_of
+from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.data.assembly import PlacedExample, assemble, example_lengths
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation import answers, restoring
 from vishwam_t5x.evaluation.answers import Answer
 from vishwam_t5x.evaluation.generator import DecodingConfig
-from vishwam_t5x.evaluation.input_file import TARGET, InputReader
+from vishwam_t5x.evaluation.input_file import TARGET
+from vishwam_t5x.evaluation.options import OptionScoring
 from vishwam_t5x.evaluation.requests import Request
 from vishwam_t5x.evaluation.task_metrics import ModelOutputs, TaskMetrics
+from vishwam_t5x.interactive_examples import Example
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import sharding
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
@@ -32,12 +34,6 @@ from vishwam_t5x.parallelism.mesh import MeshConfig
 from vishwam_t5x.training import beginning, setup
 from vishwam_t5x.training.state import TrainState
 from vishwam_t5x.training.step import StepConfig
-
-Example = str | Mapping[str, str]
-"""Text; or {'text': …, 'image': path, 'audio': path}, and for training 'target': text. T5X's
-'inputs' and 'targets' are other names of 'text' and 'target'."""
-
-_NAMES = {"inputs": "text", "targets": TARGET}
 
 
 class InteractiveModel:
@@ -64,8 +60,8 @@ class InteractiveModel:
                  loss: LossConfig = LossConfig(), mesh: MeshConfig | None = None,
                  logical_axis_rules: LogicalAxisRules = LogicalAxisRules(), seed: int = 0,
                  compilation_cache_dir: str | None = None,
-                 text_ends: Sequence[str] = ("inputs", "targets"), tasks: Sequence[Any] = ()
-                 ) -> None:
+                 text_ends: Sequence[str] = ("inputs", "targets"), tasks: Sequence[Any] = (),
+                 options: OptionScoring = OptionScoring()) -> None:
         """Restores parameters, or makes them up where there are none.
 
         Args:
@@ -85,6 +81,7 @@ class InteractiveModel:
             compilation_cache_dir: as for `train`.
             text_ends: where text gets an end token, if the objective adds none.
             tasks: cached tasks whose vocabulary a checkpoint must have learned.
+            options: how the best of an example's options is found.
 
         Raises:
             UserError: the parts do not fit together, or the checkpoint is not this model's.
@@ -92,10 +89,11 @@ class InteractiveModel:
         config = DatasetConfig("(given)", task_feature_lengths, batch_size, pack=False)
         self._ready = evaluation_setup.prepare(
             model, objective, config, None, decoding, batch_size, mesh, logical_axis_rules,
-            compilation_cache_dir)
+            compilation_cache_dir, options)
         self._tasks, self._vocabulary = tasks, codec if isinstance(codec, str) else None
         self._codec = codec if not isinstance(codec, str) else task_lookup.tokenizer(
             codec, getattr(objective, "vocabulary", None))
+        self._ready.generator.read_text(self._codec.encode)
         self._parts = setup.Parts(model, optimizer, self._ready.devices, logical_axis_rules,
                                   StepConfig(loss=loss, seed=seed), self._ready.spec)
         self._output_dir, self._seed, self._ends = output_dir, seed, tuple(text_ends)
@@ -146,6 +144,7 @@ class InteractiveModel:
                  "task_feature_lengths": lengths, "batch_size": wanted("BATCH_SIZE"),
                  "optimizer": config.macro("OPTIMIZER"), "decoding": config.macro("DECODING"),
                  "loss": LossConfig(**config.arguments(LossConfig)),
+                 "options": OptionScoring(**config.arguments(OptionScoring)),
                  "mesh": config.macro("MESH"), "seed": config.macro("RANDOM_SEED") or 0,
                  **arguments}
         folder = found.get("output_dir")
@@ -194,12 +193,27 @@ class InteractiveModel:
             if len(targets) != len(examples):
                 raise UserError("there must be as many targets as examples",
                                 got=f"{len(targets)} targets, {len(examples)} examples")
-            examples = [{**_fields(example), TARGET: target}
+            examples = [{**({"text": example} if isinstance(example, str) else example),
+                         TARGET: target}
                         for example, target in zip(examples, targets, strict=True)]
         requests = self._requests(examples, "text", needs_target=True)
         found = {one.tag: Answer.to(one, self._codec.decode) for one in requests}
         answers.score(self._ready.generator, self.params, requests, found)
         return [found[number].target_score for number in range(len(examples))]
+
+    def choose(self, examples: Sequence[Example]) -> tuple[list[str], list[dict[str, float]]]:
+        """Returns the best of each example's 'options', and the score of each option, in nats.
+
+        Raises:
+            UserError: an example has no options, or they cannot be scored.
+        """
+        found = self._answers(examples, "text")
+        for number, answer in enumerate(found):
+            if not answer.options:
+                raise UserError(f"example {number} has no options to choose among",
+                                fix="{'text': …, 'options': ['a cat', 'a dog']}")
+        scores = [answer.option_scores for answer in found]
+        return [max(each, key=each.__getitem__) for each in scores], scores
 
     def evaluate(self, examples: Sequence[Example],
                  metric_fns: Sequence[Callable[..., Mapping[str, Any]]],
@@ -213,13 +227,13 @@ class InteractiveModel:
             postprocess_fn: (output, example=…, is_target=…) -> what the metric functions get.
         """
         judge = TaskMetrics("examples", tuple(metric_fns), postprocess_fn)
-        fields = [_fields(example) for example in examples]
+        fields = [interactive_examples.fields(example) for example in examples]
         targets = [judge.postprocess(one.get(TARGET, ""), one, is_target=True) for one in fields]
         outputs: list[Any] | None = None
         found = ModelOutputs()
         if judge.needs_predictions:
             written = self._answers(examples, "text")
-            outputs = [judge.postprocess(self._codec.decode(answer.tokens["text"]), one,
+            outputs = [judge.postprocess(answer.told(self._codec.decode), one,
                                          is_target=False)
                        for answer, one in zip(written, fields, strict=True)]
             found = ModelOutputs([answer.tokens["text"] for answer in written],
@@ -356,41 +370,17 @@ class InteractiveModel:
     def _answers(self, examples: Sequence[Example], target: str, token_scores: bool = False
                  ) -> list[Answer]:
         requests = self._requests(examples, target)
-        found = {request.tag: Answer.to(request, self._codec.decode) for request in requests}
+        found = {request.tag: Answer.to(request, self._codec.decode, options=
+                                        interactive_examples.options_of(examples[request.tag]))
+                 for request in requests}
         answers.write(self._ready.generator, self.params, requests, target, found,
                       token_scores=token_scores)
         return [found[number] for number in range(len(examples))]
 
     def _requests(self, examples: Sequence[Example], target: str, needs_target: bool = False
                   ) -> list[Request]:
-        if isinstance(examples, str | Mapping):
-            raise UserError("give a list of examples", got=repr(examples), fix="[…] around it")
-        config = self._ready.model.config
-        one_of(target, config.target_modalities, "target modality of this model")
-        grids = {module.modality: module.grid for module in config.inputs
-                 if hasattr(module, "grid")}
-        reader = InputReader(self._ready.objective, target, self._codec.encode, self._ready.spec,
-                             grids, None, needs_target,
-                             self._ready.generator.is_prompted(target), self._ends)
-        found = []
-        for number, example in enumerate(examples):
-            try:
-                found.append(Request.from_example(reader.example(_fields(example), ""), number))
-            except UserError as error:
-                raise UserError(f"example {number}: {error.problem}", error.got,
-                                error.fix) from error
-        return found
-
-
-def _fields(example: Example) -> dict[str, str]:
-    fields = {"text": example} if isinstance(example, str) else {
-        _NAMES.get(name, name): value for name, value in example.items()}
-    for name, value in fields.items():
-        if name not in ("text", "image", "audio", TARGET) or not isinstance(value, str):
-            raise UserError(f"an example has a field that nobody reads: {name!r}",
-                            got=repr(value),
-                            fix="text (or inputs), image, audio, target (or targets), all strings")
-    return fields
+        return interactive_examples.requests(examples, self._ready, self._codec, self._ends,
+                                             target, needs_target)
 
 
 def _text_of_tasks(config: DatasetConfig, objective: Any) -> dict[str, Any]:

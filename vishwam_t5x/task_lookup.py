@@ -21,6 +21,7 @@ from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.data import fit, source
 from vishwam_t5x.data.records import DamagedRecord, TaskCache, TaskRecords
 from vishwam_t5x.data.source import DatasetConfig
+from vishwam_t5x.evaluation.options import OptionReader, OptionScoring
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.objectives.vocabulary import EOS_ID, PAD_ID, VocabularyLayout
 
@@ -168,6 +169,12 @@ def text_ends(tasks: Sequence[TaskRecords], objective: Any) -> tuple[str, ...]:
             logging.warning("the %s of some tasks have an end (%s), those of others do not: text "
                             "that is given gets one", side, ", ".join(with_end))
     return tuple(side for side in _OF_T5 if found[side])
+
+
+def option_reader(codec: TextCodec, tasks: Sequence[TaskRecords], objective: Any,
+                  scoring: OptionScoring) -> OptionReader | None:
+    """Returns what reads the options of the tasks' examples; None if they are not to be read."""
+    return OptionReader(codec.encode, text_ends(tasks, objective)) if scoring.tasks else None
 
 
 def _ends(task: TaskRecords, record: int, side: str) -> bool:

@@ -11,8 +11,9 @@ from evaluation import small_model
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.records import DamagedRecord
 from vishwam_t5x.evaluation.evaluator import Evaluator
-from vishwam_t5x.evaluation.generator import DecodingConfig, Generator, Request, bucket
-from vishwam_t5x.evaluation.requests import Generated, Scored
+from vishwam_t5x.evaluation.generator import DecodingConfig, Generator
+from vishwam_t5x.evaluation.requests import Generated, Request, Scored
+from vishwam_t5x.evaluation.shapes import bucket
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.parallelism.mesh import make_mesh
 

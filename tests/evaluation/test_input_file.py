@@ -109,6 +109,21 @@ def test_a_target_that_is_scored_is_no_longer_than_a_row(tmp_path):
     assert long_target.why == "the target is too long (9 tokens, with the end, at most 8)"
 
 
+def test_options_stand_beside_what_is_asked(tmp_path):
+    given = {"text": "a", "options": ["ab", "c"]}
+    line, one, same, numbers, alone = lines(
+        tmp_path, given, {**given, "options": ["ab"]}, {**given, "options": ["c", "c"]},
+        {**given, "options": [1, 2]}, {"options": ["ab", "c"]})
+    assert line.options == ("ab", "c") and line.fields == {"text": "a"}
+    letters = [ord(letter) % 60 + 3 for letter in "abc"]
+    assert [ids.tolist() for ids in line.option_ids] == [[*letters[:2], EOS_ID],
+                                                         [letters[2], EOS_ID]]
+    assert "two options or more" in one.why and "all different" in same.why
+    assert "no list of texts" in numbers.why and "one of" in alone.why
+    scored, = lines(tmp_path, {**given, "target": "ab"}, needs_target=True)
+    assert "the \"target\" is to be scored" in scored.why
+
+
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_wave_files_of_any_width(tmp_path, width):
     samples = np.sin(np.arange(400) / 9) * 0.8

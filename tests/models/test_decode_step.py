@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model_fixtures
+from models import golden_fixtures, model_fixtures
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models import decoding
@@ -142,3 +143,43 @@ def test_a_grid_is_decoded_whole():
     assert decoded.tokens.min() >= 2 and np.isfinite(decoded.scores).all()
     with pytest.raises(UserError, match="unknown target modality"):
         decode(model, variables, inputs, "audio", 6, "sample", 1)
+
+
+@pytest.mark.parametrize("masks", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_cached_grids_of_the_golden_model_equal_uncached(masks):
+    """Codes of an image, and of a sound whose angles are those of another grid than its layout;
+    with the patterns and the dynamic mask of the paper, and without. Nothing is hidden from an
+    encoder that only reads what is to be drawn."""
+    targets = tuple(dataclasses.replace(golden_fixtures.TARGETS[name], pattern_mask=masks,
+                                        dynamic_mask=masks) for name in ("image", "audio"))
+    assert targets[1].grid != targets[1].layout
+    config = golden_fixtures.config(("text",), targets)
+    model = model_fixtures.EncoderDecoder(config)
+    variables = golden_fixtures.variables("input_encoders_i", "input_encoders_a", "input_image",
+                                          "input_audio", "vision", "target_encoders_text")
+    rng = np.random.default_rng(0)
+    batch = {"inputs/text/tokens": np.asarray([[3, 4, 5], [6, 7, 8]], np.int32)}
+    for target in targets:
+        batch |= golden_fixtures.target(
+            target.modality, rng.integers(*target.token_range, (2, target.num_tokens)).astype(
+                np.int32), np.ones((2, target.num_tokens), np.int32))
+    whole = jax.jit(functools.partial(model.apply, method="logits"))(variables, batch)
+
+    @jax.jit
+    def by_token(variables):
+        encoded = model.apply(variables, {"inputs/text/tokens": batch["inputs/text/tokens"]},
+                              method="encode")
+        found = {}
+        for target in targets:
+            def step(cache, tokens, modality=target.modality):
+                logits, cache = model.apply(variables, tokens, cache, modality,
+                                            method="decode_step")
+                return cache, logits
+
+            cache = model.apply(variables, encoded, target.num_tokens, method="init_cache")
+            found[target.modality] = jax.lax.scan(
+                step, cache, jnp.asarray(batch[f"targets/{target.modality}/inputs"].T))[1]
+        return found
+
+    for modality, logits in by_token(variables).items():
+        np.testing.assert_allclose(logits.swapaxes(0, 1), whole[modality], atol=1e-5)

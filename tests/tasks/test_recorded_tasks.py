@@ -17,6 +17,7 @@ from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.tf import audio, examples, image, refusals
 from vishwam_t5x.data.tf.features import image_feature
 from vishwam_t5x.data.tf.special_tokens import SpecialTokens
+from vishwam_t5x.evaluation import options
 from vishwam_t5x_tasks import multiple_choice, spoken_digits
 
 
@@ -112,6 +113,7 @@ def test_questions_with_a_picture(tmp_path, monkeypatch):
         dataset = step(dataset)
     kept, refused = kept_and_refused(dataset)
     assert len(kept) == 1 and kept[0]["text_targets"] == b"B"
+    assert options.of_example(kept[0]) == ("A", "B")
     asked = kept[0]["text_inputs"].decode()
     assert "What is <image_input>?" in asked and "(B) {a} dog" in asked
     assert kept[0]["image_inputs"].shape == (384, 384, 3)

@@ -30,6 +30,7 @@ class Answer:
         pretokenized: the reference as a task keeps it beside its ids, or None.
         written: what was written of each modality.
         target_scores: log-probability of the reference, in nats, by modality.
+        options: texts of which the best is what is written of text; (): it is written freely.
     """
 
     inputs: str
@@ -38,16 +39,18 @@ class Answer:
     pretokenized: str | None = None
     written: dict[str, Generated] = dataclasses.field(default_factory=dict)
     target_scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    options: tuple[str, ...] = ()
 
     @classmethod
-    def to(cls, request: Request, decode_text: DecodeText, pretokenized: Any = None) -> Answer:
+    def to(cls, request: Request, decode_text: DecodeText, pretokenized: Any = None,
+           options: tuple[str, ...] = ()) -> Answer:
         """Returns the answer to a request, before anything is written."""
         tokens = request.inputs.get("inputs/text/tokens", np.zeros((0,), np.int32))
         if isinstance(pretokenized, bytes):
             pretokenized = pretokenized.decode("utf-8")
         return cls(decode_text(tokens), request.slots(),
                    {name: request.targets[f"targets/{name}/targets"]
-                    for name in request.target_slots()}, pretokenized)
+                    for name in request.target_slots()}, pretokenized, options=options)
 
     @property
     def tokens(self) -> dict[str, np.ndarray]:
@@ -63,6 +66,22 @@ class Answer:
     def target_score(self) -> float:
         """Log-probability of the reference, in nats; not a number if it was not asked for."""
         return sum(self.target_scores.values()) if self.target_scores else float("nan")
+
+    @property
+    def option_scores(self) -> dict[str, float]:
+        """Score of each option; {} where there are none."""
+        done = self.written.get("text")
+        if done is None or done.option is None:
+            return {}
+        return dict(zip(self.options, done.option_scores, strict=True))
+
+    def told(self, decode_text: DecodeText) -> Any:
+        """Returns what was written; of options the best as it was given."""
+        scores = self.option_scores
+        if not scores:
+            return decoded(self.tokens, decode_text)
+        rest = {name: values for name, values in self.tokens.items() if name != "text"}
+        return only({"text": max(scores, key=scores.__getitem__), **_by_name(rest, decode_text)})
 
     def reference(self, decode_text: DecodeText) -> Any:
         """The reference: text, or codes; None where there is none."""
@@ -89,6 +108,8 @@ class Answer:
                 more["scores"] = dict(self.target_scores)
             return Prediction(task, number, self.inputs, self.input_slots, reference, None,
                               self.target_score, more)
+        if self.option_scores:
+            more["scores"] = self.option_scores
         if mode == PREDICT_WITH_AUX:
             more["aux"] = {"scores": only({name: done.scores[name]
                                            for name, done in self.written.items()})}
@@ -101,7 +122,7 @@ class Answer:
                 {"prediction": decoded({name: values}, decode_text), "score": score}
                 for values, score in done.decodes[name]] for name, done in self.written.items()})
         return Prediction(task, number, self.inputs, self.input_slots, reference,
-                          decoded(self.tokens, decode_text), self.score, more)
+                          self.told(decode_text), self.score, more)
 
 
 def write(generator: Generator, params: Any, requests: Iterable[Request], modality: str,
@@ -141,8 +162,12 @@ def ids(tokens: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def decoded(tokens: Mapping[str, np.ndarray], decode_text: DecodeText) -> Any:
     """Text, or the codes of a grid; of several modalities a mapping."""
-    return only({modality: decode_text(tokens[modality]) if modality == "text" else values
-                 for modality, values in ids(tokens).items()})
+    return only(_by_name(tokens, decode_text))
+
+
+def _by_name(tokens: Mapping[str, np.ndarray], decode_text: DecodeText) -> dict[str, Any]:
+    return {modality: decode_text(tokens[modality]) if modality == "text" else values
+            for modality, values in ids(tokens).items()}
 
 
 def only(by_modality: Mapping[str, Any]) -> Any:

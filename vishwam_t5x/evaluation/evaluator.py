@@ -12,7 +12,7 @@ from absl import logging
 from vishwam_t5x.core.distributed import refuse_together
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.records import META_PREFIX, DamagedRecord, TaskRecords
-from vishwam_t5x.evaluation import together
+from vishwam_t5x.evaluation import options, together
 from vishwam_t5x.evaluation.answers import Answer, DecodeText, ids, only, score, write
 from vishwam_t5x.evaluation.generator import Generator
 from vishwam_t5x.evaluation.loss_evaluator import without_augmentation
@@ -78,14 +78,18 @@ class Evaluator:
     """
 
     def __init__(self, generator: Generator, objective: Any, decode_text: DecodeText,
-                 seed: int = 0, progress: Progress | None = None) -> None:
+                 seed: int = 0, progress: Progress | None = None,
+                 read_options: options.OptionReader | None = None) -> None:
         """Args:
             generator: writes.
             objective: turns clean examples into model examples.
             decode_text: ids -> text.
             seed: of the objective, for self-supervised examples.
             progress: called with (task, examples written so far, examples to write).
+            read_options: for examples with `options.FEATURE`, which are then answered by the best
+                of their options; None: freely, as others.
         """
+        self._read_options = read_options
         self._generator, self._seed, self._progress = generator, seed, progress
         self._objective = without_augmentation(objective)
         self._decode_text = decode_text
@@ -183,24 +187,27 @@ class Evaluator:
     def _requests(self, task: TaskRecords, records: Sequence[int], answers: dict[int, Answer],
                   left_out: dict[int, LeftOut], modality: str | None = None) -> Iterator[Request]:
         """Reads records, notes what the encoder will see of each, and hands them on."""
-        def one(record: int) -> tuple[Request, Any]:
+        def one(record: int) -> tuple[Request, Any, tuple[str, ...]]:
             try:
                 clean = task.read(record)
             except DamagedRecord as error:
                 raise LeftOut(str(error), damaged=True) from error
             example = self._objective.apply(_for_model(clean), seed=self._seed, example=record)
-            request = Request.from_example(example, record)
+            request, choices = Request.from_example(example, record), ()
+            if self._read_options is not None and modality == "text":
+                choices = _options(task, record, clean)
+                request = dataclasses.replace(request, options=self._read_options.ids(choices))
             if (why := self._generator.misfit(request, modality)) is not None:
                 raise LeftOut(f"{task.name} record {record}: {why}")
-            return request, clean.get(PRETOKENIZED)
+            return request, clean.get(PRETOKENIZED), choices
 
         wanted = [record for record in records if record not in left_out]
         for record, found in together.read(f"records of {task.name}", wanted, one):
             if isinstance(found, LeftOut):
                 left_out[record] = found
                 continue
-            request, pretokenized = found
-            answers.setdefault(record, Answer.to(request, self._decode_text, pretokenized))
+            request, pretokenized, choices = found
+            answers.setdefault(record, Answer.to(request, self._decode_text, pretokenized, choices))
             yield request
 
     # -- judging -------------------------------------------------------------------------------
@@ -243,6 +250,14 @@ class Evaluator:
                               self._objective.target_modalities,
                               getattr(self._objective, "ignored_features", ()))
         return next(iter(roles.targets.values()))
+
+
+def _options(task: TaskRecords, record: int, clean: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        return options.of_example(clean)
+    except UserError as error:
+        got = "" if error.got is None else f" ({error.got})"
+        raise LeftOut(f"{task.name} record {record}: {error.problem}{got}") from error
 
 
 def _none(task: TaskRecords, error: LeftOut) -> UserError:

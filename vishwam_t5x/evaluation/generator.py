@@ -3,108 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vishwam_t5x.core.batch import BatchSpec, HistorySpec, ModalityLengths
-from vishwam_t5x.core.errors import UserError, one_of
+from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import key_for
-from vishwam_t5x.data.assembly import PlacedExample, assemble
+from vishwam_t5x.evaluation import constraints, options, programs
+from vishwam_t5x.evaluation.decoding_config import DecodingConfig as DecodingConfig
+from vishwam_t5x.evaluation.options import OptionScoring
 from vishwam_t5x.evaluation.placement import Placement
 from vishwam_t5x.evaluation.requests import Generated, Request, Scored
+from vishwam_t5x.evaluation.shapes import Shapes, bucket, histories, without_budgets
 from vishwam_t5x.models import beam_search, decoding
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 
-SMALLEST_BUCKET = 16
-METHODS = ("greedy", "sample", "beam")
-_NO_TOKEN = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodingConfig:
-    """How one modality is written.
-
-    Attributes:
-        method: 'greedy', 'sample', or 'beam'.
-        temperature: of 'sample': divides the log-probabilities.
-        top_k: of 'sample': draw among so many most probable tokens; 0: all.
-        top_p: of 'sample': draw among the most probable tokens that reach this probability; 1: all.
-        num_decodes: sequences sampled, or beams kept, per example; the one with the best score is
-            the prediction.
-        alpha: of 'beam': exponent of the length penalty.
-        max_length: most tokens of a text, its end included; None: those of a decoder row. A grid of
-            codes always has all its codes.
-        seed: of 'sample'.
-        prompt_with_targets: begin every text with the target of its example, as T5X does; the score
-            counts the prompt. Not for 'beam'.
-
-    Raises:
-        UserError: a value out of its range, or one that the method does not use.
-    """
-
-    method: Literal["greedy", "sample", "beam"] = "greedy"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    num_decodes: int = 1
-    alpha: float = 0.6
-    max_length: int | None = None
-    seed: int = 0
-    prompt_with_targets: bool = False
-
-    def __post_init__(self) -> None:
-        one_of(self.method, METHODS, "method of decoding")
-        used = {"greedy": ("prompt_with_targets",),
-                "sample": ("temperature", "top_k", "top_p", "num_decodes", "seed",
-                           "prompt_with_targets"),
-                "beam": ("num_decodes", "alpha")}[self.method]
-        for field in dataclasses.fields(self):
-            if field.name in ("method", "max_length") or field.name in used:
-                continue
-            if getattr(self, field.name) != field.default:
-                raise UserError(f"decoding by '{self.method}' has no {field.name}",
-                                got=f"{field.name} = {getattr(self, field.name)}",
-                                fix=f"leave it out, or set method to another of {METHODS}")
-        if self.method == "sample" and not self.temperature > 0:
-            raise UserError("the temperature of sampling must be above 0", got=self.temperature,
-                            fix="method = 'greedy' takes the most probable token")
-        if self.max_length is not None and self.max_length < 1:
-            raise UserError("DecodingConfig.max_length must be at least 1 token",
-                            got=self.max_length)
-        if self.top_k < 0 or not 0 < self.top_p <= 1 or self.num_decodes < 1 or self.alpha < 0:
-            raise UserError("a setting of decoding is out of its range",
-                            got=f"top_k {self.top_k}, top_p {self.top_p}, num_decodes "
-                                f"{self.num_decodes}, alpha {self.alpha}",
-                            fix="top_k >= 0, 0 < top_p <= 1, num_decodes >= 1, alpha >= 0")
-
-
-def bucket(length: int, most: int | None = None) -> int:
-    """Returns the size of the array for `length` slots: 16, 32, 64, …, but not above `most`."""
-    size = SMALLEST_BUCKET
-    while size < length:
-        size *= 2
-    return size if most is None else max(length, min(size, most))
-
-
-def _histories(config: Any) -> dict[str, HistorySpec]:
-    return {module.modality: HistorySpec(module.grid[0] * module.grid[1],
-                                         module.resampler.num_latents)
-            for module in config.inputs if hasattr(module, "resampler")}
-
-
-def _without_budgets(model: Any) -> Any:
-    """The same model, which encodes every frame that it is given."""
-    inputs = model.config.inputs
-    if not any(getattr(module, "frame_budget", None) for module in inputs):
-        return model
-    return model.clone(config=dataclasses.replace(model.config, inputs=tuple(
-        dataclasses.replace(module, frame_budget=None)
-        if getattr(module, "frame_budget", None) else module for module in inputs)))
+WithoutText = Callable[[np.ndarray, str], np.ndarray]
+"""(ids of an input text, modality to be written) -> ids of the same input without its text."""
 
 
 def _prompt(request: Request, modality: str) -> np.ndarray:
@@ -121,7 +40,9 @@ class Generator:
 
     def __init__(self, model: Any, mesh: Mesh, rules: LogicalAxisRules | None, batch_size: int,
                  decoding_cfg: Mapping[str, DecodingConfig], max_text_length: int,
-                 largest_inputs: Mapping[str, int]) -> None:
+                 largest_inputs: Mapping[str, int], *, without_text: WithoutText | None = None,
+                 encode: constraints.Encode | None = None,
+                 option_scoring: OptionScoring = OptionScoring()) -> None:
         """Args:
             model: Flax module with `encode`, `init_cache`, `decode_step` and `logits`.
             mesh: devices.
@@ -130,42 +51,76 @@ class Generator:
             decoding_cfg: how to write each modality; greedily those it does not name.
             max_text_length: most tokens of a text whose config does not say.
             largest_inputs: most slots of each input modality (shapes do not exceed them).
+            without_text: of the objective; for guidance.
+            encode: text -> ids without an end, for answers that `DecodingConfig.allowed` gives as
+                text; None: `read_text` comes.
+            option_scoring: how the best of a request's options is found.
 
         Raises:
-            UserError: a modality the model does not write, beams of something without end, or rows
-                that do not divide over the devices.
+            UserError: a modality the model does not write, beams of something without end, rows
+                that do not divide over the devices, or a constraint that nothing can meet.
         """
         # Requests have as many frames as they have: no budget is kept to.
-        self._model = _without_budgets(model)
-        self._placement = Placement(mesh, rules, batch_size)
-        self._histories = _histories(model.config)
-        self.batch_size, self._largest = batch_size, dict(largest_inputs)
-        self._max_text_length = max_text_length
+        self._model = model = without_budgets(model)
+        self._placement, self.batch_size = Placement(mesh, rules, batch_size), batch_size
+        self._shapes = Shapes(batch_size, dict(largest_inputs), model.config.patch_dims,
+                              histories(model.config))
+        self._max_text_length, self._without_text = max_text_length, without_text
+        self._options = option_scoring
         for modality, config in decoding_cfg.items():
-            model.config.target(modality)
-            if self._num_codes(modality) and config.max_length is not None:
-                raise UserError(f"modality '{modality}' is always written whole",
-                                got=f"max_length {config.max_length}", fix="leave max_length out")
-            if self._num_codes(modality) and config.prompt_with_targets:
-                raise UserError("only text can be prompted", got=f"modality '{modality}'",
-                                fix="leave prompt_with_targets out")
+            self._check(modality, config)
         self._configs = {modality: decoding_cfg.get(modality, DecodingConfig())
                          for modality in model.config.target_modalities}
+        self._writings = {modality: self._writing(modality, encode)
+                          for modality, config in self._configs.items()
+                          if encode is not None or not constraints.needs_text(config.allowed)}
         replicated = self._placement.replicated
         self._decode: Any = jax.jit(self._decode_batch, static_argnums=(3,),
                                     out_shardings=replicated)
-        self._score: Any = jax.jit(self._score_batch, out_shardings=replicated)
+        self._score: Any = jax.jit(self._score_batch, static_argnums=(2,),
+                                   out_shardings=replicated)
+        self._encode: Any = jax.jit(lambda params, batch: model.apply(
+            {"params": params}, batch, method="encode"))
+        self._choose: Any = jax.jit(lambda *arguments: programs.score_tokens(model, *arguments),
+                                    out_shardings=replicated)
 
     @property
     def num_compiles(self) -> int:
-        """How many programs were compiled so far, for writing and for scoring."""
-        return self._decode._cache_size() + self._score._cache_size()
+        """How many programs were compiled so far, for writing, scoring and choosing."""
+        return sum(program._cache_size() for program in (self._decode, self._score, self._encode,
+                                                         self._choose))
+
+    @property
+    def configs(self) -> Mapping[str, DecodingConfig]:
+        """How each modality is written."""
+        return self._configs
 
     @property
     def description(self) -> str:
         """How each modality is written, in words that are the same in another process."""
-        return repr({name: (self._length(name), config)
-                     for name, config in sorted(self._configs.items())})
+        return re.sub(r" at 0x[0-9a-f]+", "", repr((
+            {name: (self._length(name), config) for name, config in sorted(self._configs.items())},
+            self._options)))
+
+    def read_text(self, encode: constraints.Encode) -> None:
+        """Takes the vocabulary, text -> ids without an end, once it is known.
+
+        Raises:
+            UserError: an answer that `DecodingConfig.allowed` gives as text cannot be written.
+        """
+        for modality, config in self._configs.items():
+            if constraints.needs_text(config.allowed):
+                self._writings[modality] = self._writing(modality, encode)
+
+    def writing(self, modality: str) -> programs.Writing:
+        """Returns how a modality is written, as the compiled programs know it.
+
+        Raises:
+            UserError: what is allowed is told in text, and there is no vocabulary.
+        """
+        if modality not in self._writings:
+            self._writings[modality] = self._writing(modality, None)
+        return self._writings[modality]
 
     def is_prompted(self, modality: str) -> bool:
         """Whether what is written of a modality begins with the example's target."""
@@ -183,6 +138,12 @@ class Generator:
             return None if size <= self._max_text_length else (
                 f"the target is too long to be scored ({size} tokens, at most "
                 f"{self._max_text_length})")
+        if request.options:
+            if modality != "text":
+                return f"its options are texts, but what is to be written is {modality}"
+            return options.misfit(request.options, self._max_text_length)
+        if self._configs[modality].guidance and not request.slots().get("text"):
+            return "its inputs have no text to be guided by"
         if not self.is_prompted(modality):
             return None
         size, most = len(_prompt(request, modality)), self._length(modality)
@@ -192,7 +153,8 @@ class Generator:
 
     def generate(self, params: Any, requests: Iterable[Request], modality: str, stream: int = 0,
                  token_scores: bool = False) -> Iterator[Generated]:
-        """Writes `modality` for each request; results come batch by batch, not in order.
+        """Writes `modality` for each request, or chooses the best of its options; results come
+        batch by batch, not in order.
 
         Args:
             params: of the model, on the devices.
@@ -203,35 +165,41 @@ class Generator:
             token_scores: give the log-probability of each token of a text, by one more pass.
 
         Raises:
-            UserError: a prompt leaves no room for what is to be written.
+            UserError: a prompt leaves no room for what is to be written, an option cannot be
+                scored, or a constraint left nothing to write.
         """
         config = self._configs[modality]
+        self.writing(modality)  # says what it lacks, before anything is read
         prompted = config.prompt_with_targets
-        if prompted:
-            requests = self._prompts(requests, modality)
-        for number, rows in enumerate(self._grouped(requests, prompted)):
+        asked = self._asked(requests, modality)
+        for number, rows in enumerate(self._shapes.grouped(asked, prompted)):
+            if rows[0].options:
+                yield from self._chosen(params, rows, token_scores)
+                continue
             key = key_for(config.seed, modality, stream, number)
-            arrays = self._arrays(rows, prompted)
+            arrays = self._shapes.arrays(rows, prompted)
             with self._placement.context():
                 found = self._decode(params, self._placement.put(arrays), key, modality)
             found = jax.device_get(found)
-            whole = [self._written(modality, tokens[-1], with_end=True)
+            whole = [self._cut(modality, tokens[-1], with_end=True)
                      for tokens in found.tokens[:len(rows)]]
             each = self._token_scores(params, rows, modality, whole) if token_scores else []
             for index, (request, ids) in enumerate(zip(rows, whole, strict=True)):
-                decodes = [(self._written(modality, tokens), float(score)) for tokens, score in
+                decodes = [(self._cut(modality, tokens), float(score)) for tokens, score in
                            zip(found.tokens[index], found.scores[index], strict=True)]
+                if config.allowed is not None:
+                    decodes = _possible(decodes, request)
                 yield Generated(
                     request.tag, {modality: decodes[-1][0]}, {modality: decodes[-1][1]},
                     {modality: ids}, {modality: decodes},
                     {modality: each[index][:len(ids)]} if len(each) else {})
 
     def score(self, params: Any, requests: Iterable[Request]) -> Iterator[Scored]:
-        """Yields the log-probabilities of each request's targets, in another order."""
-        for rows in self._grouped(requests, with_targets=True):
-            arrays = self._arrays(rows, with_targets=True)
+        """Yields the model's own log-probabilities of each request's targets, in another order."""
+        for rows in self._shapes.grouped(requests, with_targets=True):
+            arrays = self._shapes.arrays(rows, with_targets=True)
             with self._placement.context():
-                found = self._score(params, self._placement.put(arrays))
+                found = self._score(params, self._placement.put(arrays), None)
             found = jax.device_get(found)
             for index, request in enumerate(rows):
                 lengths = request.target_slots()
@@ -239,6 +207,31 @@ class Generator:
                     request.tag, {name: float(sums[index]) for name, (sums, _) in found.items()},
                     {name: each[index, :lengths.get(name, 0)]
                      for name, (_, each) in found.items()})
+
+    def _chosen(self, params: Any, rows: Sequence[Request], token_scores: bool
+                ) -> Iterator[Generated]:
+        """Scores the options of requests of one shape; the inputs are encoded once."""
+        texts = [request.options for request in rows]
+        found: list[list[np.ndarray]] = [[] for _ in rows]
+        # Distances to the inputs grow with each option that stands between: one at a time.
+        most = 1 if self._model.config.decoder_only else self._options.max_tokens
+        with self._placement.context():
+            encoded = self._encode(params, self._placement.put(self._shapes.arrays(rows, False)))
+            for now in options.rounds(texts, most):
+                targets = options.laid_out(texts, now, self.batch_size)
+                scores = jax.device_get(self._choose(params, encoded,
+                                                     self._placement.put(targets)))
+                for row, values in options.token_scores(scores, texts, now):
+                    found[row].append(values)
+        for request, each in zip(rows, found, strict=True):
+            scores = tuple(map(self._options.of, each))
+            order = sorted(range(len(scores)), key=lambda one, by=scores: (by[one], -one))
+            best = order[-1]
+            decodes = [(self._cut("text", request.options[one]), scores[one]) for one in order]
+            yield Generated(
+                request.tag, {"text": decodes[-1][0]}, {"text": float(np.sum(each[best]))},
+                {"text": request.options[best]}, {"text": decodes},
+                {"text": each[best]} if token_scores else {}, scores)
 
     def _token_scores(self, params: Any, rows: Sequence[Request], modality: str,
                       whole: Sequence[np.ndarray]) -> Any:
@@ -249,78 +242,66 @@ class Generator:
         targets = {modality: bucket(max(1, *map(len, whole)))}
         written = [dataclasses.replace(request, targets={f"targets/{modality}/targets": ids})
                    for request, ids in zip(rows, whole, strict=True)]
-        arrays = self._arrays(written, True, targets)
+        arrays = self._shapes.arrays(written, True, targets)
         with self._placement.context():
-            found = self._score(params, self._placement.put(arrays))
+            found = self._score(params, self._placement.put(arrays), modality)
         return jax.device_get(found[modality][1])
+
+    def _asked(self, requests: Iterable[Request], modality: str) -> Iterator[Request]:
+        """Leaves of the targets what is a prompt: those of one modality, without their end; and
+        adds the text that guidance leads away from."""
+        config = self._configs[modality]
+        for request in requests:
+            if (why := self.misfit(request, modality)) is not None:
+                raise UserError(why, fix="DecodingConfig.max_length, or shorter prompts and "
+                                         "options")
+            if config.prompt_with_targets and not request.options:
+                request = dataclasses.replace(request, targets={
+                    f"targets/{modality}/targets": _prompt(request, modality)})
+            if config.guidance and not request.options:
+                assert self._without_text is not None
+                request = dataclasses.replace(request, bare=self._without_text(
+                    request.inputs["inputs/text/tokens"], modality))
+            yield request
+
+    # -- how a modality is written -------------------------------------------------------------
+
+    def _check(self, modality: str, config: DecodingConfig) -> None:
+        self._model.config.target(modality)
+        if self._num_codes(modality) and config.max_length is not None:
+            raise UserError(f"modality '{modality}' is always written whole",
+                            got=f"max_length {config.max_length}", fix="leave max_length out")
+        if self._num_codes(modality) and config.prompt_with_targets:
+            raise UserError("only text can be prompted", got=f"modality '{modality}'",
+                            fix="leave prompt_with_targets out")
+        if config.guidance and self._without_text is None:
+            raise UserError("guidance needs an objective that knows an input without its text",
+                            got=f"guidance {config.guidance} of {modality}",
+                            fix="an objective with a method without_text, or guidance = 0")
+
+    def _writing(self, modality: str, encode: constraints.Encode | None) -> programs.Writing:
+        config = self._configs[modality]
+        allowed = None if config.allowed is None else constraints.mask_of(
+            config.allowed, self._written(modality, encode))
+        return programs.Writing(modality, config, self._length(modality),
+                                getattr(self._model.config.target(modality), "token_range", None),
+                                allowed)
+
+    def _written(self, modality: str, encode: constraints.Encode | None) -> constraints.Written:
+        return constraints.Written(
+            modality, self._model.config.target(modality).table.num_embeddings,
+            self._length(modality), not self._num_codes(modality), encode)
 
     def _length(self, modality: str) -> int:
         """Most tokens of what is written, its end included."""
         return (self._num_codes(modality) or self._configs[modality].max_length
                 or self._max_text_length)
 
-    def _prompts(self, requests: Iterable[Request], modality: str) -> Iterator[Request]:
-        """Leaves of the targets what is a prompt: those of one modality, without their end."""
-        for request in requests:
-            if (why := self.misfit(request, modality)) is not None:
-                raise UserError(why, fix="DecodingConfig.max_length, or shorter prompts")
-            yield dataclasses.replace(request, targets={
-                f"targets/{modality}/targets": _prompt(request, modality)})
+    def _num_codes(self, modality: str) -> int:
+        """Tokens of a whole grid; 0 for text, which has an end."""
+        return getattr(self._model.config.target(modality), "num_tokens", 0)
 
-    # -- batches -------------------------------------------------------------------------------
-
-    def _grouped(self, requests: Iterable[Request], with_targets: bool
-                 ) -> Iterator[list[Request]]:
-        """Yields up to a batch of requests of one shape; reads no further ahead than it must."""
-        waiting: dict[Any, list[Request]] = {}
-        for request in requests:
-            shape = self._shape(request, with_targets)
-            rows = waiting.setdefault(shape, [])
-            rows.append(request)
-            if len(rows) == self.batch_size:
-                yield waiting.pop(shape)
-        yield from waiting.values()
-
-    def _shape(self, request: Request, with_targets: bool) -> Any:
-        targets = request.target_slots() if with_targets else {}
-        inputs = tuple((m, self._bucket(m, size)) for m, size in self._slots(request).items())
-        return inputs, tuple((m, bucket(size)) for m, size in targets.items())
-
-    def _slots(self, request: Request) -> dict[str, int]:
-        """Slots of each input modality of a request; a frame takes several."""
-        return {m: size * (self._histories[m].latents if m in self._histories else 1)
-                for m, size in request.slots().items()}
-
-    def _bucket(self, modality: str, size: int) -> int:
-        """Slots of the array for `size` slots; of a history 1, 2, 4, 8, … frames."""
-        most = self._largest.get(modality)
-        if modality not in self._histories:
-            return bucket(size, most)
-        latents = self._histories[modality].latents
-        frames = 1 << (size // latents - 1).bit_length()
-        return max(size, min(frames * latents, most or frames * latents))
-
-    def _arrays(self, rows: Sequence[Request], with_targets: bool,
-                targets: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
-        inputs, shape = map(dict, self._shape(rows[0], with_targets))
-        targets = dict(shape if targets is None else targets)
-        # A spec has targets; where none are wanted, one slot that is thrown away below.
-        spec = BatchSpec(self.batch_size, sum(inputs.values()), sum(targets.values()) or 1,
-                         inputs, targets or {"text": 1}, self._model.config.patch_dims,
-                         packed=False, histories={m: history for m, history
-                                                  in self._histories.items() if m in inputs})
-        placed = []
-        for index in range(self.batch_size):
-            # Empty rows are filled with the last request: one that never ends would hold up all.
-            request = rows[min(index, len(rows) - 1)]
-            lengths = ModalityLengths(self._slots(request),
-                                      request.target_slots() if with_targets else {})
-            placed.append(PlacedExample(index, lengths, {**request.inputs, **request.targets}))
-        arrays = assemble(spec, self.batch_size, placed)
-        return {key: value for key, value in arrays.items()
-                if with_targets or key.startswith("inputs/")}
-
-    def _written(self, modality: str, tokens: np.ndarray, with_end: bool = False) -> np.ndarray:
+    def _cut(self, modality: str, tokens: np.ndarray, with_end: bool = False) -> np.ndarray:
         if self._num_codes(modality):
             return tokens
         ends = np.flatnonzero(tokens == decoding.EOS_ID)
@@ -332,55 +313,21 @@ class Generator:
 
     def _decode_batch(self, params: Any, batch: Mapping[str, jax.Array], key: jax.Array,
                       modality: str) -> decoding.Decoded:
-        model, config, variables = self._model, self._configs[modality], {"params": params}
-        codes = self._num_codes(modality)
-        length = self._length(modality)
-        encoded = model.apply(variables, batch, method="encode")
-        cache = model.apply(variables, encoded, length, config.num_decodes, method="init_cache")
+        return programs.write(self._model, params, batch, key, self._writings[modality])
 
-        def step(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-            return model.apply(variables, tokens, cache, modality, method="decode_step")
-
-        shared = {"batch_size": encoded.hidden.shape[0], "max_length": length,
-                  "logits_hook": self._allowed(modality)}
-        if config.method == "beam":
-            return beam_search.beam_search(
-                step, cache, lambda cache, rows: cache.reorder(rows), num_beams=config.num_decodes,
-                alpha=config.alpha, eos_id=_NO_TOKEN if codes else decoding.EOS_ID, **shared)
-        shared |= {"eos_id": None if codes else decoding.EOS_ID,
-                   "prompt": batch.get(f"targets/{modality}/targets")}
-        if config.method == "greedy":
-            return decoding.greedy(step, cache, **shared)
-        return decoding.sample(step, cache, key, num_decodes=config.num_decodes,
-                               temperature=config.temperature, top_k=config.top_k,
-                               top_p=config.top_p, **shared)
-
-    def _score_batch(self, params: Any, batch: Mapping[str, jax.Array]
+    def _score_batch(self, params: Any, batch: Mapping[str, jax.Array], modality: str | None
                      ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        logits = self._model.apply({"params": params}, batch, method="logits")
-        scores = {}
-        for modality, values in logits.items():
-            log_probs = jax.nn.log_softmax(values.astype(jnp.float32))
-            targets = batch[f"targets/{modality}/targets"]
-            gained = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-            weights = batch[f"targets/{modality}/loss_mask"]
-            counted = jnp.where(weights > 0, gained * weights, 0.0)
-            scores[modality] = jnp.sum(counted, axis=-1), counted
-        return scores
+        return programs.score(self._model, params, batch,
+                              None if modality is None else self._writings[modality])
 
-    def _num_codes(self, modality: str) -> int:
-        """Tokens of a whole grid; 0 for text, which has an end."""
-        return getattr(self._model.config.target(modality), "num_tokens", 0)
 
-    def _allowed(self, modality: str) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-        """Forbids tokens of the table that are no codes."""
-        allowed = getattr(self._model.config.target(modality), "token_range", None)
-        if allowed is None:
-            return None
-        first, end = allowed
-
-        def hook(logits: jax.Array, position: jax.Array) -> jax.Array:
-            tokens = jnp.arange(logits.shape[-1])
-            return jnp.where((tokens >= first) & (tokens < end), logits, -jnp.inf)
-
-        return hook
+def _possible(decodes: list[tuple[np.ndarray, float]], request: Request
+              ) -> list[tuple[np.ndarray, float]]:
+    """Leaves out what the constraint made impossible: beams or draws that it left nothing."""
+    found = [(tokens, score) for tokens, score in decodes if score > beam_search.NEVER / 2]
+    if not found:
+        raise UserError("DecodingConfig.allowed left nothing to write",
+                        got=f"example {request.tag}",
+                        fix="let it allow a token after every beginning that it allows: 1 ends a "
+                            "text")
+    return found

@@ -122,7 +122,8 @@ class LinesSource:
             line = self._reader.line(self.name, *numbered)
             if isinstance(line, BadLine):
                 raise LeftOut(line.why)
-            request = Request.from_example(line.example, line.number)
+            request = dataclasses.replace(Request.from_example(line.example, line.number),
+                                          options=line.option_ids)
             if (why := self._generator.misfit(request, modality)) is not None:
                 raise LeftOut(why)
             return line, request
@@ -135,7 +136,8 @@ class LinesSource:
                     logging.warning("%s: %s", self.name, bad[-1])
                     continue
                 line, request = read
-                found[number] = Answer.to(request, self._decode_text, line.fields.get("target"))
+                found[number] = Answer.to(request, self._decode_text, line.fields.get("target"),
+                                          line.options)
                 fields[number] = _without_text(line)
                 yield request
 

@@ -17,12 +17,16 @@ from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.data import pictures, recordings
+from vishwam_t5x.evaluation import options as option_texts
+from vishwam_t5x.evaluation.options import OptionReader
 from vishwam_t5x.objectives.masking import FrameSpec, PatchSpec
 from vishwam_t5x.objectives.vocabulary import EOS_ID
 
 FIELDS = ("text", "image", "frames", "audio")
 TARGET = "target"
 """Field of the text that is scored, or that what is written begins with."""
+OPTIONS = "options"
+"""Field of a list of texts, of which the best is to be chosen."""
 Hear = Callable[[Float[np.ndarray, "samples"], int, int], recordings.Spectrograms]
 """(waveform in [-1, 1], samples per second, multiple of frames wanted) -> log-mel spectrograms."""
 _logger = logging.getLogger(__name__)
@@ -49,11 +53,15 @@ class InputLine(NamedTuple):
         fields: what it said: texts and paths, of "frames" a list of paths.
         example: the model example: 'inputs/…', and 'targets/text/targets' where the line has a
             target.
+        options: of its "options"; () where it has none.
+        option_ids: the ids of each, with its end.
     """
 
     number: int
     fields: dict[str, Any]
     example: dict[str, np.ndarray]
+    options: tuple[str, ...] = ()
+    option_ids: tuple[np.ndarray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +107,10 @@ class InputReader:
     def line(self, path: str | os.PathLike, number: int, text: bytes) -> InputLine | BadLine:
         """Returns what one line of a file means, or what is wrong with it."""
         try:
-            fields = _fields(text)
+            fields, options = _fields(text)
             folder = storage.parent(storage.expanded(path))
-            return InputLine(number, fields, self.example(fields, folder))
+            return InputLine(number, fields, self.example(fields, folder), options,
+                             self.option_ids(options))
         except UserError as error:
             got = "" if error.got is None else f" ({error.got})"
             return BadLine(number, f"{error.problem}{got}")
@@ -145,6 +154,16 @@ class InputReader:
             self._check_target(clean, example)
         kept = ("inputs/",) if target is None else ("inputs/", "targets/text/")
         return {key: value for key, value in example.items() if key.startswith(kept)}
+
+    def option_ids(self, options: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """Returns the ids of options, with their ends.
+
+        Raises:
+            UserError: nothing is to be chosen among them.
+        """
+        if options and self.needs_target:
+            raise UserError(f'"{OPTIONS}" are chosen among, but the "{TARGET}" is to be scored')
+        return OptionReader(self.encode, self.ends).ids(options)
 
     def _ids(self, text: str, side: str) -> np.ndarray:
         ids = np.asarray(self.encode(text), np.int32)
@@ -234,15 +253,17 @@ def raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(lines, 1)
 
 
-def _fields(text: bytes) -> dict[str, Any]:
+def _fields(text: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The fields of a line, and its options apart."""
     try:
         fields = json.loads(text.decode("utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one
         raise UserError("not JSON", got=str(error)) from error
-    if not isinstance(fields, dict) or not set(fields) - {TARGET}:
+    if not isinstance(fields, dict) or not set(fields) - {TARGET, OPTIONS}:
         raise UserError('not an object with one of "text", "image", "frames", "audio"')
+    options = option_texts.checked(fields.pop(OPTIONS)) if OPTIONS in fields else ()
     for name, value in fields.items():
-        if name not in (known := (*FIELDS, TARGET)):
+        if name not in (known := (*FIELDS, TARGET, OPTIONS)):
             raise UserError(f"unknown field {name!r}",
                             got=did_you_mean(name, known) or "fields: " + ", ".join(known))
         if name == "frames":
@@ -252,7 +273,7 @@ def _fields(text: bytes) -> dict[str, Any]:
                 raise UserError("the video has no frames")
         elif not isinstance(value, str):
             raise UserError(f"the {name} is not a string", got=repr(value))
-    return fields
+    return fields, options
 
 
 def read_image(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]

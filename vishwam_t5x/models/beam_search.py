@@ -14,10 +14,12 @@ from vishwam_t5x.models.decoding import (
     BOS_ID,
     EOS_ID,
     PAD_ID,
+    AllowedFn,
     Decoded,
     LogitsHook,
     StepFn,
     check_sizes,
+    next_log_probs,
 )
 
 NEVER = -1.0e7
@@ -43,7 +45,8 @@ def length_penalty(length: Any, alpha: float) -> Any:
 
 def beam_search(step: StepFn, cache: Any, reorder: Callable[[Any, Int[Array, "R"]], Any], *,
                 batch_size: int, max_length: int, num_beams: int = 4, alpha: float = 0.6,
-                eos_id: int = EOS_ID, logits_hook: LogitsHook | None = None) -> Decoded:
+                eos_id: int = EOS_ID, logits_hook: LogitsHook | None = None,
+                allowed: AllowedFn | None = None) -> Decoded:
     """Returns the `num_beams` best sequences found for each example, the best one last.
 
     Twice as many continuations as beams are looked at in each step, so that beams that end do not
@@ -61,6 +64,8 @@ def beam_search(step: StepFn, cache: Any, reorder: Callable[[Any, Int[Array, "R"
         alpha: exponent of the length penalty; 0 for none.
         eos_id: token that ends a sequence.
         logits_hook: changes logits before anything else.
+        allowed: which tokens may come next. Where it leaves fewer sequences than beams, the others
+            score `NEVER` or less.
 
     Raises:
         UserError: a setting out of its range.
@@ -76,7 +81,7 @@ def beam_search(step: StepFn, cache: Any, reorder: Callable[[Any, Int[Array, "R"
         return (state.position < max_length) & ~jnp.all(worst > attainable)
 
     def advance(state: _State) -> _State:
-        return _advance(state, step, reorder, alpha, eos_id, logits_hook)
+        return _advance(state, step, reorder, alpha, eos_id, logits_hook, allowed)
 
     last = jax.lax.while_loop(going, advance, _start(batch_size, num_beams, max_length, cache))
     any_ended = jnp.any(last.ended, axis=1)
@@ -93,16 +98,15 @@ def _start(batch: int, beams: int, length: int, cache: Any) -> _State:
 
 
 def _advance(state: _State, step: StepFn, reorder: Callable[[Any, jax.Array], Any], alpha: float,
-             eos_id: int, hook: LogitsHook | None) -> _State:
+             eos_id: int, hook: LogitsHook | None, allowed: AllowedFn | None) -> _State:
     position = state.position
     batch, beams, _ = state.live.shape
     before = jax.lax.dynamic_index_in_dim(
         state.live, jnp.maximum(position - 1, 0), axis=2, keepdims=False)
     last = jnp.where(position == 0, BOS_ID, before).reshape(-1)
     logits, cache = step(last, state.cache)
-    logits = logits.astype(jnp.float32)
-    logits = logits if hook is None else hook(logits, position)
-    log_probs = jnp.maximum(jax.nn.log_softmax(logits), NEVER)
+    log_probs = jnp.maximum(next_log_probs(
+        logits, state.live.reshape(batch * beams, -1), position, hook, allowed), NEVER)
     vocab = log_probs.shape[-1]
 
     totals = log_probs.reshape(batch, beams, vocab) + state.live_scores[:, :, None]

@@ -4,8 +4,9 @@ Pure functions of a step function (tokens [R], cache) -> (logits [R, V], cache).
 examples times the decodes of each, decodes of one example next to each other. All decode at the
 same position, so the cache may hold it as one scalar. They may be traced under `jax.jit`.
 
-Scores are sums of the model's own log-probabilities (after `logits_hook`, before temperature, top-k
-and top-p), greedy decoding included. As in T5X, decodes come sorted by score, the best one last.
+Scores are sums of the log-probabilities that the step function gives (after `logits_hook` and
+`allowed`, before temperature, top-k and top-p), greedy decoding included. As in T5X, decodes come
+sorted by score, the best one last.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vishwam_t5x.core.errors import UserError
 
 Cache = TypeVar("Cache")
 StepFn = Callable[[Int[Array, "R"], Any], tuple[Float[Array, "R V"], Any]]
 LogitsHook = Callable[[Float[Array, "R V"], Int[Array, ""]], Float[Array, "R V"]]
-"""(logits, position) -> logits: constrained decoding. -inf forbids a token."""
+"""(logits, position) -> logits: -inf forbids a token."""
+AllowedFn = Callable[[Int[Array, "R T"], Int[Array, ""]], Bool[Array, "R V"]]
+"""(tokens so far, their number) -> which tokens may come next: constrained decoding. Columns behind
+the tokens so far hold `PAD_ID`."""
 
 BOS_ID = 0
 PAD_ID = 0
@@ -48,12 +52,18 @@ class Decoded:
         return self.tokens[:, -1]
 
 
-def _log_probs(logits: Float[Array, "R V"], hook: LogitsHook | None, position: Int[Array, ""]
-               ) -> Float[Array, "R V"]:
+def next_log_probs(logits: Float[Array, "R V"], tokens: Int[Array, "R T"], position: Int[Array, ""],
+                   hook: LogitsHook | None, allowed: AllowedFn | None) -> Float[Array, "R V"]:
+    """Returns what the next token is drawn from, before temperature: float32, normalized over what
+    hook and constraint leave; all -inf where they leave nothing."""
     logits = logits.astype(jnp.float32)
     if hook is not None:
         logits = hook(logits, position)
-    return jax.nn.log_softmax(logits)
+    if allowed is None:
+        return jax.nn.log_softmax(logits)
+    logits = jnp.where(allowed(tokens, position), logits, -jnp.inf)
+    nothing = jnp.all(jnp.isneginf(logits), axis=-1, keepdims=True)
+    return jnp.where(nothing, -jnp.inf, jax.nn.log_softmax(jnp.where(nothing, 0.0, logits)))
 
 
 def keep_top_k(log_probs: Float[Array, "R V"], top_k: int) -> Float[Array, "R V"]:
@@ -79,7 +89,8 @@ def keep_top_p(log_probs: Float[Array, "R V"], top_p: float) -> Float[Array, "R 
 def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_length: int,
            num_decodes: int = 1, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
            eos_id: int | None = EOS_ID, prompt: Int[Array, "B P"] | None = None,
-           logits_hook: LogitsHook | None = None, rescale_log_probs: bool = False) -> Decoded:
+           logits_hook: LogitsHook | None = None, allowed: AllowedFn | None = None,
+           rescale_log_probs: bool = False) -> Decoded:
     """Draws sequences token by token; ends early when all have ended.
 
     Args:
@@ -97,6 +108,7 @@ def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_len
         prompt: tokens every decode of an example begins with, `PAD_ID` after the prompt's end.
             They are part of the result, and their log-probabilities of the score.
         logits_hook: changes logits before anything else.
+        allowed: which tokens may come next. A sequence that it leaves nothing scores -inf.
         rescale_log_probs: score drawn tokens by the distribution they were drawn from, after
             temperature, top-k and top-p, as T5X does unless told otherwise; greedy decodes then
             all score 0.
@@ -135,7 +147,7 @@ def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_len
         position, last, ended, tokens, scores, cache, key = state
         now, key = jax.random.split(key)
         logits, cache = step(last, cache)
-        log_probs = _log_probs(logits, logits_hook, position)
+        log_probs = next_log_probs(logits, tokens, position, logits_hook, allowed)
         wanted = jax.lax.dynamic_index_in_dim(forced, position, axis=1, keepdims=False)
         drawn, scored = draw(log_probs, now)
         token = jnp.where(wanted == PAD_ID, drawn, wanted)
@@ -158,10 +170,11 @@ def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_len
 
 def greedy(step: StepFn, cache: Any, *, batch_size: int, max_length: int,
            eos_id: int | None = EOS_ID, prompt: Int[Array, "B P"] | None = None,
-           logits_hook: LogitsHook | None = None) -> Decoded:
+           logits_hook: LogitsHook | None = None, allowed: AllowedFn | None = None) -> Decoded:
     """Returns the sequence of most probable tokens, with its true log-probability; see `sample`."""
     return sample(step, cache, jax.random.key(0), batch_size=batch_size, max_length=max_length,
-                  temperature=0.0, eos_id=eos_id, prompt=prompt, logits_hook=logits_hook)
+                  temperature=0.0, eos_id=eos_id, prompt=prompt, logits_hook=logits_hook,
+                  allowed=allowed)
 
 
 def _check_sampling(temperature: float, top_k: int, top_p: float, num_decodes: int,

@@ -171,7 +171,12 @@ class EncoderDecoder(nn.Module):
     def logits(self, batch: Batch, enable_dropout: bool = False
                ) -> dict[str, Float[Array, "B M V"]]:
         """Returns logits by target modality in the policy's output dtype."""
-        hidden = self(batch, enable_dropout).hidden
+        return self.target_logits(batch, self.encode(batch, enable_dropout), enable_dropout)
+
+    def target_logits(self, batch: Batch, encoded: Encoded, enable_dropout: bool = False
+                      ) -> dict[str, Float[Array, "B M V"]]:
+        """Returns `logits` of the batch's targets, given the encoded inputs."""
+        hidden = self.decode(batch, encoded, enable_dropout)
         return {name: self._logits(name, part) for name, part in hidden.items()}
 
     def loss_sums(self, batch: Batch, loss: LossConfig, enable_dropout: bool = False
