@@ -40,15 +40,15 @@ ROWS = ((0, 3), (2, 1, 4))
 
 
 def small() -> EncoderDecoder:
-    """The model of the goldens with a layer where it has several."""
+    """The model of the goldens with as few layers as can be."""
     config = golden_fixtures.config()
 
-    def shallow(part):
-        return None if part is None else dataclasses.replace(part, num_layers=1)
+    def shallow(part, layers):
+        return dataclasses.replace(part, num_layers=layers)
 
     inputs = [module if module.transformer is None else dataclasses.replace(
-        module, transformer=shallow(module.transformer),
-        **({"resampler": shallow(module.resampler)} if hasattr(module, "resampler") else {}))
+        module, transformer=shallow(module.transformer, 2),
+        **({"resampler": shallow(module.resampler, 1)} if hasattr(module, "resampler") else {}))
         for module in config.inputs]
     return EncoderDecoder(dataclasses.replace(config, inputs=tuple(inputs), num_encoder_layers=1,
                                               num_decoder_layers=1))

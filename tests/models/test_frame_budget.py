@@ -12,9 +12,9 @@ CODE = """
     from vishwam_t5x.parallelism.mesh import MeshConfig, make_mesh
 
     history = golden_fixtures.INPUTS["image_history"]
-    shallow = lambda part: dataclasses.replace(part, num_layers=1)
-    history = dataclasses.replace(history, transformer=shallow(history.transformer),
-                                  resampler=shallow(history.resampler))
+    shallow = lambda part, layers: dataclasses.replace(part, num_layers=layers)
+    history = dataclasses.replace(history, transformer=shallow(history.transformer, 2),
+                                  resampler=shallow(history.resampler, 1))
     rng = np.random.default_rng(0)
     present = np.zeros((16, 3), np.int32)
     for first in range(0, 16, 2):  # three frames of the six of any two rows
