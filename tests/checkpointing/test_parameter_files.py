@@ -256,6 +256,14 @@ def test_taming_vqgan(tmp_path):
     assert_equal(found, own)
 
 
+def test_a_file_is_opened_once_for_all_its_arrays(tmp_path, monkeypatch):
+    np.savez(tmp_path / "p.npz", **{f"layers_{number}": np.ones(2) for number in range(9)})
+    opened, load = [], np.load
+    monkeypatch.setattr(np, "load", lambda *args, **kw: opened.append(args) or load(*args, **kw))
+    assert len(read(tmp_path / "p.npz")) == 9
+    assert len(opened) == 1, "a remote file would be fetched as often"
+
+
 def test_a_file_of_ours_is_taken_as_it_is(tmp_path):
     np.savez(tmp_path / "p.npz", **{"encoder/encoder_norm/scale": np.ones(3), "conv1.weight":
                                     np.ones((2, 3, 1, 1))})

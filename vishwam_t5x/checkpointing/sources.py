@@ -131,9 +131,10 @@ class NpzSource:
             UserError: no such file, no `.npz`, or one that holds Python objects.
         """
         self._path = os.fspath(path)
+        self._copy = contextlib.ExitStack()  # of a remote file, as long as this object lives
         try:
-            with storage.as_local(self._path) as file:
-                headers = _npz_headers(os.fspath(file))
+            self._local = os.fspath(self._copy.enter_context(storage.as_local(self._path)))
+            headers = _npz_headers(self._local)
         except FileNotFoundError:
             raise UserError("there is no such file", got=self._path) from None
         except storage.StorageError:
@@ -150,15 +151,19 @@ class NpzSource:
         """See `Source.leaves`."""
         return self._leaves
 
+    @functools.cached_property
+    def _file(self) -> Any:
+        """The open file: to find its arrays anew for each of thousands would take minutes."""
+        return self._copy.enter_context(np.load(self._local, allow_pickle=False))
+
     def read(self, requests: Mapping[str, Request]) -> dict[str, Any]:
         """See `Source.read`."""
         arrays = {}
-        with storage.as_local(self._path) as local, np.load(local, allow_pickle=False) as file:
-            for name, request in requests.items():
-                array = file[self._keys[name]]
-                if _is_raw_bfloat16(array.dtype):
-                    array = array.view(jnp.bfloat16)
-                arrays[name] = place(array.astype(request.dtype), request.sharding)
+        for name, request in requests.items():
+            array = self._file[self._keys[name]]
+            if _is_raw_bfloat16(array.dtype):
+                array = array.view(jnp.bfloat16)
+            arrays[name] = place(array.astype(request.dtype), request.sharding)
         return arrays
 
 
