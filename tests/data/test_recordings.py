@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import wave
 
@@ -44,6 +45,10 @@ def test_files_without_sound_are_refused():
                      (good[:-20], "cut off"), (wave_file(np.zeros((0, 1))), "no samples")):
         with pytest.raises(UserError, match=why):
             decode_wave(bad)
+    for at in range(36):  # whatever byte of the header is damaged
+        for byte in (0, 1, 0x7f, 0xff):
+            with contextlib.suppress(UserError):
+                decode_wave(good[:at] + bytes([byte]) + good[at + 1:])
     wide = bytearray(good)
     wide[34:36] = (64).to_bytes(2, "little")  # bits of a sample, as its header says
     with pytest.raises(UserError, match="more than 32 bits"):

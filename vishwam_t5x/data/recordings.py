@@ -46,7 +46,7 @@ def decode_wave(data: bytes) -> tuple[Float[np.ndarray, "samples"], int]:
             if width > 4:
                 raise UserError("the recording has samples of more than 32 bits", got=8 * width)
             raw = file.readframes(promised)
-    except (OSError, EOFError, wave.Error) as error:
+    except (OSError, EOFError, RuntimeError, wave.Error) as error:  # RuntimeError: a chunk's size
         raise UserError("the recording cannot be read",
                         got=str(error) or "the file ends in its header") from error
     if rate < 1:
