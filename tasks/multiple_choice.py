@@ -26,7 +26,7 @@ from vishwam_t5x.core.rng import example_generator
 from vishwam_t5x.data.tf import refusals
 from vishwam_t5x.data.tf.features import codes_feature, image_feature, text_feature
 from vishwam_t5x.data.tf.image import PictureConfig, decode_picture
-from vishwam_t5x.data.tf.special_tokens import SpecialTokens
+from vishwam_t5x.data.tf.special_tokens import SpecialTokens, tokenize
 from vishwam_t5x.evaluation.metrics.text import exact_match
 from vishwam_t5x.evaluation.options import FEATURE as OPTIONS
 from vishwam_t5x_tasks import quickstart_fitted as fitted
@@ -143,7 +143,7 @@ seqio.TaskRegistry.add(
         functools.partial(refusals.read_bytes, feature="image_inputs"),
         functools.partial(decode_picture, feature="image_inputs", config=PICTURE,
                           patches="image_input_patches", patch_size=PATCH_SIZE),
-        functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)],
+        tokenize],
     output_features={"image_inputs": image_feature(tf.uint8),
                      "image_input_patches": codes_feature(NUM_PATCHES),
                      "text_inputs": text_feature(TEXT), "text_targets": text_feature(TEXT)},

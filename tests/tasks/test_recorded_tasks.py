@@ -16,7 +16,7 @@ from PIL import Image
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.tf import audio, examples, image, refusals
 from vishwam_t5x.data.tf.features import image_feature
-from vishwam_t5x.data.tf.special_tokens import SpecialTokens
+from vishwam_t5x.data.tf.special_tokens import SpecialTokens, tokenize
 from vishwam_t5x.evaluation import options
 from vishwam_t5x_tasks import multiple_choice, spoken_digits
 
@@ -181,3 +181,17 @@ def test_the_extra_tokens_of_a_prompt_are_one_id_each():
     assert "<image_input>" in vocabulary.decode(ids)
     with pytest.raises(UserError, match="<extra_id_99>"):
         vocabulary.encode("<extra_id_99>")
+
+
+def test_a_text_with_an_unknown_token_is_refused_by_name():
+    vocabulary = SpecialTokens(seqio.ByteVocabulary(extra_ids=0), 3, 10, 1)
+    dataset = tf.data.Dataset.from_tensor_slices({
+        "text": ["a <extra_id_3>", "see <extra_id_99>", ""], "other": ["b", "b", "b"],
+        "meta_id": ["good", "bad", "empty"]})
+    features = {"text": seqio.Feature(vocabulary, add_eos=False),
+                "other": seqio.Feature(seqio.ByteVocabulary(), add_eos=False)}
+    kept, refused = kept_and_refused(tokenize(dataset, features))
+    assert refused == ["bad: a text has a token that the vocabulary lacks (<extra_id_99>)"]
+    assert [each["text"].tolist() for each in kept] == [
+        vocabulary.encode("a <extra_id_3>"), []]
+    assert all(each["other"].dtype == np.int32 for each in kept)

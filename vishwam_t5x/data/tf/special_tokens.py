@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data.tf.refusals import map_or_refuse
 from vishwam_t5x.objectives.vocabulary import EOS_ID, PAD_ID, UNK_ID, VocabularyLayout
 
 _NAME = re.compile(r"(<(?:extra_id|image_history|audio_history)_\d+>|<(?:image|audio)_input>)")
@@ -109,3 +110,30 @@ class SpecialTokens(seqio.Vocabulary):
 
     def __str__(self) -> str:
         return f"SpecialTokens({self.base}, {', '.join(map(str, self._sizes))})"
+
+
+def tokenize(dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+             ) -> tf.data.Dataset:
+    """Encodes texts, as `seqio.preprocessors.tokenize` does; what cannot be encoded is refused.
+
+    A text of someone else's may hold what looks like a token, `<extra_id_5000>`: such an example is
+    left out and counted, with its `meta_id`, where SeqIO's preprocessor would end the run.
+
+    Args:
+        dataset: examples with texts, scalar strings.
+        output_features: of the Task, which SeqIO gives; those with a `SpecialTokens` vocabulary are
+            encoded here, other texts by SeqIO.
+    """
+    def encode(vocabulary: SpecialTokens, text: bytes) -> tuple[np.ndarray]:
+        ids = vocabulary.encode(bytes(text).decode("utf-8", "replace"))
+        return (np.asarray(ids, np.int32),)
+
+    others = dict(output_features)
+    for name, feature in output_features.items():
+        spec = dataset.element_spec.get(name)
+        if (isinstance(feature.vocabulary, SpecialTokens) and spec is not None
+                and spec.dtype == tf.string):
+            dataset = map_or_refuse(dataset, functools.partial(encode, feature.vocabulary), [name],
+                                    {name: tf.TensorSpec((None,), tf.int32)})
+            del others[name]
+    return seqio.preprocessors.tokenize(dataset, others, copy_pretokenized=False)
