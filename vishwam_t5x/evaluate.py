@@ -18,7 +18,8 @@ The recipe is the one you trained with; it includes gin/runs/evaluate.gin. For e
 teacher-forced loss is taken; for tasks with metric functions the model writes an answer to every
 example and the task judges it; for the others the loss stands beside that of a unigram model.
 MODEL_DIR/evaluation/STEP/ gets metrics.jsonl and predictions-TASK.jsonl of the last evaluation of
-that step, and settings.json; a split given by --split has a folder of its own in it.
+that step, with the PNG and WAV files of what a model with codecs drew and sounded, and
+settings.json; a split given by --split has a folder of its own in it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from vishwam_t5x import evaluation_setup, joining, screen, task_lookup
+from vishwam_t5x import drawing, evaluation_setup, joining, screen, task_lookup
 from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, PeersLost, Preempted, UserError
 from vishwam_t5x.data import source
@@ -244,7 +245,10 @@ class _OneCheckpoint:
             results.append(TaskResult(MIXTURE, SplitSums.of_all(splits).metrics(self.loss)))
         directory = self.folder(evaluation_setup.checkpoint_name(restored))
         found = Evaluation(restored.step, results, directory)
-        distributed.refuse_together("evaluation written", lambda: self._write(found, weights))
+        config = self.ready.model.config
+        drawn = drawing.drawer(config, params, self.ready.devices, config.target_modalities)
+        distributed.refuse_together("evaluation written",
+                                    lambda: self._write(found, weights, drawn))
         return found
 
     def _add_baseline(self, result: TaskResult, split: SplitSums) -> None:
@@ -253,12 +257,12 @@ class _OneCheckpoint:
             self.baseline.of(result.task, split) if distributed.is_primary() else {}),
             evaluation_setup.CACHE_FILLED)
 
-    def _write(self, found: Evaluation, weights: str) -> None:
+    def _write(self, found: Evaluation, weights: str, drawn: drawing.Drawer) -> None:
         if not distributed.is_primary():
             return
         # Last, and first removed: files of two evaluations must not pass for one.
         storage.remove(found.directory / _SETTINGS)
-        _write(found, self.ready.config, self.model_dir, self.page)
+        _write(found, self.ready.config, self.model_dir, self.page, drawn)
         storage.write_text(found.directory / _SETTINGS,
                            json.dumps(self._settings(weights), indent=1))
 
@@ -317,20 +321,25 @@ class _Baseline:
                 self._training.target_tokens(task, modality),
                 self._evaluated.target_tokens(task, modality),
                 self._ready.model.config.target(modality).table.num_embeddings)
-            for modality, parts in split.sums.items() if parts["weight"] > 0}
+            for modality, parts in split.sums.items()
+            # Of pixels there are no codes to be counted before a model has made them.
+            if parts["weight"] > 0 and modality not in self._ready.spec.signals}
 
 
 def _write(found: Evaluation, config: DatasetConfig, model_dir: str,
-           page: report.PageConfig | None) -> None:
+           page: report.PageConfig | None, drawn: drawing.Drawer) -> None:
     rows = [predictions.plain({"step": found.step, "split": config.split, "task": result.task,
                                **result.metrics}) for result in found.results]
     predictions.write_lines(found.directory / "metrics.jsonl",
                             [json.dumps(row, ensure_ascii=False) for row in rows])
     for result in found.results:
         if result.predictions:
-            predictions.write_lines(found.directory / predictions.file_name(result.task),
-                                    [line.to_json() for line in result.predictions])
+            path = found.directory / predictions.file_name(result.task)
+            predictions.write_lines(path, [line.to_json() for line in drawn.written(
+                result.predictions, path, of_tasks=False)])
     if page is not None:
+        for result in found.results:
+            result.samples = drawn.shown(result.samples)
         folder = storage.place(model_dir)
         at = "" if found.step is None else f" at step {found.step}"
         found.page = report.write(

@@ -4,7 +4,7 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
                      [--mode=predict|score|predict_with_aux] [--split=SPLIT] [--tasks=A,B]
                      [--output_file=FILE.jsonl] [--shard_id=I --num_shards=N]
                      [--coordinator_address=HOST:PORT --process_count=N --process_index=I]
-       vishwam infer --gin_file=RECIPE --input_file=FILE.jsonl [--target=text|image] [...]
+       vishwam infer --gin_file=RECIPE --input_file=FILE.jsonl [--target=text|image|audio] [...]
 
 --mode=M          predict (the default): what the model writes and its log-probability in nats;
                   score: the log-probability of each example's target, teacher-forced;
@@ -14,7 +14,7 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
                   images; and "target": the text to score, or to begin with where
                   DecodingConfig.prompt_with_targets is set; and "options": ["a cat", "a dog"], of
                   which the most probable is the prediction; paths are relative to F
---target=M        what to write for the lines of --input_file; default: text
+--target=M        text (the default), image or audio: what to write for the lines of --input_file
 --output_file=F   default: MODEL_DIR/inference/STEP/NAME.jsonl; NAME-MODE.jsonl unless predicting
 --checkpoint=C    latest (the default) or a step of MODEL_DIR's checkpoints; or a path
 --split, --tasks  which examples; default: EVAL_SPLIT of all tasks of the mixture
@@ -27,7 +27,8 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
 
 Each output line has the task (or file), example (or line), inputs, prediction and its score.
 Records and lines that are damaged or too long are named, counted and left out, never cut. Pictures
-are PNG files beside the output, whose name theirs begin with. Lines are written in chunks to
+are PNG files and sounds WAV files beside the output, whose name theirs begin with. A model with
+codecs makes them itself; else DECODE_IMAGE and DECODE_AUDIO must. Lines are written in chunks to
 FILE.jsonl.parts; a job that is killed goes on there when the same command is run again. On several
 hosts run the same command on each; they find each other as those of `vishwam train` do. Jobs of
 --num_shards are commands of their own, each of which may be of several hosts by its flags.
@@ -37,14 +38,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vishwam_t5x import evaluation_setup, joining, screen, task_lookup
+from vishwam_t5x import drawing, evaluation_setup, joining, screen, task_lookup
 from vishwam_t5x.core import distributed, storage
 from vishwam_t5x.core.errors import EXIT_OK, UserError, one_of
 from vishwam_t5x.data import fit, recordings
@@ -59,6 +59,7 @@ from vishwam_t5x.evaluation.generator import DecodingConfig
 from vishwam_t5x.evaluation.inference import How, LinesSource, TaskSource
 from vishwam_t5x.evaluation.options import OptionScoring
 from vishwam_t5x.evaluation.predictions import Prediction
+from vishwam_t5x.evaluation.rendering import Render, SoundConfig
 from vishwam_t5x.evaluation.task_metrics import PREDICT, SCORE
 from vishwam_t5x.evaluation_setup import Progress
 from vishwam_t5x.parallelism import mesh as mesh_lib
@@ -69,8 +70,6 @@ FLAGS = ("checkpoint", "mode", "split", "tasks", "input_file", "output_file", "t
          *joining.FLAGS)
 SWITCHES = ("return_all_decodes", "overwrite")
 _SHOWN = 20  # lines named that could not be used
-DecodeImage = Callable[[np.ndarray], np.ndarray]
-"""Codes [n] from 0 -> pixels [height, width, channels] in [0, 1]."""
 
 
 @dataclasses.dataclass
@@ -99,9 +98,10 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
           decoding: Mapping[str, DecodingConfig] | None = None, decode_batch_size: int = 64,
           num_decodes: int | None = None, return_all_decodes: bool = False,
           options: OptionScoring = OptionScoring(), max_examples: int | None = None,
-          vocabulary: str | None = None, decode_image: DecodeImage | None = None,
-          log_mel: Any = None, shard_id: int = 0, num_shards: int = 1, chunk_size: int = 1024,
-          overwrite: bool = False, mesh: mesh_lib.MeshConfig | None = None,
+          vocabulary: str | None = None, decode_image: Render | None = None,
+          sound: SoundConfig = SoundConfig(), log_mel: Any = None, shard_id: int = 0,
+          num_shards: int = 1, chunk_size: int = 1024, overwrite: bool = False,
+          mesh: mesh_lib.MeshConfig | None = None,
           logical_axis_rules: LogicalAxisRules = LogicalAxisRules(),
           compilation_cache_dir: str | None = None) -> Inference:
     """Writes what a model makes of the examples of a split, or of the lines of a file.
@@ -125,10 +125,10 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         options: how the best of the options of an example, or of a line, is found.
         max_examples: at most so many of each task.
         vocabulary: SentencePiece model for `input_file`, or the tasks' own; None: that.
-        decode_image: turns codes into a picture; None: codes are written as numbers.
+        decode_image: see `rendering.Render`; None: the model's codec; without, codes are numbers.
+        sound: how codes become waveforms.
         log_mel: `LogMelConfig` for recordings of `input_file`, or a `RecordingConfig` of segments.
-        shard_id: number of this job among `num_shards`.
-        num_shards: jobs that share the work.
+        shard_id, num_shards: this job's number, from 0, and how many share the work.
         chunk_size: examples written in one piece, and lost at most when a job is killed.
         overwrite: begin anew what other settings have begun, or what is finished.
         mesh: devices along each axis; None: what suits the devices at hand.
@@ -139,7 +139,6 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         UserError: parts do not fit, no example can be used, or other settings wrote the output.
     """
     decoding = _decoding(decoding or {}, num_decodes, return_all_decodes, mode)
-
     def set_up() -> tuple[evaluation_setup.Prepared, Sequence[Any], Sequence[inference.Source]]:
         ready = evaluation_setup.prepare(
             model, objective, dataset_cfg, split, decoding, decode_batch_size, mesh,
@@ -153,32 +152,40 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         ready.generator.read_text(codec.encode)
         if input_file is None:
             return ready, caches, _sources(ready, caches, codec, max_examples, options)
-        reader = _reader(ready, codec, target, decode_image, log_mel, mode, caches)
+        drawing.check(model.config, target, decode_image, sound)
+        reader = _reader(ready, codec, target, log_mel, mode, caches)
         return ready, caches, [LinesSource(ready.generator, reader, codec.decode, str(input_file))]
     ready, caches, sources = evaluation_setup.on_all("inference", set_up)
     evaluation_setup.check_same_data(caches, () if input_file is None else sources, vocabulary)
     params, restored = ready.load(checkpoint_path, model_dir)
     distributed.refuse_together("vocabulary", lambda: task_lookup.check_vocabulary(
         caches, restored.path, vocabulary))
-    path = storage.place(output_file or _name(model_dir, restored, input_file, ready, mode))
-    settings = _settings(ready, restored, decoding, options, sources, log_mel, decode_image) | {
-        "mode": mode, "all_decodes": return_all_decodes, "chunk_size": chunk_size,
-        "vocabulary": vocabulary and [vocabulary, restoring.identity(vocabulary)],
-        "target": None if input_file is None else target}
+    path = _output(output_file, model_dir, restored, input_file, ready.config.split, mode)
+    settings = _settings(ready, restored, decoding, options, sources, log_mel, vocabulary) | {
+        **drawing.described(decode_image, sound), "mode": mode, "all_decodes": return_all_decodes,
+        "chunk_size": chunk_size, "target": None if input_file is None else target}
     file = ChunkedFile(path, settings, chunks.plan([source.size for source in sources], chunk_size),
                        shard_id, num_shards)
-    with contextlib.closing(Progress()) as bar:
-        summary = inference.run(
-            params, sources, file, file.begin(overwrite), How(mode, return_all_decodes),
-            lambda line: _with_picture(line, path, decode_image, input_file is None), bar)
+    drawn = drawing.drawer(model.config, params, ready.devices, () if mode == SCORE else (
+        (target,) if input_file else model.config.target_modalities), decode_image, sound)
+    summary = _answered(params, sources, file, overwrite, How(mode, return_all_decodes),
+                        lambda lines: drawn.written(lines, path, input_file is None))
     return _checked(file, summary, sources, input_file)
 
 
-def _name(model_dir: str, restored: Any, input_file: str | None,
-          ready: evaluation_setup.Prepared, mode: str) -> str:
-    stem = ready.config.split if input_file is None else pathlib.Path(input_file).stem
-    return storage.join(model_dir, "inference", evaluation_setup.checkpoint_name(restored),
-                        f"{stem}.jsonl" if mode == PREDICT else f"{stem}-{mode}.jsonl")
+def _answered(params: Any, sources: Sequence[inference.Source], file: ChunkedFile, overwrite: bool,
+              how: How, changed: Callable[[Sequence[Prediction]], Iterable[Prediction]]
+              ) -> Summary | None:
+    with contextlib.closing(Progress()) as bar:
+        return inference.run(params, sources, file, file.begin(overwrite), how, changed, bar)
+
+
+def _output(output_file: str | None, model_dir: str, restored: Any, input_file: str | None,
+            split: str, mode: str) -> pathlib.PurePath:
+    stem = split if input_file is None else pathlib.Path(input_file).stem
+    return storage.place(output_file or storage.join(
+        model_dir, "inference", evaluation_setup.checkpoint_name(restored),
+        f"{stem}.jsonl" if mode == PREDICT else f"{stem}-{mode}.jsonl"))
 
 
 def _decoding(decoding: Mapping[str, DecodingConfig], num_decodes: int | None, return_all: bool,
@@ -200,13 +207,13 @@ def _decoding(decoding: Mapping[str, DecodingConfig], num_decodes: int | None, r
 
 def _settings(ready: evaluation_setup.Prepared, restored: Any,
               decoding: Mapping[str, DecodingConfig], options: OptionScoring,
-              sources: Sequence[inference.Source], log_mel: Any,
-              decode_image: DecodeImage | None) -> dict[str, Any]:
+              sources: Sequence[inference.Source], log_mel: Any, vocabulary: str | None
+              ) -> dict[str, Any]:
     """What the lines of a file depend on, beside the arguments that are plain values."""
-    pictures = None if decode_image is None else evaluation_setup.code_of(decode_image)
     return {"checkpoint": restored.path, "step": restored.step,
             "weights": evaluation_setup.agreed_identity(restored), "seed": ready.config.seed,
-            "log_mel": evaluation_setup.described(log_mel), "pictures": pictures,
+            "log_mel": evaluation_setup.described(log_mel),
+            "vocabulary": vocabulary and [vocabulary, restoring.identity(vocabulary)],
             "examples": [source.facts() for source in sources], "split": ready.config.split,
             "lengths": dict(ready.config.task_feature_lengths),
             "decode_batch_size": ready.generator.batch_size,
@@ -252,38 +259,15 @@ def _checked(file: ChunkedFile, summary: Summary | None, sources: Sequence[infer
 
 
 def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, target: str,
-            decode_image: DecodeImage | None, log_mel: Any, mode: str, caches: Sequence[Any]
+            log_mel: Any, mode: str, caches: Sequence[Any]
             ) -> input_files.InputReader:
     config = ready.model.config
     one_of(target, config.target_modalities, "target modality of this model")
-    if target == "image" and decode_image is None:
-        raise UserError("a picture cannot be made of codes", got="decode_image is not bound",
-                        fix="DECODE_IMAGE = @a function from codes to pixels")
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
     return input_files.InputReader(ready.objective, target, codec.encode, ready.spec, grids,
                                    _hear(log_mel), mode == SCORE,
                                    ready.generator.is_prompted(target),
                                    task_lookup.text_ends(caches, ready.objective))
-
-
-def _with_picture(line: Prediction, path: pathlib.PurePath, decode_image: DecodeImage | None,
-                  of_task: bool) -> Prediction:
-    """Writes the picture of a line whose prediction is codes, and notes its file."""
-    codes = line.prediction
-    if decode_image is None or not isinstance(codes, np.ndarray):
-        return line
-    from PIL import Image
-
-    pixels = np.asarray(decode_image(codes), np.float32)
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    # Other outputs, of other splits say, may lie in the same folder.
-    stem = f"{path.stem}-{line.task.replace('/', '_')}" if of_task else path.stem
-    file = path.with_name(f"{stem}-{line.example}.png")
-    drawn = io.BytesIO()
-    Image.fromarray(np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)).save(drawn, "PNG")
-    storage.write_bytes(file, drawn.getvalue())
-    return dataclasses.replace(line, extra={**line.extra, "picture": file.name})
 
 
 def _hear(config: Any) -> input_files.Hear | None:

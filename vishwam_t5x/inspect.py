@@ -5,7 +5,8 @@ usage: vishwam inspect --gin_file=FILE [--gin.NAME=VALUE ...] [--output=PAGE.htm
        vishwam inspect MODEL_DIR [--output=PAGE.png]
 
 Of a mixture: rates, lengths, packing, and examples before and after corruption. Of a run: losses,
-and where the time went (compiling, waiting for data, steps, evaluation, saves, work done twice).
+where the time went (compiling, waiting for data, steps, evaluation, saves, work done twice), and of
+a codec held-out pictures above what comes back of them.
 
 --output=PAGE        where the page goes; default: inspect_MIXTURE.html here, MODEL_DIR/run.png
 --num_examples=N     examples of each task on the page; default 8

@@ -22,9 +22,9 @@ from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation.loss_evaluator import FirstExamples
 from vishwam_t5x.evaluation.placement import Placement
 from vishwam_t5x.models.codecs.trainer import CodecTrainer
-from vishwam_t5x.training import hooks, setup
+from vishwam_t5x.training import hooks, run_page, setup
 
-FILE = "reconstructions.png"
+FILE = run_page.PICTURE
 PREFIX = "reconstruction/"
 _COLUMNS = 16
 _HEIGHT = 48  # pixels that a small picture is enlarged to

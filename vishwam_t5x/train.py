@@ -168,7 +168,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         stack.callback(saver.close)
         state_ready = setup.in_background(lambda: setup.first_state(
             factory, random_seed, lambda: saver.restore(factory.abstract),
-            _initial_params(factory, initial_checkpoint_path, assignment_map,
+            _initial_params(model, factory, initial_checkpoint_path, assignment_map,
                             fallback_to_scratch, random_seed)))
         # Meanwhile, unless there seems to be no step to take.
         step_ready = setup.in_background(lambda: None if (saver.latest_step() or 0) >= total_steps
@@ -295,11 +295,12 @@ def _dataset(config: source.DatasetConfig, objective: Objective, model: Trainabl
     return open_live_dataset(config, objective)
 
 
-def _initial_params(factory: StateFactory, path: str | None,
+def _initial_params(model: Trainable, factory: StateFactory, path: str | None,
                     assignment_map: Sequence[tuple[str, str | None]], fallback_to_scratch: bool,
                     seed: int) -> Callable[[], Any] | None:
     if not path:
-        return None
+        prefixes = getattr(model.config, "frozen_prefixes", ())
+        return (lambda: setup.check_given(model, prefixes)) if prefixes else None
 
     def load() -> Any:
         from vishwam_t5x.checkpointing.restore import restore_params
@@ -311,6 +312,7 @@ def _initial_params(factory: StateFactory, path: str | None,
         params, report = restore_params(path, wanted, assignment_map=tuple(assignment_map),
                                         allow_missing=fallback_to_scratch)
         logging.info("%s", report.table())
+        setup.check_given(model, (*report.missing, *report.dropped))
         return params
 
     return load

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 import t5x_folders
+from etils import epath
 from models import golden_fixtures
+from models.test_codecs import AUDIO, IMAGE
 
 from vishwam_t5x import __main__ as program
-from vishwam_t5x.checkpointing.convert import names, unified_io2
+from vishwam_t5x.checkpointing.convert import names, native, unified_io2
 from vishwam_t5x.checkpointing.restore import open_source, restore_params
 from vishwam_t5x.core.trees import flatten_names, unflatten_names
 
@@ -88,6 +91,36 @@ def test_a_subset_reads_its_part_and_names_the_rest(published):
     assert "of parts that the model is without, not read" in said
     assert f"audio_transformer/ ({parts['audio_transformer']})" in said
     assert "audio_token_embedder/embedding" in said and "audio_transformer/cls" not in said
+
+
+def test_a_model_with_its_codecs_reads_all_of_a_published_checkpoint(published):
+    targets = [dataclasses.replace(golden_fixtures.TARGETS[name], codec=codec.config)
+               for name, codec in (("image", IMAGE), ("audio", AUDIO))]
+    found, report = restore_params(published, wanted(tuple(golden_fixtures.INPUTS),
+                                                     ("text", *targets)))
+    assert not report.missing and not report.extra
+    for modality, name in CODECS.items():
+        branch, leaf = name.split("/")
+        np.testing.assert_array_equal(
+            found[f"target_encoders_{modality}"]["discrete_vae"][branch][leaf],
+            theirs()[f"target/target_encoders_{modality}/discrete_vae/{name}"])
+
+
+def test_an_optimizers_state_of_codecs_is_left_out_by_name(tmp_path, capsys):
+    codec = "target_encoders_image/discrete_vae/quant_conv/bias"
+    other = "encoder/encoder_norm/scale"
+    marked = "input_text_encoder/modality_embedding"
+    t5x_folders.write({
+        **{f"target/{name}": np.ones(3, np.float32) for name in (codec, other, marked)},
+        **{f"state/param_states/{name}/v": np.ones(3, np.float32) for name in (codec, other)},
+        "state/step": np.asarray(2, np.int32)}, tmp_path / "checkpoint_2")
+    assert run(f"--from={tmp_path / 'checkpoint_2'}", f"--to={tmp_path / 'ours'}", "--verify") == 0
+    said = capsys.readouterr().out
+    assert "not carried over" in said and f"opt_state/param_states/{codec}/" in said
+    names_there = list(native.open_native(epath.Path(tmp_path / "ours" / "checkpoints" / "2")
+                                          )[0].leaves)
+    assert f"params/{codec}" in names_there
+    assert [name.endswith(f"{other}/v") for name in names_there if name.endswith("/v")] == [True]
 
 
 @pytest.mark.parametrize(("modality", "name"), [("image", "pre_ln/bias"), ("audio", "cls_token")])

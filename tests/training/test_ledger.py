@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.training import ledger, run_page
@@ -82,3 +84,16 @@ def test_the_page_of_a_run(tmp_path):
     assert "step 8: loss 2.2" in text and "3 steps taken again" in text and "lost" in text
     run_page.draw(RunDir(tmp_path), tmp_path / "deep" / "run.png")
     assert (tmp_path / "deep" / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_a_codec_shows_what_came_back(tmp_path):
+    two_sessions(tmp_path)
+    sizes = []
+    for page in ("without.png", "with.png"):
+        run_page.draw(RunDir(tmp_path), tmp_path / page)
+        with Image.open(tmp_path / page) as drawn:
+            sizes.append(drawn.size)
+            red = np.asarray(drawn)[..., :3] == (255, 0, 0)
+            assert red.all(-1).any() == (page == "with.png")
+        Image.new("RGB", (200, 100), (255, 0, 0)).save(tmp_path / run_page.PICTURE)
+    assert sizes[1][0] == sizes[0][0] and sizes[1][1] > sizes[0][1]

@@ -73,6 +73,27 @@ def rows_sharing(budget_rows: int, batch_size: int) -> int:
     return batch_size if batch_size % budget_rows else budget_rows
 
 
+class SignalSpec(NamedTuple):
+    """A target that a batch holds as it is, of which the model makes codes itself.
+
+    Attributes:
+        name: of the array: 'pixels' or 'spectrogram'.
+        shape: of one picture, [height, width, channels], or of one spectrogram, [frames, mel bins].
+        dtype: by NumPy's name: 'uint8' for pixels, 255 standing for 1.0; 'float32'.
+        grid: (rows, columns) of its codes, each of which takes a slot.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    grid: tuple[int, int]
+
+    @property
+    def num_codes(self) -> int:
+        """Slots that one takes."""
+        return self.grid[0] * self.grid[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class DataPosition:
     """The whole position in the data: it knows neither hosts nor rows.
@@ -120,6 +141,8 @@ class BatchSpec:
         histories: input modalities of frames; their capacities count slots, `latents` a frame.
         byte_patches: continuous input modalities whose patches are uint8, 255 standing for 1.0;
             those of the others are float32.
+        signals: target modalities of which the batch holds pixels or spectrograms, not codes. The
+            slots from k · num_codes on are about number k of a row.
     """
 
     batch_size: int
@@ -132,6 +155,7 @@ class BatchSpec:
     task_masks: tuple[str, ...] = ()
     histories: Mapping[str, HistorySpec] = dataclasses.field(default_factory=dict)
     byte_patches: tuple[str, ...] = ()
+    signals: Mapping[str, SignalSpec] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "input_length", "target_length"):
@@ -150,6 +174,11 @@ class BatchSpec:
                 raise UserError(f"the capacity of '{name}' must hold whole frames",
                                 got=f"{self.input_capacities[name]} slots, {history.latents} a "
                                     "frame", fix=f"set inputs/{name} to a multiple")
+        for name, signal in self.signals.items():
+            if self.target_capacities.get(name, 0) % signal.num_codes:
+                raise UserError(f"the capacity of '{name}' must hold whole grids of codes",
+                                got=f"{self.target_capacities[name]} slots, {signal.num_codes} a "
+                                    "grid", fix=f"set targets/{name} to a multiple")
 
     @property
     def rows_together(self) -> int:
@@ -168,13 +197,14 @@ class BatchSpec:
                              patch_dims: Mapping[str, int], packed: bool = True,
                              task_masks: tuple[str, ...] = (),
                              histories: Mapping[str, HistorySpec] | None = None,
-                             byte_patches: tuple[str, ...] = ()) -> BatchSpec:
+                             byte_patches: tuple[str, ...] = (),
+                             signals: Mapping[str, SignalSpec] | None = None) -> BatchSpec:
         """Builds the shapes from TASK_FEATURE_LENGTHS.
 
         Args:
             batch_size: rows of the global batch.
             lengths: {'inputs': columns, 'targets': columns, 'inputs/image': capacity, …};
-                capacities not named are as long as the row.
+                capacities not named are as long as the row, or as many whole grids as it holds.
             input_modalities: modalities the encoder reads.
             target_modalities: modalities the decoder writes.
             patch_dims: numbers per patch of each continuous input modality.
@@ -182,10 +212,12 @@ class BatchSpec:
             task_masks: target modalities with a 'task_mask'.
             histories: input modalities of frames.
             byte_patches: continuous input modalities whose patches are uint8.
+            signals: target modalities that are given as pixels or spectrograms.
 
         Raises:
             UserError: a row length is missing, a name is unknown, a capacity exceeds its row.
         """
+        signals = dict(signals or {})
         known = {"inputs", "targets"} | {f"inputs/{m}" for m in input_modalities} | {
             f"targets/{m}" for m in target_modalities}
         for name in lengths:
@@ -200,7 +232,11 @@ class BatchSpec:
         def capacities(side: str, modalities: tuple[str, ...]) -> dict[str, int]:
             out = {}
             for modality in modality_order(modalities):
-                out[modality] = lengths.get(f"{side}/{modality}", lengths[side])
+                most = lengths[side]
+                if side == "targets" and modality in signals and most >= (
+                        a_grid := signals[modality].num_codes):
+                    most -= most % a_grid
+                out[modality] = lengths.get(f"{side}/{modality}", most)
                 if out[modality] > lengths[side]:
                     raise UserError(
                         f"TASK_FEATURE_LENGTHS['{side}/{modality}'] is longer than the row",
@@ -211,7 +247,7 @@ class BatchSpec:
         return cls(batch_size, lengths["inputs"], lengths["targets"],
                    capacities("inputs", input_modalities), capacities("targets", target_modalities),
                    dict(patch_dims), packed, tuple(task_masks), dict(histories or {}),
-                   tuple(byte_patches))
+                   tuple(byte_patches), signals)
 
     def arrays(self) -> dict[str, FeatureSpec]:
         """Returns the shape and dtype of every array of the batch."""
@@ -232,8 +268,13 @@ class BatchSpec:
                 out[f"{prefix}/{name}"] = FeatureSpec((rows, slots), ints)
         for modality, slots in self.target_capacities.items():
             task = ("task_mask",) if modality in self.task_masks else ()
-            for name in ("inputs", "targets", "mask", "loss_mask", *task, "pos_ids", *segments):
+            given = () if modality in self.signals else ("inputs", "targets")
+            for name in (*given, "mask", "loss_mask", *task, "pos_ids", *segments):
                 out[f"targets/{modality}/{name}"] = FeatureSpec((rows, slots), ints)
+        for modality, signal in self.signals.items():
+            number = self.target_capacities[modality] // signal.num_codes
+            out[f"targets/{modality}/{signal.name}"] = FeatureSpec(
+                (rows, number, *signal.shape), np.dtype(signal.dtype))
         if self.packed:
             out["inputs/row/index"] = FeatureSpec((rows, self.input_length), ints)
             out["targets/row/index"] = FeatureSpec((rows, self.target_length), ints)

@@ -35,7 +35,8 @@ def example_lengths(example: Example, spec: BatchSpec | None = None) -> Modality
     sides: dict[str, dict[str, int]] = {"inputs": {}, "targets": {}}
     for key, value in example.items():
         side, modality, name = key.split("/")
-        counted = ("tokens", "input") if side == "inputs" else ("targets",)
+        # A signal comes without targets, but always with what its codes weigh.
+        counted = ("tokens", "input") if side == "inputs" else ("targets", "loss_mask")
         if name in counted and len(value):
             a_frame = histories[modality].latents if modality in histories else 1
             sides[side][modality] = len(value) * a_frame
@@ -82,8 +83,11 @@ def assemble(spec: BatchSpec, num_rows: int, placed: Sequence[PlacedExample]
                            and modality in spec.histories else 1)
                 entries = runs if a_frame == 1 else _Runs(
                     sizes[at, number] // a_frame, rows[at], capacity // a_frame)
-                _fill(arrays, f"{side}/{modality}/", entries,
-                      [placed[index].arrays for index in at.tolist()])
+                examples = [placed[index].arrays for index in at.tolist()]
+                if side == "targets" and modality in spec.signals:
+                    examples = _without_signals(arrays, spec, modality, sizes[at, number], rows[at],
+                                                examples)
+                _fill(arrays, f"{side}/{modality}/", entries, examples)
                 if spec.packed:
                     arrays[f"{side}/{modality}/segment_ids"].reshape(-1)[entries.slots] = np.repeat(
                         segments[at], entries.sizes)
@@ -92,6 +96,20 @@ def assemble(spec: BatchSpec, num_rows: int, placed: Sequence[PlacedExample]
                         offset + runs.slots % capacity)
             offset += capacity
     return arrays
+
+
+def _without_signals(arrays: dict[str, np.ndarray], spec: BatchSpec, modality: str,
+                     sizes: np.ndarray, rows: np.ndarray, examples: Sequence[Example]
+                     ) -> list[Example]:
+    """Lays pictures or spectrograms into their places; returns what else the examples have."""
+    signal = spec.signals[modality]
+    name, a_grid = f"targets/{modality}/{signal.name}", signal.num_codes
+    runs = _Runs(sizes // a_grid, rows, spec.target_capacities[modality] // a_grid)
+    values, array = np.concatenate([example[name] for example in examples]), arrays[name]
+    assert values.shape == (len(runs.slots), *signal.shape), (name, values.shape)
+    assert values.dtype == array.dtype, (name, values.dtype)
+    array.reshape(-1, *signal.shape)[runs.slots] = values
+    return [{key: value for key, value in example.items() if key != name} for example in examples]
 
 
 class _Runs:

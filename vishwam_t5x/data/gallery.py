@@ -125,6 +125,9 @@ class _Renderer:
         parts = []
         for key, value in model.items():
             side, modality, name = key.split("/")
+            if side == "targets" and name in ("pixels", "spectrogram"):
+                parts.append(_named(f"{modality}, as {name}",
+                                    _picture(value[0], name == "spectrogram")))
             if side != "targets" or name != "targets":
                 continue
             if modality == "text":

@@ -65,6 +65,24 @@ def decode_wave(data: bytes) -> tuple[Float[np.ndarray, "samples"], int]:
     return samples.reshape(-1, channels).mean(axis=1), rate
 
 
+def encode_wave(waveform: Float[np.ndarray, "samples"], rate: int) -> bytes:
+    """Returns a WAV file of a mono waveform, 16 bit PCM; one that exceeds [-1, 1] is made quieter.
+
+    Args:
+        waveform: samples, 1.0 the loudest.
+        rate: samples per second.
+    """
+    loudest = max(1.0, float(np.max(np.abs(waveform), initial=0.0)))
+    samples = np.rint(np.asarray(waveform, np.float64) / loudest * 32767).astype("<i2")
+    data = io.BytesIO()
+    with wave.open(data, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.tobytes())
+    return data.getvalue()
+
+
 def resample(waveform: Float[np.ndarray, "samples"], rate: int, wanted: int
              ) -> Float[np.ndarray, "resampled"]:
     """Returns the waveform at another sample rate, float64, ceil(samples * wanted / rate) long.

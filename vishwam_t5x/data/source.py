@@ -189,7 +189,8 @@ def batch_spec(config: DatasetConfig, objective: Objective,
                    for modality, spec in _histories(objective).items()},
         byte_patches=tuple(modality for modality in inputs if modality in specs
                            and getattr(objective, "keeps_bytes", False)
-                           and _all_bytes(modality, features)))
+                           and _all_bytes(modality, features)),
+        signals=getattr(objective, "signals", None))
 
 
 def _all_bytes(modality: str, features: Sequence[Mapping[str, records.FeatureInfo]]) -> bool:

@@ -215,12 +215,13 @@ def synthetic_batch(spec: BatchSpec, seed: int, num_ids: Mapping[str, int],
     """Returns a full batch of random values with valid rows, segments and positions.
 
     Args:
-        spec: shapes; without packing, one example a row.
+        spec: shapes; without packing, one example a row. No signals: targets are ids.
         seed: of the values.
         num_ids: size of the table of each token modality, e.g. {'text': 33280, 'image': 16512}.
         examples_per_row: examples that share each row evenly.
     """
     per_row = examples_per_row if spec.packed else 1
+    assert not spec.signals, "pixels and spectrograms as targets are not made up"
     placed = []
     inputs = _even_share(spec.input_capacities, spec.input_length, per_row)
     limits = spec.frame_limits()

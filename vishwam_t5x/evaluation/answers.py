@@ -122,7 +122,7 @@ class Answer:
                 {"prediction": decoded({name: values}, decode_text), "score": score}
                 for values, score in done.decodes[name]] for name, done in self.written.items()})
         return Prediction(task, number, self.inputs, self.input_slots, reference,
-                          self.told(decode_text), self.score, more)
+                          self.told(decode_text), self.score, more, tuple(self.written))
 
 
 def write(generator: Generator, params: Any, requests: Iterable[Request], modality: str,

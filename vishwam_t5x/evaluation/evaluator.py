@@ -248,7 +248,8 @@ class Evaluator:
     def _target_feature(self, task: TaskRecords) -> str:
         roles = feature_roles(task.features, self._objective.input_modalities,
                               self._objective.target_modalities,
-                              getattr(self._objective, "ignored_features", ()))
+                              getattr(self._objective, "ignored_features", ()),
+                              getattr(self._objective, "signals", None))
         return next(iter(roles.targets.values()))
 
 

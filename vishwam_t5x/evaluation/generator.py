@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import key_for
 from vishwam_t5x.evaluation import constraints, options, programs
+from vishwam_t5x.evaluation.coding import Coder
 from vishwam_t5x.evaluation.decoding_config import DecodingConfig as DecodingConfig
 from vishwam_t5x.evaluation.options import OptionScoring
 from vishwam_t5x.evaluation.placement import Placement
@@ -63,6 +64,7 @@ class Generator:
         # Requests have as many frames as they have: no budget is kept to.
         self._model = model = without_budgets(model)
         self._placement, self.batch_size = Placement(mesh, rules, batch_size), batch_size
+        self._coder = Coder(model, self._placement)
         self._shapes = Shapes(batch_size, dict(largest_inputs), model.config.patch_dims,
                               histories(model.config))
         self._max_text_length, self._without_text = max_text_length, without_text
@@ -196,7 +198,8 @@ class Generator:
 
     def score(self, params: Any, requests: Iterable[Request]) -> Iterator[Scored]:
         """Yields the model's own log-probabilities of each request's targets, in another order."""
-        for rows in self._shapes.grouped(requests, with_targets=True):
+        for rows in self._shapes.grouped(self._coder.coded(params, requests),
+                                         with_targets=True):
             arrays = self._shapes.arrays(rows, with_targets=True)
             with self._placement.context():
                 found = self._score(params, self._placement.put(arrays), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from absl import logging
@@ -158,7 +158,8 @@ def _without_text(line: InputLine) -> dict[str, Any]:
 
 
 def run(params: Any, sources: Sequence[Source], file: ChunkedFile, todo: Sequence[Chunk], how: How,
-        changed: Callable[[Prediction], Prediction], said: Said) -> Summary | None:
+        changed: Callable[[Sequence[Prediction]], Iterable[Prediction]], said: Said
+        ) -> Summary | None:
     """Answers the chunks that are to be done, each written as soon as it is answered.
 
     Args:
@@ -167,7 +168,7 @@ def run(params: Any, sources: Sequence[Source], file: ChunkedFile, todo: Sequenc
         file: where the chunks go.
         todo: chunks of this job, in rising order; see `ChunkedFile.begin`.
         how: what is wanted.
-        changed: what becomes of each line before it is written; called in process 0.
+        changed: what becomes of the lines of a chunk before they are written; called in process 0.
         said: called with (name, examples done, examples to do).
 
     Returns:
@@ -179,7 +180,13 @@ def run(params: Any, sources: Sequence[Source], file: ChunkedFile, todo: Sequenc
     done = [0] * len(sources)
     for chunk in todo:
         lines, left_out = sources[chunk.source].answer(params, chunk, how)
-        file.write(chunk, (changed(line).to_json() for line in lines), left_out)
+        file.write(chunk, _as_json(lines, changed), left_out)
         done[chunk.source] += chunk.end - chunk.first
         said(sources[chunk.source].name, done[chunk.source], to_do[chunk.source])
     return file.finish()
+
+
+def _as_json(lines: Sequence[Prediction],
+             changed: Callable[[Sequence[Prediction]], Iterable[Prediction]]) -> Iterator[str]:
+    """Changes nothing before it is looked at: in process 0, inside what all wait for."""
+    yield from (line.to_json() for line in changed(lines))

@@ -91,6 +91,11 @@ class InputReader:
     reads_target: bool = False
     ends: Sequence[str] = ("inputs", "targets")
 
+    def __post_init__(self) -> None:
+        if getattr(self.objective, "codecs", None):
+            # Lines have no pictures to be written: codes stand in for them.
+            object.__setattr__(self, "objective", dataclasses.replace(self.objective, codecs=None))
+
     def read(self, path: str | os.PathLike) -> Iterator[InputLine | BadLine]:
         """Yields every line that is not blank: as inputs, or what is wrong with it.
 

@@ -29,6 +29,7 @@ class Prediction:
         score: log-probability of what was written (or of the target), in nats, summed over its
             tokens.
         extra: further JSON values, e.g. the file a picture was written to.
+        written: the modalities of `prediction`; no part of the line.
     """
 
     task: str
@@ -39,11 +40,12 @@ class Prediction:
     prediction: Any
     score: float
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    written: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Returns one line, without its end."""
         values = dataclasses.asdict(self)
-        extra = values.pop("extra")
+        extra, _ = values.pop("extra"), values.pop("written")
         if self.prediction is None:
             del values["prediction"]
         return json.dumps(plain({**values, **extra}), ensure_ascii=False)

@@ -255,6 +255,18 @@ class EncoderDecoderConfig:
         return {config.name: config for config in found if config is not None}
 
     @property
+    def codecs(self) -> dict[str, Any]:
+        """Configs of the codecs that the model holds, by target modality."""
+        return {module.modality: module.codec for module in self.targets
+                if getattr(module, "codec", None) is not None}
+
+    @property
+    def frozen_prefixes(self) -> tuple[str, ...]:
+        """What names of parameters begin with that are never trained: those of codecs."""
+        return tuple(f"{self.target(modality).module_name}/discrete_vae/"
+                     for modality in self.codecs)
+
+    @property
     def has_patterns(self) -> bool:
         """Whether the attention of some target is narrowed further than causal."""
         return any(module.pattern_width or module.dynamic_mask for module in self.targets)

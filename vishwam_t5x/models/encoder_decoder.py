@@ -141,7 +141,7 @@ class EncoderDecoder(nn.Module):
     def decode(self, batch: Batch, encoded: Encoded, enable_dropout: bool = False
                ) -> dict[str, Float[Array, "B M D"]]:
         """Returns the decoder's hidden states for the batch's targets; see `ModelOutput.hidden`."""
-        fields = _fields(batch, "targets", self.config.target_modalities)
+        fields = _fields(self.with_codes(batch), "targets", self.config.target_modalities)
         parts = [self._embed_target(name, part) for name, part in fields.items()]
         sequence = TargetSequence.concatenate(parts)
         index = batch.get("targets/row/index")
@@ -157,6 +157,22 @@ class EncoderDecoder(nn.Module):
             starts.append(starts[-1] + part.segment_ids.shape[1])
         return {name: hidden[:, start:end]
                 for name, start, end in zip(fields, starts[:-1], starts[1:], strict=True)}
+
+    def with_codes(self, batch: Batch) -> Batch:
+        """Returns the batch with what its codecs make of pixels and spectrograms instead of them.
+        """
+        done = dict(batch)
+        for name, codec in self.config.codecs.items():
+            signals = done.pop(f"targets/{name}/{codec.signal.name}", None)
+            if signals is not None:
+                done |= {f"targets/{name}/{field}": array for field, array in
+                         self.target_encoders[name].tokens(signals).items()}
+        return done
+
+    def render(self, codes: Int[Array, "b n"], modality: str) -> Float[Array, "b *one"]:
+        """Returns the pictures in [0, 1], or the spectrograms, of codes from 0, by the model's own
+        codec."""
+        return self.target_encoders[modality].render(codes)
 
     def _decode_row(self, sequence: TargetSequence, encoded: Encoded, enable_dropout: bool
                     ) -> Float[Array, "B M D"]:
@@ -182,6 +198,7 @@ class EncoderDecoder(nn.Module):
     def loss_sums(self, batch: Batch, loss: LossConfig, enable_dropout: bool = False
                   ) -> dict[str, LossSums]:
         """Returns loss sums by target modality; big logits are taken in chunks, see `losses`."""
+        batch = self.with_codes(batch)
         hidden = self(batch, enable_dropout).hidden
         return self.hidden_loss_sums(hidden, batch, loss)
 

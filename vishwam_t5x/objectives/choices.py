@@ -6,12 +6,16 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from vishwam_t5x.core.rng import example_generator
+
+if TYPE_CHECKING:
+    from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
+    from vishwam_t5x.objectives.features import FeatureRoles
 
 
 class Denoiser(NamedTuple):
@@ -54,6 +58,27 @@ class ChoiceTable:
     def pick_many(self, uniforms: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
         """Returns the index of the denoiser at each uniform number."""
         return np.searchsorted(self._edges, uniforms, side="right")
+
+
+def denoisers_of(objective: MixtureOfDenoisers, modality: str, roles: FeatureRoles
+                 ) -> list[tuple[Denoiser, float]]:
+    """Returns the denoisers of one target modality with their relative weights."""
+    if modality == "text":
+        weights = objective.text_weights
+        out = [(Denoiser("text", "S", objective.text_s_fraction), weights.get("S", 0.0))]
+        for paradigm, spans in (("R", objective.text_r), ("X", objective.text_x)):
+            share = weights.get(paradigm, 0.0) / max(len(spans), 1)
+            out += [(Denoiser("text", paradigm, rate, mean), share) for mean, rate in spans]
+        return out
+    weights = getattr(objective, f"{modality}_weights")
+    out = []
+    if modality in roles.inputs and weights.get("R", 0.0) > 0:
+        out.append((Denoiser(modality, "R", getattr(objective, f"{modality}_mask_rate")),
+                    weights["R"]))
+    # With nothing to generate from, [S] is unconditional: only if [R] is out of the question.
+    if not roles.prompted and (not out or any(other != modality for other in roles.inputs)):
+        out.append((Denoiser(modality, "S", 1.0), weights.get("S", 0.0)))
+    return out
 
 
 def choice_table(by_modality: Mapping[str, Sequence[tuple[Denoiser, float]]],

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vishwam_t5x.core.batch import HISTORIES, ModalityLengths
+from vishwam_t5x.core.batch import HISTORIES, ModalityLengths, SignalSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
 from vishwam_t5x.objectives import (
@@ -25,7 +25,13 @@ from vishwam_t5x.objectives import (
     no_text,
     span_corruption,
 )
-from vishwam_t5x.objectives.choices import ChoiceTable, Denoiser, choice_table, two_uniforms
+from vishwam_t5x.objectives.choices import (
+    ChoiceTable,
+    Denoiser,
+    choice_table,
+    denoisers_of,
+    two_uniforms,
+)
 from vishwam_t5x.objectives.features import FeatureRoles, feature_roles
 from vishwam_t5x.objectives.objective import ManyLengths
 from vishwam_t5x.objectives.settings import check_settings
@@ -70,6 +76,9 @@ class MixtureOfDenoisers:
         audio_mask_rate: share of the patches that audio [R] withholds.
         target_weights: relative chance of each modality as the target, among those possible.
         masked_loss: image and audio [R], and inpainting, weigh 'masked' codes only, or 'all'.
+        codecs: by target modality, the model's codec where the model is to make the codes of
+            'image_targets', or the spectrogram 'audio_targets', itself (self-supervised:
+            'image_pixels' or the image, 'audio_spectrogram'); None: examples have codes.
         task_masks: say in the batch which codes [R] or the task hid, for `mask_token` and
             `dynamic_mask` of the model's `CodeOutput`.
         image_shift: largest random shift of an image given as input, in pixels; 0 for none. The
@@ -107,6 +116,7 @@ class MixtureOfDenoisers:
     target_weights: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"text": 1.0, "image": 1.0, "audio": 1.0})
     masked_loss: Literal["masked", "all"] = "masked"
+    codecs: Mapping[str, Any] | None = None
     task_masks: bool = False
     image_shift: int = 0
     image_augmentations: Sequence[augmentation.ImageAugmentation] = ()
@@ -143,6 +153,12 @@ class MixtureOfDenoisers:
         return {modality: getattr(self, modality) for modality in HISTORIES
                 if modality in self.input_modalities}
 
+    @functools.cached_property
+    def signals(self) -> dict[str, SignalSpec]:
+        """Target modalities that the model is given as pixels or spectrograms."""
+        return {modality: codec.signal for modality, codec in (self.codecs or {}).items()
+                if codec is not None}
+
     # -- which denoiser ------------------------------------------------------------------------
 
     def choose(self, clean_lengths: Mapping[str, int], *, seed: int,
@@ -168,7 +184,8 @@ class MixtureOfDenoisers:
         plan = self._plans.get(names)
         if plan is None:
             roles = feature_roles(names, tuple(self.input_modalities),
-                                  tuple(self.target_modalities), tuple(self.ignored_features))
+                                  tuple(self.target_modalities), tuple(self.ignored_features),
+                                  self.signals)
             plan = self._plans[names] = (roles, self._tables(roles, names))
         return plan
 
@@ -179,7 +196,7 @@ class MixtureOfDenoisers:
             raise UserError("this objective takes supervised examples only", got=", ".join(names),
                             fix="name features *_inputs and *_targets, or set "
                                 "MixtureOfDenoisers.supervised_only = False")
-        offers = {modality: self._denoisers(modality, roles) for modality in roles.targets}
+        offers = {modality: denoisers_of(self, modality, roles) for modality in roles.targets}
         table = choice_table(offers, self.target_weights)
         if not table.denoisers:
             raise UserError("no denoiser with a positive weight can use an example",
@@ -189,25 +206,6 @@ class MixtureOfDenoisers:
         others = choice_table({m: d for m, d in offers.items() if m != "text"},
                               self.target_weights)
         return table, others if others.denoisers else table
-
-    def _denoisers(self, modality: str, roles: FeatureRoles) -> list[tuple[Denoiser, float]]:
-        """The denoisers of one target modality with their relative weights."""
-        if modality == "text":
-            weights = self.text_weights
-            out = [(Denoiser("text", "S", self.text_s_fraction), weights.get("S", 0.0))]
-            for paradigm, spans in (("R", self.text_r), ("X", self.text_x)):
-                share = weights.get(paradigm, 0.0) / max(len(spans), 1)
-                out += [(Denoiser("text", paradigm, rate, mean), share) for mean, rate in spans]
-            return out
-        weights = getattr(self, f"{modality}_weights")
-        out = []
-        if modality in roles.inputs and weights.get("R", 0.0) > 0:
-            out.append((Denoiser(modality, "R", getattr(self, f"{modality}_mask_rate")),
-                        weights["R"]))
-        # With nothing to generate from, [S] is unconditional: only if [R] is out of the question.
-        if not roles.prompted and (not out or any(other != modality for other in roles.inputs)):
-            out.append((Denoiser(modality, "S", 1.0), weights.get("S", 0.0)))
-        return out
 
     def _draw(self, tables: tuple[ChoiceTable, ...], clean_lengths: Mapping[str, int],
               seed: int, example: int) -> tuple[Denoiser, float]:
@@ -271,8 +269,8 @@ class MixtureOfDenoisers:
         if denoiser is None:
             text += 1 + (len(roles.targets) if self.mode_tokens else 0)
             return ModalityLengths({"text": text, **inputs}, {
-                m: clean_lengths[name] + (m == "text") for m, name in roles.targets.items()})
-        target = clean_lengths[roles.targets[denoiser.modality]]
+                m: roles.target_length(m, clean_lengths) + (m == "text") for m in roles.targets})
+        target = roles.target_length(denoiser.modality, clean_lengths)
         if denoiser.modality == "text":
             text, target = self._text_lengths(denoiser, text, split)
             target += 1
@@ -321,8 +319,8 @@ class MixtureOfDenoisers:
             text = np.where(bare, len(no_text.of(self, roles)), text)
             text = text + 1 + (len(roles.targets) if self.mode_tokens else 0)
             return ManyLengths({"text": text, **inputs}, {
-                m: np.array(clean_lengths[name], np.int64) + (m == "text")
-                for m, name in roles.targets.items()})
+                m: np.array(roles.target_length(m, clean_lengths), np.int64) + (m == "text")
+                for m in roles.targets})
         uniforms = two_uniforms(seed, examples, CHOICE_STREAM)
         targets = {m: np.zeros_like(text) for m in roles.targets}
         empty = np.asarray(clean_lengths.get("text", np.ones_like(text))) == 0
@@ -330,7 +328,7 @@ class MixtureOfDenoisers:
             picks = table.pick_many(uniforms[:, 0])
             for index, denoiser in enumerate(table.denoisers):
                 at = np.flatnonzero((picks == index) & rows)
-                target = np.asarray(clean_lengths[roles.targets[denoiser.modality]])[at]
+                target = np.asarray(roles.target_length(denoiser.modality, clean_lengths))[at]
                 if denoiser.modality == "text":
                     text[at], target = self._text_lengths_many(denoiser, text[at],
                                                                uniforms[at, 1])
@@ -371,7 +369,9 @@ class MixtureOfDenoisers:
           task says which patches of them are given;
         - targets/text/targets [m] int32, with EOS;
         - targets/<m>/targets, loss_mask [m] int32 for codes: targets are code + 2; loss_mask is 1
-          where the loss counts; with `task_masks` also targets/<m>/task_mask, 1 where hidden.
+          where the loss counts; with `task_masks` also targets/<m>/task_mask, 1 where hidden;
+        - targets/<m>/pixels [1, height, width, channels] uint8 or spectrogram [1, frames, mel bins]
+          float32 instead of targets, of the modalities of `codecs`.
 
         Args:
             clean: features of one example, as cached.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from vishwam_t5x.core.batch import HISTORIES, modality_order
+from vishwam_t5x.core.batch import HISTORIES, SignalSpec, modality_order
 from vishwam_t5x.core.errors import UserError, did_you_mean
 
 SUPERVISED_INPUTS = {"text_inputs": "text", "image_inputs": "image", "audio_inputs": "audio",
@@ -15,8 +16,13 @@ SUPERVISED_INPUTS = {"text_inputs": "text", "image_inputs": "image", "audio_inpu
 SUPERVISED_TARGETS = {"text_targets": "text", "image_target_codes": "image",
                       "audio_target_codes": "audio", "targets": "text"}
 """Features by modality; `inputs` and `targets` are what T5's own tasks call their text."""
-SUPERVISED_SOURCES = {"image_targets": "image_target_codes", "audio_targets": "audio_target_codes"}
-"""Pixels kept beside their codes, for people to look at; the trainer reads the codes."""
+_SUPERVISED_SIGNALS = {"image": ("image_target_codes", "image_targets"),
+                       "audio": ("audio_target_codes", "audio_targets")}
+_NEUTRAL_SIGNALS = {"image": ("image_codes", "image_pixels", "image"),
+                    "audio": ("audio_codes", "audio_spectrogram")}
+"""The codes of a modality, then what a codec makes them of, the first of which there is. Pixels are
+read where the model has the codec; else they are there beside their codes for people to look at.
+An image as the encoder is given it may do for the codec; spectrograms are scaled otherwise."""
 INPUT_PATCHES = {f"{modality}_input_patches": f"{modality}_inputs"
                  for modality in ("image", "audio", *HISTORIES)}
 """Numbers of the patches that the encoder is given of an image, a spectrogram or a history (counted
@@ -30,9 +36,10 @@ NEUTRAL_INPUTS = {"text": "text", PROMPT: "text", "image": "image", "audio": "au
                   **{modality: modality for modality in HISTORIES}}
 NEUTRAL_TARGETS = {"text": "text", "image_codes": "image", "audio_codes": "audio"}
 
-_SUPERVISED = {**SUPERVISED_INPUTS, **SUPERVISED_TARGETS,
-               **{name: codes.split("_")[0] for name, codes in SUPERVISED_SOURCES.items()}}
-_NEUTRAL = {**NEUTRAL_INPUTS, **NEUTRAL_TARGETS}
+_SUPERVISED = {*SUPERVISED_INPUTS, *SUPERVISED_TARGETS,
+               *(name for names in _SUPERVISED_SIGNALS.values() for name in names)}
+_NEUTRAL = {*NEUTRAL_INPUTS, *NEUTRAL_TARGETS,
+            *(name for names in _NEUTRAL_SIGNALS.values() for name in names)}
 _ABOUT = {**INPUT_PATCHES, **TARGET_MASKS}
 
 
@@ -46,6 +53,7 @@ class FeatureRoles:
         targets: modality -> feature the decoder can be asked for, in row order.
         patches: modality -> feature with the numbers of the patches that the encoder is given.
         masks: modality -> feature that says which codes the encoder cannot see.
+        num_codes: modality -> codes of each target that is given as pixels or as a spectrogram.
     """
 
     supervised: bool
@@ -53,6 +61,13 @@ class FeatureRoles:
     targets: dict[str, str]
     patches: dict[str, str] = dataclasses.field(default_factory=dict)
     masks: dict[str, str] = dataclasses.field(default_factory=dict)
+    num_codes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def target_length(self, modality: str, clean_lengths: Mapping[str, Any]) -> Any:
+        """Returns the tokens or codes of a target: one number, or those of many examples."""
+        length = clean_lengths[self.targets[modality]]
+        codes = self.num_codes.get(modality)
+        return length if codes is None else codes + 0 * length
 
     @functools.cached_property
     def sizes(self) -> dict[str, str]:
@@ -68,7 +83,8 @@ class FeatureRoles:
 
 def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
                   target_modalities: tuple[str, ...],
-                  ignored: tuple[str, ...] = ()) -> FeatureRoles:
+                  ignored: tuple[str, ...] = (),
+                  signals: Mapping[str, SignalSpec] | None = None) -> FeatureRoles:
     """Sorts the features of a clean example by role.
 
     Args:
@@ -76,22 +92,24 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
         input_modalities: what the encoder can read.
         target_modalities: what the decoder can write.
         ignored: features to leave out on purpose.
+        signals: target modalities that are read as pixels or spectrograms.
 
     Raises:
         UserError: an unknown feature, supervised and neutral features mixed, a feature whose
-            modality the model does not have, pixels to predict without their codes, or nothing
-            to predict.
+            modality the model does not have, pixels to predict without their codes (or, of
+            `signals`, codes without their pixels), or nothing to predict.
     """
     names = [name for name in names if not name.startswith("meta_") and name not in ignored]
     about = [name for name in names if name in _ABOUT]
     names = [name for name in names if name not in _ABOUT]
     for name in about:
-        if _ABOUT[name] not in names:
+        pixels = _ABOUT[name].replace("_target_codes", "_targets")
+        if _ABOUT[name] not in names and pixels not in names:
             raise UserError(f"an example has '{name}' without '{_ABOUT[name]}'",
                             got=", ".join([*names, *about]))
     for name in names:
         if name not in _SUPERVISED and name not in _NEUTRAL:
-            known = [*_SUPERVISED, *_NEUTRAL, *_ABOUT]
+            known = sorted({*_SUPERVISED, *_NEUTRAL, *_ABOUT})
             raise UserError("an example has a feature with no known role", got=name,
                             fix=did_you_mean(name, known) or "known: " + ", ".join(known))
     supervised = [name for name in names if name in _SUPERVISED]
@@ -111,12 +129,10 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
     _check_modalities(inputs, input_modalities, "input_modalities")
     if supervised:
         _check_modalities(targets, target_modalities, "target_modalities")
-        for pixels, codes in SUPERVISED_SOURCES.items():
-            if pixels in names and codes not in names:
-                raise UserError(f"an example has '{pixels}' without '{codes}'",
-                                got=", ".join(names),
-                                fix="let the task write the codes: the trainer predicts codes")
-    else:
+    sources = _SUPERVISED_SIGNALS if supervised else _NEUTRAL_SIGNALS
+    for modality, (codes, *features) in sources.items():
+        _choose_source(targets, modality, codes, features, names, modality in (signals or {}))
+    if not supervised:
         targets = {m: name for m, name in targets.items() if m in target_modalities}
     if not targets:
         raise UserError("an example has nothing to predict", got=", ".join(names) or "no features",
@@ -127,7 +143,25 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
                         {SUPERVISED_INPUTS[INPUT_PATCHES[name]]: name for name in about
                          if name in INPUT_PATCHES},
                         {SUPERVISED_TARGETS[TARGET_MASKS[name]]: name for name in about
-                         if name in TARGET_MASKS})
+                         if name in TARGET_MASKS},
+                        {m: spec.num_codes for m, spec in (signals or {}).items() if m in targets})
+
+
+def _choose_source(targets: dict[str, str], modality: str, codes: str, features: list[str],
+                   names: list[str], as_signal: bool) -> None:
+    """Lets `targets` have the codes of a modality, or the pixels or spectrogram instead."""
+    found = [name for name in features if name in names]
+    if as_signal and found:
+        targets[modality] = found[0]
+    elif as_signal and codes in names:
+        raise UserError(f"an example has '{codes}', but the model is to code {modality} itself",
+                        got=", ".join(names),
+                        fix=f"a task with '{features[0]}', or leave '{modality}' out of "
+                            "MixtureOfDenoisers.codecs")
+    elif features[0] in names and codes not in names:
+        raise UserError(f"an example has '{features[0]}' without '{codes}'", got=", ".join(names),
+                        fix="let the task write the codes; or give the model a codec, and the "
+                            "objective too: MixtureOfDenoisers.codecs")
 
 
 def _check_modalities(found: dict[str, str], allowed: tuple[str, ...], field: str) -> None:

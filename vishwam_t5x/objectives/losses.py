@@ -233,18 +233,18 @@ def normalizers(batch: Batch, config: LossConfig) -> dict[str, Float[Array, ""]]
     add up to the loss of the whole batch exactly as if it had not been cut.
 
     Args:
-        batch: flat batch; its target modalities are those with `targets/<m>/targets`.
+        batch: flat batch; its target modalities are those with a mask.
         config: `normalization` decides.
     """
-    modalities = [key.split("/")[1] for key in batch
-                  if key.startswith("targets/") and key.endswith("/targets")]
+    modalities = list(dict.fromkeys(
+        key.split("/")[1] for key in batch
+        if key.startswith("targets/") and key.endswith(("/mask", "/loss_mask"))))
     how = config.normalization
     if how == "sum" or not isinstance(how, str):
         factor = 1.0 if isinstance(how, str) else how
         return {m: jnp.asarray(factor, jnp.float32) for m in modalities}
     if how == "position":
-        sums = {m: jnp.asarray(batch[f"targets/{m}/targets"].size, jnp.float32)
-                for m in modalities}
+        sums = {m: jnp.asarray(loss_weights(batch, m).size, jnp.float32) for m in modalities}
     else:
         sums = {m: jnp.sum(loss_weights(batch, m, config)) for m in modalities}
     if how != "modality":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vishwam_t5x.core.batch import SignalSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
 from vishwam_t5x.objectives import augmentation, masking, no_text, span_corruption
@@ -48,7 +49,7 @@ def supervised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean,
             hidden = None
             if modality in roles.masks:
                 hidden = _ids(clean, roles.masks[modality]) > 0
-            _put_codes(out, objective, modality, _ids(clean, name), hidden)
+            _put_target(out, objective, modality, name, clean, hidden)
     return out
 
 
@@ -64,14 +65,17 @@ def denoised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean, d
         out["targets/text/targets"] = np.concatenate([target, _EOS])
     else:
         hidden = None
-        modality, codes = denoiser.modality, _ids(clean, roles.targets[denoiser.modality])
+        modality, name = denoiser.modality, roles.targets[denoiser.modality]
         if denoiser.paradigm == "R":
             spec = getattr(objective, modality)
             grid = spec.grid(clean[roles.inputs[modality]].shape)
             mask = masking.patch_mask(grid[0] * grid[1], denoiser.rate, rng())
-            hidden = masking.code_mask(mask, grid, spec.codes_grid(grid, len(codes)))
+            signal = objective.signals.get(modality)
+            codes_grid = (spec.codes_grid(grid, len(_ids(clean, name))) if signal is None
+                          else signal.grid)
+            hidden = masking.code_mask(mask, grid, codes_grid)
             masks[modality] = mask
-        _put_codes(out, objective, modality, codes, hidden)
+        _put_target(out, objective, modality, name, clean, hidden)
     if no_text.drawn(no_text.rate(objective, roles, denoiser), seed, example):
         text = no_text.of(objective, roles, denoiser)
     _put_input_text(out, objective, [(denoiser.modality, denoiser.paradigm)], text)
@@ -174,14 +178,48 @@ def _choose_patches(out: Example, modality: str, chosen: np.ndarray) -> None:
         out[f"{prefix}/{name}"] = out[f"{prefix}/{name}"][chosen]
 
 
-def _put_codes(out: Example, objective: MixtureOfDenoisers, modality: str, codes: np.ndarray,
-               hidden: np.ndarray | None) -> None:
-    if hidden is not None and hidden.shape != codes.shape:
+def _put_target(out: Example, objective: MixtureOfDenoisers, modality: str, name: str,
+                clean: Clean, hidden: np.ndarray | None) -> None:
+    """Asks for codes: those of the example, or of its pixels or spectrogram by the model's codec.
+    """
+    signal = objective.signals.get(modality)
+    if signal is None:
+        codes = _ids(clean, name)
+        out[f"targets/{modality}/targets"], number = codes + np.int32(CODE_OFFSET), len(codes)
+    else:
+        out[f"targets/{modality}/{signal.name}"] = as_signal(clean[name], signal, name)[None]
+        number = signal.num_codes
+    if hidden is not None and len(hidden) != number:
         raise UserError(f"the task mask of an example's {modality} is not as long as its codes",
-                        got=f"{len(hidden)} and {len(codes)}")
-    out[f"targets/{modality}/targets"] = codes + np.int32(CODE_OFFSET)
+                        got=f"{len(hidden)} and {number}")
     out[f"targets/{modality}/loss_mask"] = (
         hidden.astype(np.int32) if hidden is not None and objective.masked_loss == "masked"
-        else np.ones(codes.shape, np.int32))
+        else np.ones((number,), np.int32))
     if objective.task_masks and hidden is not None:
         out[f"targets/{modality}/task_mask"] = hidden.astype(np.int32)
+
+
+def as_signal(array: np.ndarray, spec: SignalSpec, name: str) -> np.ndarray:
+    """Returns a picture or spectrogram as a batch holds it; floating pixels become whole 255ths.
+
+    Args:
+        array: [height, width, channels], [height, width] for one channel, or [frames, mel bins].
+        spec: what the model's codec codes.
+        name: of the feature.
+
+    Raises:
+        UserError: it is of another size or type.
+    """
+    array = np.asarray(array)
+    if array.ndim == 2 and len(spec.shape) == 3:
+        array = array[..., None]
+    elif array.ndim == 3 and len(spec.shape) == 2 and array.shape[2] == 1:
+        array = array[..., 0]
+    floating = np.issubdtype(array.dtype, np.floating)
+    if array.shape != spec.shape or not (floating or str(array.dtype) == spec.dtype):
+        raise UserError(f"the feature '{name}' is not what the model's codec codes",
+                        got=f"{array.dtype} {array.shape}, not {spec.dtype} {spec.shape}",
+                        fix="resize it in the task's preprocessor, or change the codec's config")
+    if spec.dtype == "uint8" and floating:
+        array = np.rint(np.clip(array, 0, 1) * 255)
+    return array.astype(spec.dtype, copy=False)

@@ -24,6 +24,12 @@ def check_settings(objective: MixtureOfDenoisers) -> None:
                         fix="add 'text' to MixtureOfDenoisers.input_modalities")
     if not objective.target_modalities:
         raise UserError("MixtureOfDenoisers.target_modalities is empty", fix="e.g. ('text',)")
+    for modality, codec in (objective.codecs or {}).items():
+        one_of(modality, [m for m in objective.target_modalities if m != "text"],
+               "modality in MixtureOfDenoisers.codecs")
+        if codec is not None and not hasattr(codec, "signal"):
+            raise UserError(f"MixtureOfDenoisers.codecs['{modality}'] is no codec's config",
+                            got=repr(codec), fix="codecs = {'image': %IMAGE_CODEC}")
     _check_weights(objective, "text_weights", ("R", "S", "X"))
     _check_weights(objective, "image_weights", ("R", "S"))
     _check_weights(objective, "audio_weights", ("R", "S"))

@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float
 
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.core.trees import flatten_names
+from vishwam_t5x.core.trees import flatten_names, unflatten_names
 
 LogicalAxes = Callable[[], Mapping[str, Sequence[str | None]]]
 """Returns {'/'-joined parameter name: logical axis names}; asked only by who needs them."""
@@ -114,6 +114,38 @@ class Optimizer(abc.ABC):
     def frozen(self, name: str) -> bool:
         """Whether the parameter of this name is left as it is, without state or gradient."""
         return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparing(Optimizer):
+    """An optimizer that never sees some parameters: no state, no gradient, no part in a norm.
+
+    Its state is that which the optimizer would have if they were not there.
+
+    Attributes:
+        inner: what trains the others.
+        prefixes: what the '/'-joined names of those parameters begin with.
+    """
+
+    inner: Optimizer
+    prefixes: tuple[str, ...]
+
+    def schedule(self, step: Any) -> Float[Array, ""]:
+        return self.inner.schedule(step)
+
+    def frozen(self, name: str) -> bool:
+        return name.startswith(self.prefixes) or self.inner.frozen(name)
+
+    def build(self, logical_axes: LogicalAxes | None = None) -> optax.GradientTransformation:
+        """Returns the transformation: `init` takes all parameters, `update` those that are left."""
+        rule = self.inner.build(logical_axes)
+
+        def init(params: Any) -> Any:
+            return rule.init(unflatten_names({
+                name: leaf for name, leaf in flatten_names(params).items()
+                if not name.startswith(self.prefixes)}))
+
+        return optax.GradientTransformation(init, rule.update)
 
 
 @dataclasses.dataclass(frozen=True)

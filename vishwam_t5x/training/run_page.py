@@ -1,13 +1,17 @@
-"""A run on one page: its losses, and where its time went."""
+"""A run on one page: its losses, where its time went, and the picture that it drew."""
 
 from __future__ import annotations
 
+import io
 import math
 import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.training import ledger
 from vishwam_t5x.training.run_dir import RunDir
@@ -16,6 +20,8 @@ from vishwam_t5x.training.writers import read_records
 _COLOURS = {"init": "#b0b0b0", "cache": "#795548", "compile": "#8c6bb1", "data_wait": "#e6772e",
             "step": "#2b8a3e", "host": "#1c7ed6", "eval": "#e0b000", "save": "#0b7285",
             "down": "#343a40", "lost": "#c92a2a"}
+PICTURE = "reconstructions.png"
+"""In the MODEL_DIR of a codec: held-out pictures above what comes back of them."""
 _CURVES = re.compile(r"(eval/)?loss(/[^/]+)?")
 
 
@@ -45,7 +51,8 @@ def summary(run_dir: RunDir) -> str:
 
 
 def draw(run_dir: RunDir, page: pathlib.Path) -> None:
-    """Draws losses over steps, time by phase, and the sessions over the time of day.
+    """Draws losses over steps, time by phase, and the sessions over the time of day; and below them
+    `PICTURE`, where the run has one.
 
     Args:
         run_dir: of the run.
@@ -57,8 +64,12 @@ def draw(run_dir: RunDir, page: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     records, sessions = _read(run_dir)
-    figure = Figure(figsize=(11, 11), layout="constrained")
-    curves, shares, days = figure.subplots(3, 1, height_ratios=(5, 1, 2))
+    picture = _picture(run_dir)
+    heights = [5.0, 1.0, 2.0]
+    if picture is not None:
+        heights.append(8 * picture.shape[0] / picture.shape[1])  # as wide as the page
+    figure = Figure(figsize=(11, 11 * sum(heights) / 8), layout="constrained")
+    curves, shares, days, *last = figure.subplots(len(heights), 1, height_ratios=heights)
     figure.suptitle(run_dir.place.rstrip("/").rpartition("/")[2] or run_dir.place)
     names = sorted({name for record in records for name in record if _CURVES.fullmatch(name)})
     for name in names:
@@ -83,8 +94,23 @@ def draw(run_dir: RunDir, page: pathlib.Path) -> None:
     if sessions:
         shares.legend(ncols=5, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.35))
     _draw_sessions(days, sessions)
+    if picture is not None:
+        last[0].imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        last[0].set_axis_off()
+        last[0].set_title("held-out pictures, and below them what came back")
     page.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(page, dpi=110)
+
+
+def _picture(run_dir: RunDir) -> np.ndarray | None:
+    """Pixels [height, width] or [height, width, 3] of the run's picture; None if it has none."""
+    from PIL import Image
+
+    try:
+        data = storage.read_bytes(storage.join(run_dir.place, PICTURE))
+    except FileNotFoundError:
+        return None
+    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def _draw_sessions(axes: Any, sessions: Sequence[ledger.Session]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,11 +28,12 @@ from vishwam_t5x.core.flops import (
     transformer_flops,
 )
 from vishwam_t5x.core.rng import key_for
+from vishwam_t5x.models.codecs.layers import encoding_flops
 from vishwam_t5x.objectives.metrics import drop_empty
 from vishwam_t5x.parallelism import sharding
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.training import compilation, step
-from vishwam_t5x.training.optimizer_base import Optimizer
+from vishwam_t5x.training.optimizer_base import Optimizer, Sparing
 from vishwam_t5x.training.state import StateFactory, TrainState
 from vishwam_t5x.training.throughput import Throughput
 
@@ -57,9 +58,15 @@ class Parts:
     step: step.StepConfig
     spec: BatchSpec
 
+    @property
+    def _sparing(self) -> Optimizer:
+        """The optimizer, kept from what the model never trains."""
+        prefixes = getattr(self.model.config, "frozen_prefixes", ())
+        return Sparing(self.optimizer, prefixes) if prefixes else self.optimizer
+
     def factory(self) -> StateFactory:
         """Shapes and shardings of the train state."""
-        return StateFactory(self._init_params, self.optimizer.build(self._logical_axes),
+        return StateFactory(self._init_params, self._sparing.build(self._logical_axes),
                             self.model.config.policy, self.mesh, self.rules)
 
     def _init_params(self, key: Any) -> Any:
@@ -90,8 +97,8 @@ class Parts:
     def _step(self, factory: StateFactory, shardings: Mapping[str, Any]) -> tuple[Any, ...]:
         config = dataclasses.replace(self.step, rows_together=self.spec.rows_together)
         function = step.make_train_step(
-            step.model_loss(self.model, self.step.loss), self.optimizer.build(self._logical_axes),
-            config, self.model.config.policy.accumulation_dtype, self.optimizer.frozen)
+            step.model_loss(self.model, self.step.loss), self._sparing.build(self._logical_axes),
+            config, self.model.config.policy.accumulation_dtype, self._sparing.frozen)
         return function, factory, compilation.abstract_batch(self.spec, shardings)
 
     def throughput(self) -> Throughput:
@@ -132,6 +139,13 @@ def check_modalities(model: Any, objective: Any, spec: BatchSpec) -> None:
                 "objective does not say what that is", got="task_masks = False",
                 fix="MixtureOfDenoisers.task_masks = True, or CodeOutput.dynamic_mask and "
                 "mask_token = False")
+    for modality, signal in spec.signals.items():
+        codec = getattr(config, "codecs", {}).get(modality)
+        if codec is None or codec.signal != signal:
+            raise UserError(
+                f"the objective gives {signal.name} of modality '{modality}', and the model has "
+                "no codec for them", got=f"{signal}, the model's: {codec and codec.signal}",
+                fix="set CodeOutput.codec to what MixtureOfDenoisers.codecs names")
     layout = getattr(objective, "vocabulary", None)
     rows = config.tables.get("text")
     if layout is not None and rows is not None and rows < layout.size:
@@ -160,6 +174,28 @@ def _check_history(module: Any, objective: Any, history: HistorySpec) -> None:
                             got=f"{gives} against {takes}", fix=f"one gin macro for both: {fix}")
 
 
+def check_given(model: Any, made_up: Iterable[str]) -> None:
+    """Refuses to begin with random values where nothing would ever train them.
+
+    Args:
+        model: Flax module.
+        made_up: names of parameters that no checkpoint gives.
+
+    Raises:
+        UserError: one of them is a codec's.
+    """
+    prefixes = getattr(model.config, "frozen_prefixes", ())
+    for name in made_up:
+        if prefixes and name.startswith(prefixes):
+            place = next(prefix for prefix in prefixes if name.startswith(prefix))
+            raise UserError(
+                "a codec of the model would be random for good: it is not trained with the model",
+                got=f"nothing gives {place}",
+                fix="start from the checkpoint of its own run, too: train.train.assignment_map = "
+                    f"[('{place}(.*)', 'discrete_vae/\\\\1')], train.train.fallback_to_scratch = "
+                    "True; or leave CodeOutput.codec out")
+
+
 def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:
     """Returns training FLOPs per filled (encoder slot, decoder slot) of a packed row.
 
@@ -186,8 +222,11 @@ def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:
                    * spec.input_length / columns)
     pictures = sum(_picture_flops(module, config.emb_dim, spec)
                    for module in _with_transformers(config).values())
+    coded = sum(spec.target_capacities[modality] / signal.num_codes
+                * encoding_flops(config.codecs[modality])
+                for modality, signal in spec.signals.items())
     return ((encoder + pictures) / spec.input_length,
-            (whole - encoder) / spec.target_length)
+            (whole - encoder + coded) / spec.target_length)
 
 
 def _with_transformers(config: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from vishwam_t5x.checkpointing.convert import (
     names,
     native,
     t5x,
+    unified_io2,
     unified_io2_torch,
 )
 from vishwam_t5x.checkpointing.convert.huggingface_writing import write_huggingface
@@ -177,7 +178,8 @@ def plan(opened: Opened, kind: str, to: str | os.PathLike, drop: Sequence[str] =
     bookkeeping: tuple[str, ...] = ()
     note = ""
     if kind == OURS:
-        places = {name: name for name in kept}
+        bookkeeping = tuple(filter(unified_io2.is_moment_of_codec, kept))
+        places = {name: name for name in kept if name not in bookkeeping}
         if any(name.startswith("opt_state/") for name in kept):
             held = {name: array for name, array in (fresh or {}).items() if name not in places}
     elif kind == HUGGINGFACE:

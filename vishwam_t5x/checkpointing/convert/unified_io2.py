@@ -23,8 +23,9 @@ _RESAMPLERS = tuple(f"input_encoders_{modality}_history/resampler/"
                     for modality in ("image", "audio"))
 _LEVEL = "PerceiverResampler_0/"
 _MARK = "modality_embedding"
+_CODEC_STATE = re.compile(r"opt_state/(?:.+/)?target_encoders_\w+/discrete_vae/")
 
-# By the original's names. A codec lies under its target: ours trains and keeps it apart.
+# By the original's names.
 _PARAMETER = re.compile(
     r"(?:text|image|audio)_token_embedder/embedding"
     r"|(?:encoder|decoder)/(?:(?:layers_\d+|encoder|decoder)/)?"
@@ -46,6 +47,13 @@ def is_unified_io2(name: str) -> bool:
     modalities have a learned embedding there.
     """
     return name.rpartition("/")[2] == _MARK
+
+
+def is_moment_of_codec(name: str) -> bool:
+    """Whether one of our names is that of an optimizer's state of a codec inside a model. The
+    original has such; here codecs are never trained with a model, and have none.
+    """
+    return _CODEC_STATE.match(name) is not None
 
 
 def has_place(theirs: str) -> bool:

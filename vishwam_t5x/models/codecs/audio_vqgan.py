@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from vishwam_t5x.core.batch import SignalSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models.codecs import layers
 from vishwam_t5x.models.codecs.image_vqgan import check_count
@@ -95,6 +96,28 @@ class AudioVQGANConfig:
     def grid(self) -> tuple[int, int]:
         """Codes along time and along mel bins of a spectrogram of `frames` x `mels`."""
         return self.frames // self.patch, self.mels // self.patch
+
+    @property
+    def signal(self) -> SignalSpec:
+        """What a batch holds of a clip: a spectrogram, scaled for the codec, float32."""
+        return SignalSpec("spectrogram", (self.frames, self.mels), "float32", self.grid)
+
+    @property
+    def smallest(self) -> tuple[int, ...]:
+        """Shape of the smallest spectrogram that reaches every parameter."""
+        return self.patch, self.patch
+
+    def prepare(self, spectrogram: jax.Array) -> Float[Array, "b t m 1"]:
+        """Returns spectrograms [b, frames, mel bins] as the codec takes them."""
+        return spectrogram.astype(jnp.float32)[..., None]
+
+    def finish(self, decoded: Float[Array, "b t m 1"]) -> Float[Array, "b t m"]:
+        """Returns what was decoded as spectrograms [b, frames, mel bins], float32."""
+        return decoded[..., 0].astype(jnp.float32)
+
+    def build(self) -> AudioVQGAN:
+        """Returns the codec as it is used, not trained: nothing is dropped."""
+        return AudioVQGAN(dataclasses.replace(self, dropout_rate=0.0))
 
     @functools.cached_property
     def policy(self) -> Policy:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from vishwam_t5x.core.batch import SignalSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models.codecs import layers
 from vishwam_t5x.models.codecs.layers import CodecOutput
@@ -102,6 +103,31 @@ class ImageVQGANConfig:
     def policy(self) -> Policy:
         """The dtypes `precision` stands for on this machine."""
         return resolve_policy(self.precision)
+
+    @property
+    def signal(self) -> SignalSpec:
+        """What a batch holds of a picture: pixels, uint8."""
+        return SignalSpec("pixels", (self.resolution, self.resolution, self.channels), "uint8",
+                          self.grid)
+
+    @property
+    def smallest(self) -> tuple[int, ...]:
+        """Shape of the smallest picture that reaches every parameter."""
+        return self.downsampling, self.downsampling, self.channels
+
+    def prepare(self, pixels: jax.Array) -> Float[Array, "b H W c"]:
+        """Returns pictures in [-1, 1], float32, of pixels uint8, or floating in [0, 1]."""
+        if pixels.dtype == jnp.uint8:
+            pixels = pixels.astype(jnp.float32) / 255
+        return pixels.astype(jnp.float32) * 2 - 1
+
+    def finish(self, decoded: Float[Array, "b H W c"]) -> Float[Array, "b H W c"]:
+        """Returns what was decoded as pixels in [0, 1], float32."""
+        return jnp.clip((decoded.astype(jnp.float32) + 1) / 2, 0, 1)
+
+    def build(self) -> ImageVQGAN:
+        """Returns the codec as it is used, not trained: nothing is dropped."""
+        return ImageVQGAN(dataclasses.replace(self, dropout_rate=0.0))
 
     def has_attention(self, level: int) -> bool:
         """Whether the blocks of a level, 0 being that of whole pictures, attend."""

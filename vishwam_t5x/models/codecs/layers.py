@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from flax.core import meta
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -87,6 +88,17 @@ def check_training(config: Any) -> None:
     remat_policy(config.remat_policy, platform="cpu")
     if not isinstance(config.precision, Policy):
         resolve_policy(config.precision if config.precision != "auto" else "float32")
+
+
+def encoding_flops(codec: Any) -> float:
+    """Returns the FLOPs of coding one picture or spectrogram, by the config of a codec."""
+    module = codec.build()
+    signal = jax.ShapeDtypeStruct((1, *codec.signal.shape), codec.signal.dtype)
+    variables = jax.eval_shape(lambda key, x: module.init(key, codec.prepare(x)),
+                               jax.random.key(0), signal)
+    lowered = jax.jit(lambda variables, x: module.apply(
+        variables, codec.prepare(x), method="encode")).lower(meta.unbox(variables), signal)
+    return (lowered.cost_analysis() or {}).get("flops", 0.0)
 
 
 def rematted(block: type[nn.Module], policy: str) -> Any:

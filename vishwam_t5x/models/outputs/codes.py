@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models import modalities
+from vishwam_t5x.models.codecs.audio_vqgan import AudioVQGANConfig
+from vishwam_t5x.models.codecs.image_vqgan import ImageVQGANConfig
 from vishwam_t5x.models.layers import Embed
 from vishwam_t5x.models.outputs.targets import TargetEncoder
 from vishwam_t5x.models.positions import grid_angles
+from vishwam_t5x.parallelism.sharding import constrain
 
 if TYPE_CHECKING:
     from vishwam_t5x.models.config import EncoderDecoderConfig
@@ -43,7 +46,8 @@ class CodeOutput:
         modality: name of the modality in batches, e.g. 'image'.
         vocab_size: rows of the embedding table: codes, `FIRST_CODE` special tokens, and padding.
         grid: (rows, columns) of codes in one example.
-        num_codes: codes of the codebook; by default all rows after the special ones.
+        num_codes: codes of the codebook; by default those of `codec`, or all rows after the
+            special ones.
         rope_scale: multiplies row and column numbers before they become rotary angles.
         layout: (rows, columns) in which the codes really lie, where that is not `grid`: spectrogram
             codes of Unified-IO 2 are 32 x 16, and their angles those of a 16 x 32 grid.
@@ -52,6 +56,9 @@ class CodeOutput:
         dynamic_mask: inputs that the task hid from the encoder are seen by no other slot: those
             with 'task_mask' 1 in the batch. False: all are seen, as in the released code.
         mask_token: inputs that the task hid are [MASK].
+        codec: sizes of the codec whose codes they are, to have it in the model: batches may hold
+            pixels or spectrograms instead of codes, and what is written can be drawn or sounded. It
+            is never trained with the model. None: the codec is kept apart.
         shift_back: in examples of which the task hid something, slot i reads its own token i
             instead of the one before; needs `mask_token`, or every answer would be read.
     """
@@ -66,6 +73,7 @@ class CodeOutput:
     dynamic_mask: bool = False
     mask_token: bool = False
     shift_back: bool = False
+    codec: ImageVQGANConfig | AudioVQGANConfig | None = None
 
     modality_embedding: ClassVar[bool] = True
     logits_via_embedding: ClassVar[bool] = True
@@ -73,6 +81,7 @@ class CodeOutput:
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("vocab_size",))
         object.__setattr__(self, "grid", tuple(self.grid))
+        self._check_codec()
         modalities.check_codes(self, FIRST_CODE)
         if self.layout is not None:
             object.__setattr__(self, "layout", tuple(self.layout))
@@ -83,6 +92,20 @@ class CodeOutput:
             raise UserError("CodeOutput.shift_back without mask_token lets the decoder read what "
                             "it is to predict", got="mask_token = False",
                             fix="mask_token = True, or shift_back = False")
+
+    def _check_codec(self) -> None:
+        codec = self.codec
+        if codec is None:
+            return
+        if self.num_codes is None:
+            object.__setattr__(self, "num_codes", codec.num_codes)
+        places = tuple(self.layout or self.grid)
+        if places != codec.grid or self.num_codes != codec.num_codes:
+            raise UserError(
+                f"the codec of modality '{self.modality}' has other codes than its output",
+                got=f"{codec.num_codes} codes, {codec.grid[0]} x {codec.grid[1]} a grid, not "
+                    f"{self.num_codes}, {places[0]} x {places[1]}",
+                fix="make num_codes and grid (or layout) of CodeOutput agree with the codec")
 
     @property
     def module_name(self) -> str:
@@ -137,4 +160,46 @@ class CodeOutput:
         return grid_angles(pos_ids, self.grid[1], head_dim, theta, self.rope_scale)
 
     def build(self, config: EncoderDecoderConfig, embedder: Embed) -> nn.Module:
-        return TargetEncoder(config, self, embedder, name=self.module_name)
+        return CodeEncoder(config, self, embedder, name=self.module_name)
+
+
+class CodeEncoder(TargetEncoder):
+    """A target encoder with the codec, if its config has one."""
+
+    target: CodeOutput
+
+    def setup(self) -> None:
+        super().setup()
+        if self.target.codec is not None:
+            self.discrete_vae = self.target.codec.build()
+
+    def __call__(self, inputs: Int[Array, "B M"], pos_ids: Int[Array, "B M"]
+                 ) -> tuple[Float[Array, "B M D"], Float[Array, "B M P"] | None]:
+        """See `TargetEncoder`."""
+        if self.is_initializing() and (codec := self.target.codec) is not None:
+            self.discrete_vae(codec.prepare(jnp.zeros((1, *codec.smallest), jnp.float32)))
+        return super().__call__(inputs, pos_ids)
+
+    def tokens(self, signals: Shaped[Array, "B P *one"]) -> dict[str, Int[Array, "B M"]]:
+        """Returns 'targets' and decoder 'inputs' of pictures or spectrograms, without gradient.
+
+        Args:
+            signals: as `SignalSpec` of the codec says, P of them a row.
+
+        Returns:
+            Arrays [B, P · codes of a grid]: codes + `FIRST_CODE`; and the same, shifted right
+            within each grid, after a 0.
+        """
+        assert self.target.codec is not None
+        rows, number = signals.shape[:2]
+        flat = self.target.codec.prepare(signals.reshape(rows * number, *signals.shape[2:]))
+        # Whole pictures, split over the devices as the rows are.
+        flat = constrain(flat, ("batch", *(None for _ in flat.shape[1:])))
+        codes = jax.lax.stop_gradient(self.discrete_vae.encode(flat)) + FIRST_CODE
+        shifted = jnp.pad(codes, ((0, 0), (1, 0)))[:, :-1]
+        return {"targets": codes.reshape(rows, -1), "inputs": shifted.reshape(rows, -1)}
+
+    def render(self, codes: Int[Array, "b n"]) -> Float[Array, "b *one"]:
+        """Returns the pictures in [0, 1], or the spectrograms, of codes from 0, float32."""
+        assert self.target.codec is not None
+        return self.target.codec.finish(self.discrete_vae.decode(codes))
