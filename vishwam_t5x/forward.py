@@ -28,6 +28,7 @@ from vishwam_t5x.core.errors import EXIT_OK, UserError
 from vishwam_t5x.evaluation import restoring
 from vishwam_t5x.evaluation.batch_file import read_batch
 from vishwam_t5x.evaluation.placement import Placement
+from vishwam_t5x.evaluation.shapes import without_budgets
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.parallelism.mesh import MeshConfig, make_mesh
@@ -57,6 +58,7 @@ def forward(model: Any, checkpoint: str, batch: str, output: str,
     """
     if not str(output).endswith(".npz"):
         raise UserError("--output must be the name of an .npz file", got=output)
+    model = without_budgets(model)  # the file says itself how many frames there are
     config = model.config
     arrays = read_batch(batch, config.input_modalities, config.target_modalities)
     _check_against(config, arrays, batch)

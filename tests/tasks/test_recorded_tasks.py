@@ -131,11 +131,12 @@ def test_long_recordings_become_a_segment_and_its_history(tmp_path):
                                   "audio_inputs")
     kept, refused = kept_and_refused(audio.decode_recording(
         dataset, "audio_inputs", "audio_history_inputs", audio.RecordingConfig(max_segments=2),
-        "audio_input_patches"))
+        "audio_input_patches", "audio_history_input_patches"))
     assert [example["audio_inputs"].shape for example in kept] == [(256, 128)]
     assert kept[0]["audio_history_inputs"].shape == (1, 256, 128)
     assert kept[0]["meta_lost_samples"] == 9 * 16000 - 2 * 65280
-    np.testing.assert_array_equal(kept[0]["audio_input_patches"], np.arange(128))
+    for name in ("audio_input_patches", "audio_history_input_patches"):
+        np.testing.assert_array_equal(kept[0][name], np.arange(128))
     assert "too long" in refused[0] and "none.wav" in refused[1]
 
 
@@ -147,8 +148,10 @@ def test_videos_without_frames_are_refused():
         output_signature={"image_history_inputs": tf.TensorSpec((None,), tf.string),
                           "meta_id": tf.TensorSpec((), tf.string)})
     kept, refused = kept_and_refused(image.decode_frames(
-        dataset, "image_history_inputs", image.PictureConfig(8, 8)))
+        dataset, "image_history_inputs", image.PictureConfig(8, 8), patches="given", patch_size=4))
     assert [example["image_history_inputs"].shape for example in kept] == [(2, 8, 8, 3)]
+    # The upper half of each frame has the centres of two patches, the lower one is padding there.
+    assert kept[0]["given"].tolist() == [0, 1, 4, 5]
     assert refused == ["none: the video has no frames",
                        "many: the video has too many frames (9, at most 8)"]
 

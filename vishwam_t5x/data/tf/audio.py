@@ -17,7 +17,7 @@ from vishwam_t5x.data.tf.refusals import map_or_refuse
 
 def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None = None,
                      config: RecordingConfig = RecordingConfig(), patches: str | None = None,
-                     patch_size: int = 16) -> tf.data.Dataset:
+                     history_patches: str | None = None, patch_size: int = 16) -> tf.data.Dataset:
     """Turns encoded WAV files into spectrograms; what cannot be heard is refused and counted.
 
     Args:
@@ -29,6 +29,7 @@ def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None
         patches: name of a feature to add: the numbers of the patches of `feature` that the encoder
             is to be given, int32 [n]; Unified-IO 2 leaves out those of the silence that fills a
             segment up. None: it is given all.
+        history_patches: the same of `history`, counted on from segment to segment.
         patch_size: frames, and mel bins, of those patches.
 
     Returns:
@@ -43,8 +44,9 @@ def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None
                "meta_lost_samples": tf.TensorSpec((), tf.int32)}
     if history is not None:
         outputs[history] = tf.TensorSpec((None, *shape), tf.float32)
-    if patches is not None:
-        outputs[patches] = tf.TensorSpec((None,), tf.int32)
+    for name in (patches, history_patches):
+        if name is not None:
+            outputs[name] = tf.TensorSpec((None,), tf.int32)
 
     def decode(data: bytes) -> list[np.ndarray | int]:
         found = recordings.spectrograms(*recordings.decode_wave(data), config)
@@ -53,6 +55,8 @@ def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None
             out.append(found.segments[:-1])
         if patches is not None:
             out.append(recordings.patches_heard(found.heard[-1:], patch_size))
+        if history_patches is not None:
+            out.append(recordings.patches_heard(found.heard[:-1], patch_size))
         return out
 
     return map_or_refuse(dataset, decode, [feature], outputs)

@@ -6,7 +6,6 @@ resizes in TensorFlow, as Unified-IO 2's evaluation does, for float32 pixels lik
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -107,7 +106,8 @@ def decode_picture(dataset: tf.data.Dataset, feature: str, config: PictureConfig
 
 def decode_frames(dataset: tf.data.Dataset, feature: str,
                   config: PictureConfig = PictureConfig(height=256, width=256), channels: int = 3,
-                  max_frames: int = 8) -> tf.data.Dataset:
+                  max_frames: int = 8, patches: str | None = None, patch_size: int = 16
+                  ) -> tf.data.Dataset:
     """Turns lists of image files into the frames of a video; one without frames is refused.
 
     Args:
@@ -116,6 +116,9 @@ def decode_frames(dataset: tf.data.Dataset, feature: str,
         config: the size; nothing is drawn.
         channels: 3 (RGB) or 1 (grey).
         max_frames: a video of more is refused: choose frames before.
+        patches: name of a feature to add: the numbers of the patches that are picture, not padding,
+            int32 [m], counted on from frame to frame. None: the encoder is given all.
+        patch_size: side of those patches, in pixels.
 
     Raises:
         UserError: `config` draws: the frames of a video must keep together.
@@ -123,15 +126,23 @@ def decode_frames(dataset: tf.data.Dataset, feature: str,
     if config.random:
         raise UserError("the frames of a video are not scaled and placed at random")
 
+    def decode(files: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+        if not len(files):
+            raise UserError("the video has no frames")
+        if len(files) > max_frames:
+            raise UserError("the video has too many frames",
+                            got=f"{len(files)}, at most {max_frames}")
+        frames = [pictures.read_picture(each, channels, config) for each in files]
+        pixels = np.stack([frame.pixels for frame in frames])
+        if patches is None:
+            return (pixels,)
+        inside = np.stack([pictures.patches_inside(frame.inside, patch_size) for frame in frames])
+        if not (some := inside.any(axis=1)).all():
+            raise UserError("a frame is too narrow: it covers no patch",
+                            got=f"frame {int(np.argmin(some)) + 1} of {len(frames)}")
+        return pixels, np.flatnonzero(inside).astype(np.int32)
+
     outputs = {feature: tf.TensorSpec((None, config.height, config.width, channels), tf.uint8)}
-    return map_or_refuse(dataset, functools.partial(_frames, config, channels, max_frames),
-                         [feature], outputs)
-
-
-def _frames(config: PictureConfig, channels: int, max_frames: int, files: Sequence[bytes]
-            ) -> tuple[np.ndarray]:
-    if not len(files):
-        raise UserError("the video has no frames")
-    if len(files) > max_frames:
-        raise UserError("the video has too many frames", got=f"{len(files)}, at most {max_frames}")
-    return (np.stack([pictures.read_picture(each, channels, config).pixels for each in files]),)
+    if patches is not None:
+        outputs[patches] = tf.TensorSpec((None,), tf.int32)
+    return map_or_refuse(dataset, decode, [feature], outputs)
