@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export JAX_PLATFORMS=cpu EPATH_USE_TF=false
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-for script in packing step checkpoint_stall startup ratios; do
+for script in packing step checkpoint_stall startup ratios image_path; do
   echo "== $script"
   "${PYTHON:-python}" "benchmarks/$script.py"
 done
