@@ -53,7 +53,8 @@ def answer_scores(table, example, answers):
     return scores
 
 
-@pytest.mark.parametrize("method", ["greedy", "sample", "beam"])
+@pytest.mark.parametrize("method", [
+    "greedy", pytest.param("sample", marks=pytest.mark.slow), "beam"])
 def test_only_answers_are_written(method):
     batch, decodes = 3, 6
     step, cache, table = markov(5, batch, 1 if method == "greedy" else decodes)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation import small_model
+from evaluation import small_model, small_run
 
+from vishwam_t5x import gin_config
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.evaluation import options
 from vishwam_t5x.evaluation.constraints import AllowedAnswers
@@ -193,3 +194,72 @@ def test_options_that_do_not_fit_are_told_why(tiny):
     assert "but what is to be written is image" in writer.misfit(Request({}, options=ids), "image")
     with pytest.raises(UserError, match="without its text"):
         Generator(tiny[0], make_mesh(), None, 2, {"image": DecodingConfig(guidance=1.0)}, 8, {})
+
+
+GIN = """
+from vishwam_t5x.evaluation import constraints
+from vishwam_t5x.evaluation import options
+from vishwam_t5x.serving import tokenizer
+MODEL_DIR = 'run'
+CACHE_DIR = None
+DECODING = {'text': @generator.DecodingConfig(), 'image': @image/generator.DecodingConfig()}
+generator.DecodingConfig.allowed = @constraints.AllowedAnswers()
+constraints.AllowedAnswers.answers = ('yes', 'no')
+image/generator.DecodingConfig.max_length = None
+image/generator.DecodingConfig.allowed = @constraints.AllowedTokens()
+constraints.AllowedTokens.tokens = (2, 3)
+image/generator.DecodingConfig.guidance = 10
+options.OptionScoring.score = 'mean'
+denoisers.MixtureOfDenoisers.no_text_rates = {'image': 0.1}
+denoisers.MixtureOfDenoisers.no_text = {'image': @tokenizer.text_ids()}
+tokenizer.text_ids.text = 'what'
+tokenizer.text_ids.model = 'MODEL'
+"""
+
+
+def test_gin_says_it_all(tmp_path):
+    small_run.vocabulary(tmp_path / "text.model")
+    file = tmp_path / "recipe.gin"
+    file.write_text(small_run.GIN + GIN.replace("MODEL'", f"{tmp_path}/text.model'"))
+    parsed = gin_config.parse([f"--gin_file={file}"], "infer")
+    decoding = parsed.macro("DECODING")
+    assert decoding["text"].allowed == AllowedAnswers(("yes", "no"))
+    assert decoding["image"].guidance == 10 and list(decoding["image"].allowed.tokens) == [2, 3]
+    assert parsed.arguments(OptionScoring) == {"score": "mean"}
+    goal = parsed.macro("OBJECTIVE")
+    assert goal.no_text_rates == {"image": 0.1} and len(goal.no_text["image"]) >= 1
+
+
+@pytest.mark.slow
+def test_one_guided_beam_writes_what_is_written_greedily(tiny):
+    module, params = tiny
+    asked = requests(small_model.text_task(), 5)
+    greedy, beam = ({done.tag: done for done in generator(module, text=DecodingConfig(
+        guidance=2.0, **how)).generate(params, asked, "text")}
+        for how in ({}, {"method": "beam", "alpha": 0.0}))
+    for tag, done in greedy.items():
+        assert beam[tag].tokens["text"].tolist() == done.tokens["text"].tolist()
+        assert beam[tag].scores["text"] == pytest.approx(done.scores["text"], rel=1e-4)
+    wide = generator(module, text=DecodingConfig(
+        guidance=2.0, method="beam", num_decodes=3, alpha=0.0))
+    for done in wide.generate(params, asked, "text"):
+        assert done.scores["text"] >= greedy[done.tag].scores["text"] - 1e-4
+
+
+@pytest.mark.slow
+def test_a_model_without_an_encoder_guides_and_chooses_too():
+    module = small_model.model(num_encoder_layers=0,
+                               targets=small_model.model().config.targets[:1])
+    params = small_model.params(module)
+    asked = requests(small_model.text_task())
+    writer = generator(module, text=DecodingConfig(guidance=1.0))
+    for done in writer.generate(params, asked, "text", token_scores=True):
+        assert done.token_scores["text"].sum() == pytest.approx(done.scores["text"], rel=1e-4)
+    ids = [OptionReader(encode).ids(choices) for choices in CHOICES]
+    alone = {done.tag: done.scores["text"] for done in writer.score(params, [
+        dataclasses.replace(request, targets={"targets/text/targets": option}, tag=(row, number))
+        for row, request in enumerate(asked) for number, option in enumerate(ids[row])])}
+    for done in writer.generate(params, [dataclasses.replace(request, options=ids[row])
+                                         for row, request in enumerate(asked)], "text"):
+        np.testing.assert_allclose(done.option_scores, [
+            alone[done.tag, number] for number in range(len(ids[done.tag]))], atol=1e-5)

@@ -13,7 +13,8 @@ from vishwam_t5x.evaluation.generator import DecodingConfig, Generator
 from vishwam_t5x.parallelism.mesh import make_mesh
 
 
-@pytest.mark.parametrize(("method", "guidance"), [("sample", 10.0), ("beam", 0.0)])
+@pytest.mark.parametrize(("method", "guidance"), [
+    ("sample", 10.0), pytest.param("beam", 0.0, marks=pytest.mark.slow)])
 def test_a_grid_has_all_its_codes(method, guidance):
     """1,024 of an image (32 x 32), 512 of a sound (32 x 16); nothing is allocated or run."""
     model = gin_config.parse(["--gin_file=gin/models/unified_io2/tiny.gin",
