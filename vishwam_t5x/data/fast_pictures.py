@@ -1,4 +1,4 @@
-"""JPEG files read and resized in a third of the time: other pixels than the exact way's, but near.
+"""JPEG files read and resized in less than half the time: pixels near the exact way's, not equal.
 
 Decoded by libjpeg-turbo (simplejpeg), straight to a half, quarter or eighth where that is still
 large enough, and resized by OpenCV, linearly and without antialiasing. Only what is plain is read
