@@ -1,4 +1,5 @@
-"""The quickstart: five small Tasks on real input, and their Mixture `quickstart`.
+"""The quickstart: five small Tasks on real input, and their Mixture `quickstart`; and two Tasks
+and Mixtures for models that bring pictures and text together in other ways.
 
 Importing this module registers them with SeqIO; nothing is read or fitted until a Task is used.
 """
@@ -19,6 +20,7 @@ from vishwam_t5x.data.tf.features import (
     text_feature,
 )
 from vishwam_t5x.data.tf.multimodal_mixture import MultimodalMixture
+from vishwam_t5x.data.tf.special_tokens import SpecialTokens
 from vishwam_t5x.data.tf.text import LazyVocabulary, split_evenly
 from vishwam_t5x.evaluation.metrics.text import exact_match
 from vishwam_t5x_tasks import quickstart_fitted as fitted
@@ -38,6 +40,9 @@ RATES = {
 }
 _PATCHES = (("image", IMAGE_PATCH), ("audio", AUDIO_PATCH))
 VOCABULARY = LazyVocabulary(fitted.vocabulary_path)
+WITH_IMAGE_TOKEN = SpecialTokens(VOCABULARY, num_sentinels=32, num_location_bins=0, num_history=0)
+"""The same pieces, with the extra tokens of the quickstart's `VocabularyLayout`."""
+_OTHERS = ("quickstart_codes_to_text", "quickstart_image_in_text")
 
 
 def _passages(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -89,6 +94,31 @@ def _image_text(split: str, shuffle_files: bool, seed: int | None = None) -> tf.
         "image": images,
         "image_codes": fitted.codebook().encode(images),
         "text": [sources.caption(digit) for digit in labels],
+        "meta_digit": labels,
+    })
+
+
+def _codes_to_text(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed
+    images, labels = sources.digits(split)
+    return tf.data.Dataset.from_tensor_slices({
+        "image_inputs": images,
+        "image_input_codes": fitted.codebook().encode(images),
+        "text_inputs": [sources.choose(sources.IMAGE_QUESTIONS, split, i, "question")
+                        for i in range(len(labels))],
+        "text_targets": [sources.caption(digit) for digit in labels],
+        "meta_digit": labels,
+    })
+
+
+def _image_in_text(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed
+    images, labels = sources.digits(split)
+    return tf.data.Dataset.from_tensor_slices({
+        "image_inputs": images,
+        "text_inputs": [sources.choose(sources.QUESTIONS_AROUND, split, i, "question")
+                        for i in range(len(labels))],
+        "text_targets": [sources.caption(digit) for digit in labels],
         "meta_digit": labels,
     })
 
@@ -146,7 +176,35 @@ seqio.TaskRegistry.add(
                      "text": text_feature(VOCABULARY)},
     metric_fns=[])
 
+# For models that bring pictures and text together in other ways, see gin/modalities/.
+seqio.TaskRegistry.add(
+    "quickstart_codes_to_text",
+    source=_source(_codes_to_text, _NUM_DIGITS),
+    preprocessors=[_TOKENIZE],
+    output_features={"image_inputs": image_feature(),
+                     "image_input_codes": codes_feature(fitted.NUM_CODES),
+                     "text_inputs": text_feature(VOCABULARY),
+                     "text_targets": text_feature(VOCABULARY)},
+    postprocess_fn=metrics.caption_text,
+    metric_fns=[exact_match])
+
+seqio.TaskRegistry.add(
+    "quickstart_image_in_text",
+    source=_source(_image_in_text, _NUM_DIGITS),
+    preprocessors=[_TOKENIZE],
+    output_features={"image_inputs": image_feature(),
+                     "text_inputs": text_feature(WITH_IMAGE_TOKEN),
+                     "text_targets": text_feature(WITH_IMAGE_TOKEN)},
+    postprocess_fn=metrics.caption_text,
+    metric_fns=[exact_match])
+
 seqio.MixtureRegistry.add("quickstart", list(RATES.items()), mixture_cls=MultimodalMixture)
+seqio.MixtureRegistry.add(
+    "quickstart_codes", [("quickstart_codes_to_text", 0.5), ("quickstart_text_to_image", 0.5)],
+    mixture_cls=MultimodalMixture)
+seqio.MixtureRegistry.add(
+    "quickstart_images", [("quickstart_image_to_text", 0.5), ("quickstart_text_to_image", 0.5)],
+    mixture_cls=MultimodalMixture)
 
 
 def task_metadata(task_name: str) -> dict[str, Any]:
@@ -160,9 +218,9 @@ def task_metadata(task_name: str) -> dict[str, Any]:
     Raises:
         UserError: the Task is not one of the quickstart's.
     """
-    if task_name not in RATES:
+    if task_name not in (*RATES, *_OTHERS):
         raise UserError("this is not a Task of the quickstart", got=task_name,
-                        fix="one of: " + ", ".join(RATES))
+                        fix="one of: " + ", ".join((*RATES, *_OTHERS)))
     task = seqio.TaskRegistry.get(task_name)
     out: dict[str, Any] = {"vocabulary": fitted.describe(fitted.vocabulary_path())}
     modalities = {name.split("_")[0] for name in task.output_features}

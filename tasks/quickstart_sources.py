@@ -26,6 +26,8 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 CAPTION = "the digit {}"
 IMAGE_QUESTIONS = ("what digit is this?", "which digit is in the picture?",
                    "read the handwritten digit", "name this digit")
+QUESTIONS_AROUND = ("the picture <image_input> shows which digit?",
+                    "<image_input> what digit is this?", "read the digit in <image_input>")
 AUDIO_QUESTIONS = ("which key was pressed?", "what digit is this tone?",
                    "name the digit you hear", "listen and write the digit")
 DRAWING_REQUESTS = ("draw the digit {}", "a picture of the digit {}", "write a {} by hand",

@@ -320,7 +320,7 @@ class _Baseline:
             f"unigram/{modality}": unigram_loss(
                 self._training.target_tokens(task, modality),
                 self._evaluated.target_tokens(task, modality),
-                self._ready.model.config.target(modality).table.num_embeddings)
+                self._ready.model.config.target(modality).vocab_size)
             for modality, parts in split.sums.items()
             # Of pixels there are no codes to be counted before a model has made them.
             if parts["weight"] > 0 and modality not in self._ready.spec.signals}

@@ -130,7 +130,7 @@ def _check_against(config: Any, arrays: dict[str, np.ndarray], path: str) -> Non
                 ids = arrays.get(f"{side}/{module.modality}/{field}")
                 if ids is None or module.table is None or not ids.size:
                     continue
-                rows = module.table.num_embeddings
+                rows = module.vocab_size
                 if ids.min() < 0 or ids.max() >= rows:
                     raise UserError(
                         f"{path}: '{side}/{module.modality}/{field}' has ids outside the table",

@@ -12,7 +12,6 @@ from models import model_fixtures
 
 from vishwam_t5x import gin_config
 from vishwam_t5x.core.batch import BatchSpec
-from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names
 from vishwam_t5x.data.assembly import PlacedExample, assemble, example_lengths
 from vishwam_t5x.models import decoding
@@ -261,11 +260,6 @@ def test_names_are_t5x_own():
     assert names == {f"decoder/layers_{i}/{name}" for i in range(2) for name in layer} | {
         "decoder/decoder_norm/scale", "decoder/relpos_bias/rel_embedding",
         "text_token_embedder/embedding", "target_encoders_text/logits_kernel"}
-
-
-def test_one_target_modality():
-    with pytest.raises(UserError, match="writes one modality"):
-        model_fixtures.config(num_encoder_layers=0)
 
 
 # T5X writes two of these in its files, of the days when each layer had biases of its own and the

@@ -67,7 +67,7 @@ class TargetSequence:
         angles: [B, M, head_dim / 2] float32, or None.
         segment_ids: [B, M] int32, as in `InputSequence`.
         modality: [B, M] int32, number of the modality, or of one of several answers in it;
-            attention stays within it.
+            attention stays within it, but for the `prefix`.
         prefix: [B, M] bool, slots that all slots of the prefix of their example see, later ones
             too (decoder-only models); None: causal throughout.
         pattern: what narrows causal attention further; None: nothing.

@@ -68,9 +68,10 @@ def check_model(tasks: Sequence[TaskRecords], config: Any, layout: Any = None) -
     """
     table = min((module.vocab_size for module in (*config.inputs, *config.targets)
                  if module.modality == "text" and hasattr(module, "vocab_size")), default=None)
-    codes = {module.modality: module for module in config.targets
+    codes = {module.modality: module for module in (*config.inputs, *config.targets)
              if getattr(module, "token_range", None)}
-    grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
+    grids = {module.modality: module.grid for module in config.inputs
+             if hasattr(module, "grid") and module.patch_dim is not None}
     for task in tasks:
         manifest = getattr(task, "manifest", None)
         for name, largest in (manifest.largest_ids if manifest else {}).items():
@@ -93,7 +94,7 @@ def check_model(tasks: Sequence[TaskRecords], config: Any, layout: Any = None) -
                     raise UserError(
                         f"task '{task.name}' has codes of another codebook than the model's",
                         got=f"code {largest} in '{name}', the model has {end - first} codes",
-                        fix=f"set CodeOutput.num_codes of modality '{modality}' to the codec's")
+                        fix=f"set num_codes of modality '{modality}' to the codec's")
         for name, (rows, columns) in getattr(task, "patch_grids", ()):
             modality = modality_of(name)
             if is_history(name) and grids.get(modality, (rows, columns)) != (rows, columns):

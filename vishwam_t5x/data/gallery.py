@@ -108,7 +108,10 @@ class _Renderer:
         parts = []
         for key, value in model.items():
             side, modality, name = key.split("/")
-            if side == "inputs" and name == "tokens":
+            if side == "inputs" and name == "tokens" and modality != "text":
+                parts.append(_named(f"{modality}, {len(value)} codes", self._codes(
+                    value - CODE_OFFSET, modality, clean, np.ones_like(value))))
+            elif side == "inputs" and name == "tokens":
                 parts.append(_named(f"text, {len(value)} tokens", self._text(value)))
             elif side == "inputs" and name == "input" and value.ndim == 3:
                 parts.append(_named(f"{modality}, {len(value)} frames", self._frames(

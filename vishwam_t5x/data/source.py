@@ -176,7 +176,9 @@ def batch_spec(config: DatasetConfig, objective: Objective,
     Raises:
         UserError: see `BatchSpec.from_feature_lengths`.
     """
-    specs = patch_specs(objective)
+    codes = getattr(objective, "code_inputs", ())
+    specs = {modality: spec for modality, spec in patch_specs(objective).items()
+             if modality not in codes}
     inputs = tuple(objective.input_modalities)
     return BatchSpec.from_feature_lengths(
         config.batch_size, config.task_feature_lengths, inputs,

@@ -249,7 +249,8 @@ class Evaluator:
         roles = feature_roles(task.features, self._objective.input_modalities,
                               self._objective.target_modalities,
                               getattr(self._objective, "ignored_features", ()),
-                              getattr(self._objective, "signals", None))
+                              getattr(self._objective, "signals", None),
+                              getattr(self._objective, "code_inputs", ()))
         return next(iter(roles.targets.values()))
 
 

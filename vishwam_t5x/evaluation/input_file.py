@@ -135,6 +135,8 @@ class InputReader:
                 raise UserError(f"the model reads no {name}")
             if name == "text":
                 clean["text_inputs"] = self._ids(value, "inputs")
+            elif name in getattr(self.objective, "code_inputs", ()):
+                raise UserError(f"the model reads codes of the {name}, not the file itself")
             elif name == "image":
                 clean["image_inputs"] = read_image(
                     storage.join(folder, value), self.objective.image, self.grids["image"])

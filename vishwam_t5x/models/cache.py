@@ -39,8 +39,8 @@ class DecodeCache:
         index: scalar int32, tokens decoded so far and so the position of the next one.
         layers: a tuple of `LayerCache`, or one with all arrays stacked on axis 0 (scanned layers).
         cross_bias: [B, 1, 1, L] additive mask of the encoder's slots (of those of the prefix).
-        first: [B, 1, D], of a decoder-only model: the last slot of the prefix, which predicts the
-            first token in the place of BOS; None for others.
+        first: [B, 1, D], of a decoder-only model that writes one modality: the last slot of the
+            prefix, which predicts the first token in the place of BOS; None for others.
     """
 
     index: Int[Array, ""]

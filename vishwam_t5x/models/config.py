@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from vishwam_t5x.core.errors import UserError, one_of
+from vishwam_t5x.models import placement, tables
 from vishwam_t5x.models.inputs.audio import AudioInput as AudioInput
+from vishwam_t5x.models.inputs.codes import CodeInput as CodeInput
 from vishwam_t5x.models.inputs.history import HistoryInput as HistoryInput
 from vishwam_t5x.models.inputs.image import ImageInput as ImageInput
 from vishwam_t5x.models.inputs.patches import PatchInput as PatchInput
 from vishwam_t5x.models.inputs.text import TextInput as TextInput
 from vishwam_t5x.models.layers import ACTIVATIONS
-from vishwam_t5x.models.modalities import InputConfig, Table, TargetConfig, check_positive
+from vishwam_t5x.models.modalities import InputConfig, TargetConfig, check_positive
 from vishwam_t5x.models.outputs.codes import CodeOutput as CodeOutput
 from vishwam_t5x.models.outputs.text import TextOutput as TextOutput
 from vishwam_t5x.models.perceiver import Resampler as Resampler
@@ -108,6 +110,9 @@ class EncoderDecoderConfig:
         targets: target modalities, in the order of their slots in a decoder row.
         dropout_rate: share of features zeroed during training, in [0, 1).
         qk_norm: RMSNorm over each head of queries and keys.
+        isolate_targets: targets of different modalities of an example do not see each other, as in
+            Unified-IO 2; False: later ones see those before them, in the order of `targets` (of a
+            target all but the last token: the end of a text, but of a grid its last code).
         position: how attention knows positions: `RotaryPositions` or `RelativePositions`.
         scale_attention_logits: divide attention logits by √head_dim; T5 does not, and draws the
             kernels of its queries smaller instead.
@@ -133,6 +138,7 @@ class EncoderDecoderConfig:
     mlp_activations: tuple[str, ...] = ("silu", "linear")
     dropout_rate: float = 0.0
     qk_norm: bool = True
+    isolate_targets: bool = True
     position: RotaryPositions | RelativePositions = RotaryPositions()
     scale_attention_logits: bool = True
     float32_attention_logits: bool = True
@@ -180,10 +186,12 @@ class EncoderDecoderConfig:
                             got=self.head_dim, fix=f"head_dim = {self.head_dim + 1}")
 
     def _check_modalities(self) -> None:
-        if self.decoder_only and len(self.targets) != 1:
-            raise UserError("a decoder-only model writes one modality",
-                            got=", ".join(module.modality for module in self.targets),
-                            fix="leave one of targets, or set num_encoder_layers")
+        if (self.decoder_only and len(self.targets) > 1 and self.isolate_targets
+                and self.rope_theta is None):
+            raise UserError(
+                "targets that do not see each other start at the same position in a decoder-only "
+                "model: that takes rotary positions", got=repr(self.position),
+                fix="isolate_targets = False, or position = @config.RotaryPositions()")
         for side, modules in (("inputs", self.inputs), ("targets", self.targets)):
             names = [module.modality for module in modules]
             for name in names:
@@ -193,16 +201,10 @@ class EncoderDecoderConfig:
                 if not name or "/" in name or name == "row":
                     raise UserError(f"not a name for a modality of {side}", got=repr(name),
                                     fix="e.g. 'text', 'image', 'audio'")
-        sizes: dict[str, Table] = {}
         for module in (*self.inputs, *self.targets):
             module.check(self)
-            table = module.table
-            if table is not None and sizes.setdefault(table.name, table) != table:
-                raise UserError(
-                    f"input and output of modality '{table.name}' share one embedding table, but "
-                    "differ in vocab_size",
-                    got=f"{sizes[table.name].num_embeddings} and {table.num_embeddings}",
-                    fix="set both to the larger one")
+        tables.of(self)
+        placement.check(self)
         transformers: dict[str, Transformer] = {}
         for module in self.inputs:
             found = module.transformer
@@ -245,8 +247,25 @@ class EncoderDecoderConfig:
     @property
     def tables(self) -> dict[str, int]:
         """Rows of each embedding table by name."""
-        found = (module.table for module in (*self.inputs, *self.targets))
-        return {table.name: table.num_embeddings for table in found if table is not None}
+        return {name: table.num_embeddings for name, table in tables.of(self).items()}
+
+    def shared_rows(self, table: str) -> dict[str, tuple[int, int]]:
+        """Rows (first, end) of a table that other modalities have, by modality."""
+        return tables.claims(self, table)
+
+    def output_rows(self, modality: str) -> int:
+        """Rows of what predicts a target modality: its kernel's, or those of its whole table."""
+        target = self.target(modality)
+        return (self.tables[target.table.name] if target.logits_via_embedding
+                else target.vocab_size)
+
+    def target_adaptors(self, modality: str) -> int:
+        """Numbers in the kernels that stand between a target's table, the layers and its head."""
+        target = self.target(modality)
+        width, found = self.emb_dim, 0
+        if target.adaptor == "mlp":
+            found += (target.table.features or width) * width + width**2
+        return found + (width**2 if target.head == "mlp" else 0)
 
     @property
     def transformers(self) -> dict[str, Transformer]:

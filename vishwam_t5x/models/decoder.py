@@ -225,18 +225,20 @@ class Decoder(nn.Module):
         bias = masks.to_bias(masks.same_segment(ones, encoded.segment_ids), logits_dtype(cfg))
         return DecodeCache(jnp.zeros((), jnp.int32), layers, bias)
 
-    def prefill(self, sequence: TargetSequence, max_length: int, num_decodes: int = 1
-                ) -> DecodeCache:
+    def prefill(self, sequence: TargetSequence, max_length: int, num_decodes: int = 1,
+                last_predicts: bool = True) -> DecodeCache:
         """Returns the cache of a decoder-only model that has read its prefix.
 
         Args:
             sequence: BOS and the inputs, from `prefix.align_right`; with rotary angles if any.
             max_length: most tokens to be decoded.
             num_decodes: rows to decode for each example (beams or samples).
+            last_predicts: whether the last slot predicts the first token; else BOS follows it.
         """
         cfg = self.config
         dtype, segments = cfg.policy.compute_dtype, sequence.segment_ids
         batch, length = segments.shape
+        kept = length - last_predicts
         shape = (batch * num_decodes, cfg.kv_heads, max_length, cfg.head_dim)
         rope = positions.rope(sequence.angles)
         bias = masks.to_bias(masks.same_segment(segments, segments), logits_dtype(cfg))
@@ -246,12 +248,13 @@ class Decoder(nn.Module):
             x, read = layer.prefill(x, rope, bias, relative)
             own = KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
             # The last slot is run again, with what it predicts: see `DecodeCache.first`.
-            return x, LayerCache(own, jax.tree.map(lambda array: array[:, :, :-1], read))
+            return x, LayerCache(own, jax.tree.map(lambda array: array[:, :, :kept], read))
 
         x = constrain(sequence.embeddings, RESIDUAL)
         _, layers = apply_layers(self._layers(), body, x, num_layers=cfg.num_decoder_layers)
-        seen = masks.to_bias(segments[:, None, :-1] > 0, logits_dtype(cfg))
-        return DecodeCache(jnp.zeros((), jnp.int32), layers, seen, sequence.embeddings[:, -1:])
+        seen = masks.to_bias(segments[:, None, :kept] > 0, logits_dtype(cfg))
+        return DecodeCache(jnp.zeros((), jnp.int32), layers, seen,
+                           sequence.embeddings[:, -1:] if last_predicts else None)
 
     def step(self, x: Float[Array, "R 1 D"], angles: Float[Array, "1 1 P"] | None,
              cache: DecodeCache, pattern_width: int = 0
@@ -263,11 +266,12 @@ class Decoder(nn.Module):
         cfg = self.config
         rope = positions.rope(angles)
         before, bias = 0, cache.cross_bias
-        if cache.first is not None:
+        if cfg.decoder_only:
             before = bias.shape[-1]
             seen = jnp.broadcast_to(jnp.arange(cache.max_length) <= cache.index,
                                     (bias.shape[0], 1, cache.max_length))
             bias = jnp.concatenate([bias, masks.to_bias(seen, bias.dtype)], axis=-1)
+        if cache.first is not None:
             last = jnp.repeat(cache.first, cache.num_decodes, axis=0)
             x = jnp.where(cache.index == 0, last, x)
         relative = None if self.relpos_bias is None else self.relpos_bias.at(

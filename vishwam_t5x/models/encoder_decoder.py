@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from vishwam_t5x.core.batch import Batch
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.core.sequence import InputSequence, Pattern, TargetSequence
-from vishwam_t5x.models import modalities, patterns, prefix, rows
+from vishwam_t5x.models import modalities, patterns, placement, positions, prefix, rows, tables
 from vishwam_t5x.models.cache import DecodeCache
 from vishwam_t5x.models.config import EncoderDecoderConfig
 from vishwam_t5x.models.decoder import Decoder, Encoded
@@ -67,9 +67,10 @@ class EncoderDecoder(nn.Module):
     def setup(self) -> None:
         cfg, policy = self.config, self.config.policy
         self.embedders = {
-            name: Embed(size, cfg.emb_dim, cfg.one_hot_embeddings, policy.compute_dtype,
-                        policy.param_dtype, name=f"{name}_token_embedder")
-            for name, size in cfg.tables.items()}
+            name: Embed(table.num_embeddings, table.features or cfg.emb_dim,
+                        cfg.one_hot_embeddings, policy.compute_dtype, policy.param_dtype,
+                        name=f"{name}_token_embedder")
+            for name, table in tables.of(cfg).items()}
 
         def embedder(module: Any) -> Embed | None:
             return None if module.table is None else self.embedders[module.table.name]
@@ -128,9 +129,14 @@ class EncoderDecoder(nn.Module):
         Without an encoder that is the embedded inputs: the decoder reads them as a prefix.
         """
         fields = _fields(batch, "inputs", self.config.input_modalities)
-        sequence = InputSequence.concatenate(
-            [self.input_encoders[name](part) for name, part in fields.items()])
+        parts = {name: self.input_encoders[name](part) for name, part in fields.items()}
+        sequence = InputSequence.concatenate(list(parts.values()))
         index = batch.get("inputs/row/index")
+        placeholders = {module.modality: module.placeholders for module in self.config.inputs
+                        if module.placeholders and module.modality in parts}
+        if placeholders and "text" in parts:
+            columns = sequence.segment_ids.shape[1] if index is None else index.shape[1]
+            index = placement.at_placeholders(parts, fields, placeholders, columns)
         if index is not None:
             sequence = InputSequence(*_to_row(sequence, index))
         if self.config.decoder_only:
@@ -179,14 +185,24 @@ class EncoderDecoder(nn.Module):
         cfg = self.config
         if not cfg.decoder_only:
             return self.decoder(sequence, encoded, enable_dropout)
-        joined = prefix.join(encoded.hidden, encoded.segment_ids, sequence)
-        row = joined.sequence.replace(angles=prefix.column_angles(
-            0, joined.slots.shape[1], cfg.head_dim, cfg.rope_theta))
+        joined = prefix.join(encoded.hidden, encoded.segment_ids, sequence, self._bos_leads)
+        row = joined.sequence
+        if cfg.rope_theta is not None:
+            row = row.replace(angles=positions.text_angles(
+                prefix.positions_of(row), cfg.head_dim, cfg.rope_theta))
         return joined.read(self.decoder(row, None, enable_dropout))
+
+    @property
+    def _bos_leads(self) -> bool:
+        return len(self.config.targets) == 1
 
     def logits(self, batch: Batch, enable_dropout: bool = False
                ) -> dict[str, Float[Array, "B M V"]]:
-        """Returns logits by target modality in the policy's output dtype."""
+        """Returns logits by target modality in the policy's output dtype.
+
+        They are those of the modality's own tokens, also where `loss_sums` takes one softmax over a
+        table that modalities share.
+        """
         return self.target_logits(batch, self.encode(batch, enable_dropout), enable_dropout)
 
     def target_logits(self, batch: Batch, encoded: Encoded, enable_dropout: bool = False
@@ -209,10 +225,13 @@ class EncoderDecoder(nn.Module):
         batch_shards = 1 if here is None else batch_parts(here.mesh, here.rules)
         sums = {}
         for name, part in hidden.items():
-            table, scale = self.target_encoders[name].output_table()
+            encoder = self.target_encoders[name]
+            table, scale = encoder.output_table()
             sums[name] = projected_cross_entropy_sums(
-                part, table, batch[f"targets/{name}/targets"], loss_weights(batch, name, loss),
-                loss, scale=scale, batch_shards=batch_shards, constrain=constrain,
+                encoder.head_input(part), table,
+                batch[f"targets/{name}/targets"] + encoder.first_row,
+                loss_weights(batch, name, loss), loss, scale=scale,
+                batch_shards=batch_shards, constrain=constrain,
                 platform=current_platform())
         return sums
 
@@ -223,12 +242,15 @@ class EncoderDecoder(nn.Module):
         """
         cfg = self.config
         if cfg.decoder_only:
-            zeros = jnp.zeros((encoded.hidden.shape[0], 1), jnp.int32)
-            bos, _ = self.target_encoders[cfg.target_modalities[0]](zeros, zeros)
+            bos = None
+            if self._bos_leads:
+                zeros = jnp.zeros((encoded.hidden.shape[0], 1), jnp.int32)
+                bos, _ = self.target_encoders[cfg.target_modalities[0]](zeros, zeros)
             sequence = prefix.align_right(bos, encoded.hidden, encoded.segment_ids)
             angles = prefix.column_angles(0, sequence.segment_ids.shape[1], cfg.head_dim,
                                           cfg.rope_theta)
-            return self.decoder.prefill(sequence.replace(angles=angles), max_length, num_decodes)
+            return self.decoder.prefill(sequence.replace(angles=angles), max_length, num_decodes,
+                                        last_predicts=self._bos_leads)
         return self.decoder.init_cache(encoded, max_length, num_decodes)
 
     def decode_step(self, tokens: Int[Array, "R"], cache: DecodeCache, modality: str
@@ -238,7 +260,8 @@ class EncoderDecoder(nn.Module):
         Args:
             tokens: the token before the one to predict; 0 (BOS) at first.
             cache: of `init_cache`, or of the step before.
-            modality: the target modality, the same in all steps of a cache.
+            modality: the target modality, the same in all steps of a cache; but a decoder-only
+                model whose targets see each other may go on to the next one, from its BOS.
 
         Returns:
             Logits [R, V] of the next token in the policy's output dtype, and the new cache.
@@ -259,8 +282,13 @@ class EncoderDecoder(nn.Module):
         pos_ids = modalities.positions_or_default(fields, inputs.shape)
         embeddings, angles = self.target_encoders[name](inputs, pos_ids)
         segments = fields.get("segment_ids", mask) * (mask > 0)
-        modality = jnp.full(inputs.shape, self.config.target_modalities.index(name), jnp.int32)
+        number = self.config.target_modalities.index(name) if self.config.isolate_targets else 0
+        modality = jnp.full(inputs.shape, number, jnp.int32)
         if "subsegment_ids" in fields:
+            if self.config.decoder_only and self._bos_leads:
+                raise UserError("several answers to the same inputs need an encoder",
+                                got=f"'{where}/subsegment_ids', num_encoder_layers 0",
+                                fix="give each answer an example of its own")
             modality = modality + len(self.config.targets) * fields["subsegment_ids"]
         pattern = None
         if self.config.has_patterns:

@@ -202,6 +202,29 @@ class MlpBlock(nn.Module):
         return checkpoint_name(y, MLP_OUT)
 
 
+class MlpAdaptor(nn.Module):
+    """wo · GELU(wi · x), both with a bias: between features of a kind and the model (LLaVA-1.5).
+
+    Attributes:
+        features: size of the hidden layer and of the output.
+        axis: logical axis of what is read.
+        dtype: dtype of the matmuls.
+        param_dtype: dtype of the stored kernels.
+    """
+
+    features: int
+    axis: str
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        dense = functools.partial(Dense, self.features, dtype=self.dtype,
+                                  param_dtype=self.param_dtype, use_bias=True)
+        hidden = ACTIVATIONS["gelu_exact"](dense((self.axis, "mlp"), name="wi")(x))
+        return dense(("mlp", "embed"), name="wo")(hidden)
+
+
 def modality_embedding(module: nn.Module, features: int, policy: Policy) -> Float[Array, " D"]:
     """Returns the vector that `module` adds to every slot of its modality, creating it at init."""
     vector = module.param(

@@ -35,7 +35,8 @@ def decoder_mask(segment_ids: Int[Array, "B M"], modality: Int[Array, "B M"],
                  prefix: Bool[Array, "B M"] | None = None) -> Bool[Array, "B M M"]:
     """Causal in row order, within one example and one modality (Unified-IO 2 keeps them apart).
 
-    Slots of the `prefix` of an example see one another whatever their order.
+    Slots of the `prefix` of an example see one another whatever their order, and are seen by all
+    that follow.
     """
     same_modality = modality[:, :, None] == modality[:, None, :]
     columns = jnp.arange(segment_ids.shape[1])
@@ -43,4 +44,5 @@ def decoder_mask(segment_ids: Int[Array, "B M"], modality: Int[Array, "B M"],
     seen = causal[None]
     if prefix is not None:
         seen = seen | (prefix[:, :, None] & prefix[:, None, :])
+        same_modality = same_modality | prefix[:, None, :]
     return same_segment(segment_ids, segment_ids) & same_modality & seen

@@ -26,16 +26,25 @@ Fields = Mapping[str, jax.Array]
 
 
 class Table(NamedTuple):
-    """An embedding table: modalities that name the same one share it."""
+    """An embedding table: modalities that name the same one share it.
+
+    Attributes:
+        name: the modality that owns it.
+        num_embeddings: its rows; None where another modality owns it and says.
+        features: width of its vectors; None: that of the model.
+    """
 
     name: str
-    num_embeddings: int
+    num_embeddings: int | None
+    features: int | None = None
 
 
 class InputConfig(Protocol):
     """Config of an input modality; keys 'inputs/<modality>/…' of a batch."""
 
     modality: str
+    placeholders: tuple[int, ...]
+    """Text tokens that give way to picture 0, 1, … of an example; see `placement`."""
 
     @property
     def module_name(self) -> str:
@@ -68,8 +77,13 @@ class TargetConfig(Protocol):
     """Config of a target modality; keys 'targets/<modality>/…' of a batch."""
 
     modality: str
+    vocab_size: int
+    offset: int
+    """Row of token 0 in the table; all tokens outside the model count from there."""
     modality_embedding: bool
     logits_via_embedding: bool
+    adaptor: str
+    head: str
     dynamic_mask: bool
 
     @property

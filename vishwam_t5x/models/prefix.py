@@ -1,15 +1,20 @@
 """Rows of a decoder-only model: the inputs of each example, its prefix, stand before its targets.
 
-As T5X lays them out: the sequence input · target, shifted right by one after a BOS, so that the
-last token of the input predicts the first target. The prefix, the BOS included, is attended to in
-both directions. BOS comes as the decoder input of the first target slot: that slot's embedding goes
-in front of the prefix, and its output is read where the prefix ends.
+With one target modality, as T5X lays them out: the sequence input · target, shifted right by one
+after a BOS, so that the last token of the input predicts the first target. The prefix, the BOS
+included, is attended to in both directions. BOS comes as the decoder input of the first target
+slot: that slot's embedding goes in front of the prefix, and its output is read where the prefix
+ends.
+
+With several, BOS says which modality is to be written, so it cannot stand in a prefix that they
+share: each target begins with its own, and the prefix is the inputs alone.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -39,16 +44,17 @@ class Joined(NamedTuple):
 
 
 def join(prefix: Float[Array, "B L D"], prefix_segments: Int[Array, "B L"],
-         targets: TargetSequence) -> Joined:
+         targets: TargetSequence, bos_leads: bool) -> Joined:
     """Puts the inputs of each example before its targets.
 
     Args:
         prefix: embedded inputs, examples in any order.
         prefix_segments: number of each input slot's example in its row; 0 is padding.
         targets: embedded decoder inputs of the same examples, each one's slots side by side.
+        bos_leads: the first slot of each example's targets goes in front of its prefix.
     """
     length, own = prefix.shape[1], targets.segment_ids
-    first = (own > 0) & (own != jnp.pad(own, ((0, 0), (1, 0)))[:, :-1])
+    first = (own > 0) & (own != jnp.pad(own, ((0, 0), (1, 0)))[:, :-1]) & bos_leads
     segments = jnp.concatenate([prefix_segments, own], axis=1)
     is_target = jnp.broadcast_to(jnp.arange(segments.shape[1]) >= length, segments.shape)
     leads = jnp.pad(first, ((0, 0), (length, 0)))
@@ -59,23 +65,48 @@ def join(prefix: Float[Array, "B L D"], prefix_segments: Int[Array, "B L"],
     joint = rows.permute(embeddings, index, rows.invert(index, number))
     sequence = TargetSequence(
         constrain(joint, ("batch", "length", "embed")), None,
-        jnp.take_along_axis(segments, index, axis=1), jnp.zeros_like(segments),
+        jnp.take_along_axis(segments, index, axis=1),
+        jnp.take_along_axis(jnp.pad(targets.modality, ((0, 0), (length, 0))), index, axis=1),
         jnp.take_along_axis(leads | ~is_target, index, axis=1))
     return Joined(sequence, rows.invert(reading, number)[:, length:],
                   jnp.where(reading >= length, reading - length, -1))
 
 
-def align_right(bos: Float[Array, "B 1 D"], prefix: Float[Array, "B L D"],
+def positions_of(sequence: TargetSequence) -> Int[Array, "B N"]:
+    """Returns the positions of a joint row: its columns, in which an example lies side by side.
+
+    But what `modality` keeps apart starts where the prefix ends, as if the others were not there.
+    """
+    columns = jnp.broadcast_to(jnp.arange(sequence.segment_ids.shape[1]),
+                               sequence.segment_ids.shape)
+    assert sequence.prefix is not None
+    after = ~sequence.prefix
+
+    def start_of_run(*kinds: Array) -> Array:
+        change = columns == 0
+        for kind in kinds:
+            change = change | (kind != jnp.pad(kind, ((0, 0), (1, 0)))[:, :-1])
+        return jax.lax.cummax(jnp.where(change, columns, 0), axis=1)
+
+    first = start_of_run(sequence.segment_ids, after)
+    own = start_of_run(sequence.segment_ids, after, sequence.modality)
+    return columns - jnp.where(after, own - first, 0)
+
+
+def align_right(bos: Float[Array, "B 1 D"] | None, prefix: Float[Array, "B L D"],
                 segments: Int[Array, "B L"]) -> TargetSequence:
-    """Returns BOS and the inputs of example 1 of each row, ending in the last column.
+    """Returns BOS, if given, and the inputs of example 1 of each row, ending in the last column.
 
     So all rows go on in the same column, and distances in columns are those in the example.
     """
-    valid = jnp.pad(segments == 1, ((0, 0), (1, 0)), constant_values=True)
+    valid = segments == 1
+    if bos is not None:
+        valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+        prefix = jnp.concatenate([bos, prefix], axis=1)
     index = jnp.argsort(valid.astype(jnp.int32), axis=1, stable=True).astype(jnp.int32)
     valid = jnp.take_along_axis(valid, index, axis=1)
     return TargetSequence(
-        rows.take(jnp.concatenate([bos, prefix], axis=1), index), None, valid.astype(jnp.int32),
+        rows.take(prefix, index), None, valid.astype(jnp.int32),
         jnp.zeros_like(index), valid)
 
 

@@ -90,6 +90,9 @@ class MixtureOfDenoisers:
             names none. See `serving.tokenizer.text_ids`.
         mode_tokens: put the prefix token before the input text (False: plain T5 text to text).
         supervised_only: refuse self-supervised examples.
+        code_inputs: input modalities that the model reads as codes, not as patches: features
+            `image_input_codes` of supervised examples, `image_codes` of others, which [R] then
+            does not hide.
         ignored_features: features of the examples to leave out on purpose.
     """
 
@@ -124,6 +127,7 @@ class MixtureOfDenoisers:
     no_text: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     mode_tokens: bool = True
     supervised_only: bool = False
+    code_inputs: Sequence[str] = ()
     ignored_features: Sequence[str] = ()
     _plans: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -132,7 +136,7 @@ class MixtureOfDenoisers:
 
     def __post_init__(self) -> None:
         for name in ("input_modalities", "target_modalities", "text_r", "text_x",
-                     "image_augmentations", "ignored_features"):
+                     "image_augmentations", "code_inputs", "ignored_features"):
             value = getattr(self, name)
             if isinstance(value, str):  # Its letters would pass for a list of names.
                 raise UserError(f"MixtureOfDenoisers.{name} must be a list", got=repr(value),
@@ -185,7 +189,7 @@ class MixtureOfDenoisers:
         if plan is None:
             roles = feature_roles(names, tuple(self.input_modalities),
                                   tuple(self.target_modalities), tuple(self.ignored_features),
-                                  self.signals)
+                                  self.signals, tuple(self.code_inputs))
             plan = self._plans[names] = (roles, self._tables(roles, names))
         return plan
 
@@ -367,6 +371,7 @@ class MixtureOfDenoisers:
           1.0) and inputs/<m>/pos_ids [n] int32 (place in the patch grid, row-major) for patches;
           for the frames of a history input [n, places, patch_dim], and mask [n, places] where a
           task says which patches of them are given;
+        - inputs/<m>/tokens [n] int32 for codes: code + 2;
         - targets/text/targets [m] int32, with EOS;
         - targets/<m>/targets, loss_mask [m] int32 for codes: targets are code + 2; loss_mask is 1
           where the loss counts; with `task_masks` also targets/<m>/task_mask, 1 where hidden;

@@ -30,13 +30,15 @@ on from frame to frame); without them it is given all."""
 TARGET_MASKS = {"image_target_task_masks": "image_target_codes",
                 "audio_target_task_masks": "audio_target_codes"}
 """Which codes the task hid from the encoder: 1, or 0; of inpainting those inside the box."""
+INPUT_CODES = {"image_input_codes": "image_inputs", "audio_input_codes": "audio_inputs"}
+"""What is read where the objective's `code_inputs` say so; pixels beside it are for people."""
 PROMPT = "text_prompt"
 """Text that asks for what was hidden of an image or sound to be restored; never itself hidden."""
 NEUTRAL_INPUTS = {"text": "text", PROMPT: "text", "image": "image", "audio": "audio",
                   **{modality: modality for modality in HISTORIES}}
 NEUTRAL_TARGETS = {"text": "text", "image_codes": "image", "audio_codes": "audio"}
 
-_SUPERVISED = {*SUPERVISED_INPUTS, *SUPERVISED_TARGETS,
+_SUPERVISED = {*SUPERVISED_INPUTS, *SUPERVISED_TARGETS, *INPUT_CODES,
                *(name for names in _SUPERVISED_SIGNALS.values() for name in names)}
 _NEUTRAL = {*NEUTRAL_INPUTS, *NEUTRAL_TARGETS,
             *(name for names in _NEUTRAL_SIGNALS.values() for name in names)}
@@ -84,7 +86,8 @@ class FeatureRoles:
 def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
                   target_modalities: tuple[str, ...],
                   ignored: tuple[str, ...] = (),
-                  signals: Mapping[str, SignalSpec] | None = None) -> FeatureRoles:
+                  signals: Mapping[str, SignalSpec] | None = None,
+                  code_inputs: tuple[str, ...] = ()) -> FeatureRoles:
     """Sorts the features of a clean example by role.
 
     Args:
@@ -93,11 +96,13 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
         target_modalities: what the decoder can write.
         ignored: features to leave out on purpose.
         signals: target modalities that are read as pixels or spectrograms.
+        code_inputs: input modalities that are read as codes.
 
     Raises:
         UserError: an unknown feature, supervised and neutral features mixed, a feature whose
             modality the model does not have, pixels to predict without their codes (or, of
-            `signals`, codes without their pixels), or nothing to predict.
+            `signals`, codes without their pixels), an input that is pixels but not codes where
+            codes are read or the reverse, or nothing to predict.
     """
     names = [name for name in names if not name.startswith("meta_") and name not in ignored]
     about = [name for name in names if name in _ABOUT]
@@ -107,6 +112,10 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
         if _ABOUT[name] not in names and pixels not in names:
             raise UserError(f"an example has '{name}' without '{_ABOUT[name]}'",
                             got=", ".join([*names, *about]))
+        if name in INPUT_PATCHES and name.split("_")[0] in code_inputs:
+            raise UserError(f"an example has '{name}', but codes are read and not patches",
+                            got=f"code_inputs = {code_inputs}",
+                            fix=f"add '{name}' to ignored_features")
     for name in names:
         if name not in _SUPERVISED and name not in _NEUTRAL:
             known = sorted({*_SUPERVISED, *_NEUTRAL, *_ABOUT})
@@ -125,6 +134,7 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
     in_names, out_names = ((SUPERVISED_INPUTS, SUPERVISED_TARGETS) if supervised
                            else (NEUTRAL_INPUTS, NEUTRAL_TARGETS))
     inputs = {in_names[name]: name for name in names if name in in_names}
+    inputs |= _read_as_codes(names, inputs, code_inputs, bool(supervised))
     targets = {out_names[name]: name for name in names if name in out_names}
     _check_modalities(inputs, input_modalities, "input_modalities")
     if supervised:
@@ -162,6 +172,29 @@ def _choose_source(targets: dict[str, str], modality: str, codes: str, features:
         raise UserError(f"an example has '{features[0]}' without '{codes}'", got=", ".join(names),
                         fix="let the task write the codes; or give the model a codec, and the "
                             "objective too: MixtureOfDenoisers.codecs")
+
+
+def _read_as_codes(names: list[str], inputs: dict[str, str], code_inputs: tuple[str, ...],
+                   supervised: bool) -> dict[str, str]:
+    """Modality -> feature with the codes that are read of it."""
+    found = {}
+    for modality in code_inputs:
+        codes = f"{modality}_input_codes" if supervised else f"{modality}_codes"
+        if codes in names:
+            found[modality] = codes
+        elif modality in inputs:
+            raise UserError(f"an example has '{inputs[modality]}' without '{codes}'",
+                            got=f"code_inputs = {code_inputs}",
+                            fix="let the task write the codes, or take the modality out of "
+                                "MixtureOfDenoisers.code_inputs")
+    for codes in INPUT_CODES:
+        modality = codes.split("_")[0]
+        if codes in names and modality not in code_inputs:
+            raise UserError(f"an example has '{codes}', but the objective reads no codes of "
+                            f"{modality}", got=f"code_inputs = {code_inputs}",
+                            fix=f"add '{modality}' to MixtureOfDenoisers.code_inputs, or '{codes}' "
+                                "to ignored_features")
+    return found
 
 
 def _check_modalities(found: dict[str, str], allowed: tuple[str, ...], field: str) -> None:

@@ -38,6 +38,8 @@ def supervised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean,
         chosen = _ids(clean, roles.patches[modality]) if modality in roles.patches else None
         if modality in objective.histories:
             _put_frames(out, objective.histories[modality], modality, clean[name], chosen)
+        elif modality in objective.code_inputs:
+            out[f"inputs/{modality}/tokens"] = _ids(clean, name) + np.int32(CODE_OFFSET)
         elif modality != "text":
             _put_patches(out, objective, modality, clean[name], None, seed, example)
             if chosen is not None:
@@ -83,6 +85,8 @@ def denoised(objective: MixtureOfDenoisers, roles: FeatureRoles, clean: Clean, d
         generated = modality == denoiser.modality and modality not in masks
         if modality in objective.histories:
             _put_frames(out, objective.histories[modality], modality, clean[name], None)
+        elif modality in objective.code_inputs and not generated:
+            out[f"inputs/{modality}/tokens"] = _ids(clean, name) + np.int32(CODE_OFFSET)
         elif modality != "text" and not generated:
             _put_patches(out, objective, modality, clean[name], masks.get(modality), seed, example)
     return out

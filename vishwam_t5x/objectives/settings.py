@@ -22,6 +22,10 @@ def check_settings(objective: MixtureOfDenoisers) -> None:
         raise UserError("the encoder must read text: it carries the prefix token and EOS",
                         got=f"input_modalities = {objective.input_modalities}",
                         fix="add 'text' to MixtureOfDenoisers.input_modalities")
+    for modality in objective.code_inputs:
+        one_of(modality, tuple(m for m in objective.input_modalities
+                               if m in ("image", "audio")),
+               "modality in MixtureOfDenoisers.code_inputs")
     if not objective.target_modalities:
         raise UserError("MixtureOfDenoisers.target_modalities is empty", fix="e.g. ('text',)")
     for modality, codec in (objective.codecs or {}).items():

@@ -163,6 +163,14 @@ class VocabularyLayout:
         out.update({name: self.prefix_start + i for i, name in enumerate(PREFIXES)})
         return out
 
+    def token(self, name: str) -> int:
+        """Returns the id of an extra token by the name it has in a prompt, '<image_input>' say."""
+        if name not in self.special_ids:
+            raise UserError("the vocabulary has no such extra token", got=name,
+                            fix=did_you_mean(name, self.special_ids) or "'<image_input>', "
+                            "'<audio_input>', or raise num_history of VocabularyLayout")
+        return self.special_ids[name]
+
     @functools.cached_property
     def _names(self) -> dict[int, str]:
         return {token: name for name, token in self.special_ids.items()}
@@ -170,3 +178,8 @@ class VocabularyLayout:
     def name(self, token: int) -> str | None:
         """Returns the name of an extra token, or None for a piece of the base vocabulary."""
         return self._names.get(int(token))
+
+
+def token_id(layout: VocabularyLayout, name: str) -> int:
+    """Returns `layout.token(name)`; for gin: the placeholder of a picture by its name."""
+    return layout.token(name)

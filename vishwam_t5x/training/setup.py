@@ -122,6 +122,14 @@ def check_modalities(model: Any, objective: Any, spec: BatchSpec) -> None:
                             got=", ".join(lacking),
                             fix=f"add them to EncoderDecoderConfig.{side}, or leave them out of "
                                 f"the objective's modalities ({side}: {', '.join(takes)})")
+    for modality in spec.input_capacities:
+        read = modality in config.patch_dims
+        if read != (modality in spec.patch_dims) and modality not in spec.histories:
+            raise UserError(f"the model reads the {'patches' if read else 'codes'} of modality "
+                            f"'{modality}', the objective does not give them",
+                            fix=f"{'take it out of' if read else 'add it to'} "
+                            "MixtureOfDenoisers.code_inputs, or give the model "
+                            f"{'a CodeInput' if read else 'a PatchInput'} of it")
     for modality, size in spec.patch_dims.items():
         if config.patch_dims.get(modality) != size:
             raise UserError(
@@ -152,6 +160,13 @@ def check_modalities(model: Any, objective: Any, spec: BatchSpec) -> None:
         raise UserError("the model's text table is smaller than the vocabulary",
                         got=f"{rows} rows, {layout.size} ids",
                         fix=f"set vocab_size of TextInput and TextOutput to {layout.table_size}")
+    if layout is not None and rows is not None:
+        for modality, (first, _) in config.shared_rows("text").items():
+            if first < layout.size:
+                raise UserError(
+                    f"codes of modality '{modality}' have rows of the text table that text has too",
+                    got=f"row {first} on; the vocabulary has {layout.size} ids",
+                    fix=f"offset = {layout.size} or more, of its CodeInput and CodeOutput")
 
 
 def _check_history(module: Any, objective: Any, history: HistorySpec) -> None:
@@ -208,8 +223,8 @@ def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:
     shape = EncoderDecoderShape(
         config.emb_dim, config.num_heads, config.kv_heads, config.head_dim, config.mlp_dim,
         config.num_encoder_layers, config.num_decoder_layers, len(config.mlp_activations) > 1)
-    vocab = {name: (slots, config.tables[name]) for name, slots in spec.target_capacities.items()
-             if name in config.tables}
+    vocab = {name: (slots, config.output_rows(name))
+             for name, slots in spec.target_capacities.items()}
     patches = {name: (spec.input_capacities[name], size)
                for name, size in spec.patch_dims.items()
                if name not in _with_transformers(config)}
@@ -222,11 +237,13 @@ def flops_per_slot(config: Any, spec: BatchSpec) -> tuple[float, float]:
                    * spec.input_length / columns)
     pictures = sum(_picture_flops(module, config.emb_dim, spec)
                    for module in _with_transformers(config).values())
+    adaptors = sum(BACKWARD_AND_FORWARD * 2 * slots * config.target_adaptors(name)
+                   for name, slots in spec.target_capacities.items())
     coded = sum(spec.target_capacities[modality] / signal.num_codes
                 * encoding_flops(config.codecs[modality])
                 for modality, signal in spec.signals.items())
     return ((encoder + pictures) / spec.input_length,
-            (whole - encoder + coded) / spec.target_length)
+            (whole - encoder + adaptors + coded) / spec.target_length)
 
 
 def _with_transformers(config: Any) -> dict[str, Any]:
@@ -248,9 +265,11 @@ def _picture_flops(module: Any, emb_dim: int, spec: BatchSpec) -> float:
     resampler = getattr(module, "resampler", None)
     if resampler is None:
         forward = transformer_flops(shape, slots, own.patch_dim)
-        # The features of two layers. Of what is frozen only the forward pass is computed, and of
-        # the first matmul behind it no gradient of its input.
-        projection = 2 * slots * 2 * own.emb_dim * emb_dim
+        # Of what is frozen only the forward pass is computed, and of the first matmul behind it no
+        # gradient of its input.
+        projection = 2 * slots * module.num_features * emb_dim
+        if module.projector == "mlp":
+            forward += 2 * slots * emb_dim**2 * (BACKWARD_AND_FORWARD if module.freeze else 1)
         if module.freeze:
             return forward + 2 * projection
         pixels = 2 * slots * own.patch_dim * own.emb_dim

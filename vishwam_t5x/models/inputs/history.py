@@ -47,6 +47,8 @@ class HistoryInput:
             frames beyond it become NaN, which stops a run. None: all frames, present or not.
         budget_rows: rows one after the other that share their budget, all of a batch that is no
             multiple of it. While those of a run lie on one device, frames stay where they are.
+        placeholders: text tokens that give way to frames 0, 1, … of an example, see
+            `models.placement`; (): all stand behind the text.
     """
 
     modality: str
@@ -58,11 +60,13 @@ class HistoryInput:
     freeze: bool = False
     frame_budget: float | None = None
     budget_rows: int = 8
+    placeholders: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("budget_rows",))
         modalities.check_normalization(self)
         object.__setattr__(self, "grid", tuple(self.grid))
+        object.__setattr__(self, "placeholders", tuple(self.placeholders))
         if self.frame_budget is not None and not self.frame_budget > 0:
             raise UserError("HistoryInput.frame_budget counts frames for each row, more than 0",
                             got=self.frame_budget, fix="None to encode all frames of a batch")

@@ -33,6 +33,8 @@ class PatchInput:
         std: every number is divided by it after that; or one a channel.
         learned_positions: adds a learned vector for each place of the grid, as a ViT does, beside
             the rotary positions: on a small grid those tell places apart only by attention.
+        placeholder: text token that gives way to the patches, see `models.placement`; None: they
+            stand behind the text.
     """
 
     modality: str
@@ -42,6 +44,7 @@ class PatchInput:
     mean: float | tuple[float, ...] = 0.0
     std: float | tuple[float, ...] = 1.0
     learned_positions: bool = False
+    placeholder: int | None = None
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("patch_dim",))
@@ -55,6 +58,10 @@ class PatchInput:
     @property
     def table(self) -> modalities.Table | None:
         return None
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        return () if self.placeholder is None else (self.placeholder,)
 
     @property
     def transformer(self) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vishwam_t5x.core.errors import one_of
 from vishwam_t5x.core.sequence import InputSequence
 from vishwam_t5x.models import modalities
-from vishwam_t5x.models.layers import Dense, Embed, modality_embedding
+from vishwam_t5x.models.layers import Dense, Embed, MlpAdaptor, modality_embedding
 from vishwam_t5x.models.positions import grid_angles
 from vishwam_t5x.models.vision_transformer import Transformer
 
@@ -32,7 +33,13 @@ class PictureInput:
         mean: subtracted from every number of a patch, in the units of the patches; or one a
             channel.
         std: every number is divided by it after that; or one a channel.
-        freeze: no gradient reaches the transformer from here.
+        freeze: no gradient reaches the transformer from here. What decays weights still shrinks it:
+            leave it out of the optimizer, too (`optimizer_groups`).
+        features: 'both': those of two layers side by side (Unified-IO 2), 'last': of the last one.
+        projector: 'linear': one matmul to the width of the model, 'mlp': two layers with a GELU
+            between (LLaVA-1.5, arXiv 2310.03744).
+        placeholder: text token that gives way to the features, see `models.placement`; None: they
+            stand behind the text.
         max_per_row: images or spectrograms that a packed row may hold, for each has tokens of its
             own in the transformer. More make the features of the others NaN, which stops a run.
     """
@@ -44,10 +51,15 @@ class PictureInput:
     mean: float | tuple[float, ...] = 0.0
     std: float | tuple[float, ...] = 1.0
     freeze: bool = False
+    features: Literal["both", "last"] = "both"
+    projector: Literal["linear", "mlp"] = "linear"
+    placeholder: int | None = None
     max_per_row: int = 16
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("max_per_row",))
+        one_of(self.features, ("both", "last"), f"{type(self).__name__}.features")
+        one_of(self.projector, ("linear", "mlp"), f"{type(self).__name__}.projector")
         modalities.check_normalization(self)
         object.__setattr__(self, "grid", tuple(self.grid))
 
@@ -58,6 +70,15 @@ class PictureInput:
     @property
     def table(self) -> None:
         return None
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        return () if self.placeholder is None else (self.placeholder,)
+
+    @property
+    def num_features(self) -> int:
+        """Numbers that the projector reads of each patch."""
+        return self.transformer.emb_dim * (2 if self.features == "both" else 1)
 
     @property
     def patch_dim(self) -> int:
@@ -77,7 +98,7 @@ class PictureInput:
 
 
 class PictureInputEncoder(nn.Module):
-    """Features of two layers of the transformer, projected, plus the modality's own vector."""
+    """Features of the transformer, projected, plus the modality's own vector."""
 
     config: EncoderDecoderConfig
     input: PictureInput
@@ -105,11 +126,15 @@ class PictureInputEncoder(nn.Module):
         patches = modalities.normalize(patches, this.mean, this.std, jnp.float32)
         pictures = 1 if segments is None else this.max_per_row
         owners = (mask > 0).astype(jnp.int32) if segments is None else segments * (mask > 0)
-        features = self.transformer(patches, pos_ids, owners, this.grid, pictures).joined()
+        found = self.transformer(patches, pos_ids, owners, this.grid, pictures)
+        features = found.joined() if this.features == "both" else found.last
         if this.freeze:
             features = jax.lax.stop_gradient(features)
-        x = Dense(cfg.emb_dim, ("image_patch", "embed"), dtype=policy.compute_dtype,
-                  param_dtype=policy.param_dtype, name="projection")(features)
+        dtypes = {"dtype": policy.compute_dtype, "param_dtype": policy.param_dtype}
+        project = (MlpAdaptor(cfg.emb_dim, "image_patch", name="projection", **dtypes)
+                   if this.projector == "mlp" else
+                   Dense(cfg.emb_dim, ("image_patch", "embed"), name="projection", **dtypes))
+        x = project(features)
         x = x + modality_embedding(self, cfg.emb_dim, policy)
         angles = None if cfg.rope_theta is None else grid_angles(
             pos_ids, this.grid[1], cfg.head_dim, cfg.rope_theta, this.rope_scale)

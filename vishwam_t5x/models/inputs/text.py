@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -30,6 +30,9 @@ class TextInput:
     vocab_size: int
     modality: str = "text"
     modality_embedding: bool = True
+
+    offset: ClassVar[int] = 0
+    placeholders: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("vocab_size",))

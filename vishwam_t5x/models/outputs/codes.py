@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.models import modalities
+from vishwam_t5x.core.errors import UserError, one_of
+from vishwam_t5x.models import modalities, tables
 from vishwam_t5x.models.codecs.audio_vqgan import AudioVQGANConfig
 from vishwam_t5x.models.codecs.image_vqgan import ImageVQGANConfig
 from vishwam_t5x.models.layers import Embed
@@ -44,7 +44,8 @@ class CodeOutput:
 
     Attributes:
         modality: name of the modality in batches, e.g. 'image'.
-        vocab_size: rows of the embedding table: codes, `FIRST_CODE` special tokens, and padding.
+        vocab_size: tokens, each a row of the embedding table: codes, `FIRST_CODE` special ones, and
+            padding.
         grid: (rows, columns) of codes in one example.
         num_codes: codes of the codebook; by default those of `codec`, or all rows after the
             special ones.
@@ -59,6 +60,15 @@ class CodeOutput:
         codec: sizes of the codec whose codes they are, to have it in the model: batches may hold
             pixels or spectrograms instead of codes, and what is written can be drawn or sounded. It
             is never trained with the model. None: the codec is kept apart.
+        in_table: modality whose table the tokens are rows of (early fusion, arXiv 2405.09818): one
+            softmax over all of it in training. None: a table of their own.
+        offset: row of token 0 in that table.
+        embedding_dim: width of the vectors of a table of their own; None: that of the model.
+        adaptor: 'mlp': two layers with a GELU between the vectors and the model (Janus-Pro, arXiv
+            2501.17811); 'none'.
+        logits_via_embedding: predict with the embedding table; else with a kernel of its own.
+        head: 'mlp': a layer and a GELU before that kernel (Janus-Pro); 'linear': none.
+        modality_embedding: add a learned vector to every slot.
         shift_back: in examples of which the task hid something, slot i reads its own token i
             instead of the one before; needs `mask_token`, or every answer would be read.
     """
@@ -74,12 +84,18 @@ class CodeOutput:
     mask_token: bool = False
     shift_back: bool = False
     codec: ImageVQGANConfig | AudioVQGANConfig | None = None
-
-    modality_embedding: ClassVar[bool] = True
-    logits_via_embedding: ClassVar[bool] = True
+    in_table: str | None = None
+    offset: int = 0
+    embedding_dim: int | None = None
+    adaptor: Literal["none", "mlp"] = "none"
+    logits_via_embedding: bool = True
+    head: Literal["linear", "mlp"] = "linear"
+    modality_embedding: bool = True
 
     def __post_init__(self) -> None:
         modalities.check_positive(self, ("vocab_size",))
+        tables.check_own_settings(self)
+        self._check_head()
         object.__setattr__(self, "grid", tuple(self.grid))
         self._check_codec()
         modalities.check_codes(self, FIRST_CODE)
@@ -107,13 +123,27 @@ class CodeOutput:
                     f"{self.num_codes}, {places[0]} x {places[1]}",
                 fix="make num_codes and grid (or layout) of CodeOutput agree with the codec")
 
+    def _check_head(self) -> None:
+        one_of(self.adaptor, ("none", "mlp"), "CodeOutput.adaptor")
+        one_of(self.head, ("linear", "mlp"), "CodeOutput.head")
+        if self.head == "mlp" and self.logits_via_embedding:
+            raise UserError("CodeOutput.head = 'mlp' needs a kernel of its own behind it",
+                            got="logits_via_embedding = True", fix="logits_via_embedding = False")
+        if self.embedding_dim is None:
+            return
+        modalities.check_positive(self, ("embedding_dim",))
+        if self.adaptor == "none" or self.logits_via_embedding:
+            raise UserError("vectors that are not as wide as the model need an adaptor before it, "
+                            "and cannot predict", got=f"embedding_dim {self.embedding_dim}",
+                            fix="adaptor = 'mlp' and logits_via_embedding = False")
+
     @property
     def module_name(self) -> str:
         return f"target_encoders_{self.modality}"
 
     @property
     def table(self) -> modalities.Table:
-        return modalities.Table(self.modality, self.vocab_size)
+        return tables.of_codes(self, self.embedding_dim)
 
     @property
     def num_tokens(self) -> int:

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from vishwam_t5x.models.layers import MLP_KERNEL, Embed, modality_embedding
+from vishwam_t5x.models import tables
+from vishwam_t5x.models.layers import (
+    ACTIVATIONS,
+    MLP_KERNEL,
+    Dense,
+    Embed,
+    MlpAdaptor,
+    modality_embedding,
+)
 from vishwam_t5x.parallelism.sharding import constrain
 
 if TYPE_CHECKING:
@@ -19,7 +27,11 @@ if TYPE_CHECKING:
 
 
 class TargetEncoder(nn.Module):
-    """Token embedding and, if configured, the modality's own vector; and its output layer."""
+    """Token embedding and, if configured, the modality's own vector; and its output layer.
+
+    Tokens are the modality's own, from 0: where the table is another modality's, they are moved to
+    its rows here, and the logits of its rows back.
+    """
 
     config: EncoderDecoderConfig
     target: TargetConfig
@@ -29,10 +41,15 @@ class TargetEncoder(nn.Module):
         cfg = self.config
         if self.target.modality_embedding:
             self.modality_embedding = modality_embedding(self, cfg.emb_dim, cfg.policy)
+        dtypes = {"dtype": cfg.policy.compute_dtype, "param_dtype": cfg.policy.param_dtype}
+        if self.target.adaptor == "mlp":
+            self.adaptor = MlpAdaptor(cfg.emb_dim, "embed", **dtypes)
+        if self.target.head == "mlp":
+            self.head = Dense(cfg.emb_dim, ("embed", "mlp"), use_bias=True, **dtypes)
         if not self.target.logits_via_embedding:
             self.logits_kernel = self.param(
                 "logits_kernel", nn.with_logical_partitioning(MLP_KERNEL, ("embed", "vocab")),
-                (cfg.emb_dim, self.target.table.num_embeddings), cfg.policy.param_dtype)
+                (cfg.emb_dim, self.target.vocab_size), cfg.policy.param_dtype)
 
     def __call__(self, inputs: Int[Array, "B M"], pos_ids: Int[Array, "B M"]
                  ) -> tuple[Float[Array, "B M D"], Float[Array, "B M P"] | None]:
@@ -42,7 +59,11 @@ class TargetEncoder(nn.Module):
             inputs: ids shifted right, 0 at the start of an example.
             pos_ids: place of the predicted token in its own example.
         """
-        x = self.embedder(inputs)
+        x = self.embedder(inputs + self.target.offset)
+        if self.target.adaptor == "mlp":
+            x = self.adaptor(x)
+        if self.is_initializing():
+            self.head_input(x)  # whose parameters a forward pass to hidden states does not ask for
         if self.target.modality_embedding:
             x = x + self.modality_embedding
         return x, self.angles(pos_ids)
@@ -55,12 +76,32 @@ class TargetEncoder(nn.Module):
         return self.target.angles(pos_ids, cfg.head_dim, cfg.rope_theta)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Returns logits, accumulated and returned in float32."""
+        """Returns logits of the modality's tokens, accumulated and returned in float32.
+
+        Of a shared table: those of its own rows, -inf where rows are another modality's.
+        """
         table, scale = self.output_table()
-        rows = hidden.reshape(-1, hidden.shape[-1]).astype(table.dtype)
+        first, size = self.first_row, self.target.vocab_size
+        table = table if size == table.shape[0] else table[first:first + size]
+        rows = self.head_input(hidden).reshape(-1, hidden.shape[-1]).astype(table.dtype)
         y = jax.lax.dot_general(rows, table, (((1,), (1,)), ((), ())),
                                 preferred_element_type=jnp.float32)
-        return (y * scale if scale != 1.0 else y).reshape(*hidden.shape[:-1], table.shape[0])
+        y = y * scale if scale != 1.0 else y
+        if self.target.logits_via_embedding:
+            for begin, end in tables.rows_of_others(self.config, self.target):
+                y = y.at[:, begin - first:end - first].set(-jnp.inf)
+        return y.reshape(*hidden.shape[:-1], size)
+
+    def head_input(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Returns what the rows of `output_table` are multiplied with."""
+        if self.target.head == "linear":
+            return hidden
+        return ACTIVATIONS["gelu_exact"](self.head(hidden))
+
+    @property
+    def first_row(self) -> int:
+        """Row of `output_table` that predicts token 0."""
+        return self.target.offset if self.target.logits_via_embedding else 0
 
     def output_table(self) -> tuple[Float[Array, "V D"], float]:
         """Returns the table that predicts, in the compute dtype, and the scale of its logits."""

@@ -34,6 +34,9 @@ class TextOutput:
     modality_embedding: bool = True
     logits_via_embedding: bool = True
 
+    offset: ClassVar[int] = 0
+    adaptor: ClassVar[str] = "none"
+    head: ClassVar[str] = "linear"
     dynamic_mask: ClassVar[bool] = False
     reads_task_mask: ClassVar[bool] = False
     pattern_width: ClassVar[int] = 0
