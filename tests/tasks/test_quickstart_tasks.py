@@ -21,6 +21,9 @@ FEATURES = {
                                  "text_targets": (1, "int32"), "meta_digit": (0, "int32")},
     "quickstart_image_text_denoise": {"image": (3, "float32"), "image_codes": (1, "int32"),
                                       "text": (1, "int32"), "meta_digit": (0, "int32")},
+    "quickstart_codes_to_text": {"image_inputs": (3, "float32"), "image_input_codes": (1, "int32"),
+                                 "text_inputs": (1, "int32"), "text_targets": (1, "int32"),
+                                 "meta_digit": (0, "int32")},
 }
 
 
@@ -61,6 +64,13 @@ def test_examples_have_the_features_the_objective_expects(quickstart, seqio, nam
                     assert value.shape == (16,) and 0 <= value.min() and value.max() < 64
         expected = task.num_input_examples(split)
         assert expected is None or len(found) == expected
+
+
+def test_a_picture_is_named_in_its_question(quickstart, seqio):
+    for example in examples(seqio, "quickstart_image_in_text", "test"):
+        token = quickstart.WITH_IMAGE_TOKEN.layout.token("<image_input>")
+        assert (example["text_inputs"] == token).sum() == 1 and token == 1056
+        assert example["text_targets"].max() < 1024
 
 
 def test_declared_numbers_of_examples_are_right(seqio):
@@ -124,7 +134,7 @@ def test_metadata_can_be_used_without_seqio(quickstart, seqio, run_python):
     names = [address for name in FEATURES for address in (
         *quickstart.task_metadata(name)["metric_fns"],
         quickstart.task_metadata(name)["postprocess_fn"]) if address]
-    assert len(names) == 6
+    assert len(names) == 8
     run_python(f"""
         import importlib, sys
         for address in {names!r}:
