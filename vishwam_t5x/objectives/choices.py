@@ -72,7 +72,7 @@ def denoisers_of(objective: MixtureOfDenoisers, modality: str, roles: FeatureRol
         return out
     weights = getattr(objective, f"{modality}_weights")
     out = []
-    if modality in roles.inputs and weights.get("R", 0.0) > 0:
+    if modality in roles.inputs.keys() - objective.code_inputs and weights.get("R", 0.0) > 0:
         out.append((Denoiser(modality, "R", getattr(objective, f"{modality}_mask_rate")),
                     weights["R"]))
     # With nothing to generate from, [S] is unconditional: only if [R] is out of the question.

@@ -90,9 +90,8 @@ class MixtureOfDenoisers:
             names none. See `serving.tokenizer.text_ids`.
         mode_tokens: put the prefix token before the input text (False: plain T5 text to text).
         supervised_only: refuse self-supervised examples.
-        code_inputs: input modalities that the model reads as codes, not as patches: features
-            `image_input_codes` of supervised examples, `image_codes` of others, which [R] then
-            does not hide.
+        code_inputs: input modalities read as codes: features `image_input_codes` of supervised
+            examples, `image_codes` of others; [R] hides none of them.
         ignored_features: features of the examples to leave out on purpose.
     """
 
@@ -131,8 +130,7 @@ class MixtureOfDenoisers:
     ignored_features: Sequence[str] = ()
     _plans: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
-    keeps_bytes = True
-    """`apply` gives patches of uint8 pixels as uint8."""
+    keeps_bytes = True  # `apply` gives patches of uint8 pixels as uint8.
 
     def __post_init__(self) -> None:
         for name in ("input_modalities", "target_modalities", "text_r", "text_x",
@@ -366,12 +364,11 @@ class MixtureOfDenoisers:
               example: int) -> dict[str, np.ndarray]:
         """Returns the model example: unbatched, unpadded arrays by batch key.
 
-        - inputs/text/tokens [n] int32: prefix token, text, EOS;
+        - inputs/text/tokens [n] int32: prefix token, text, EOS; inputs/<m>/tokens: code + 2;
         - inputs/<m>/input [n, patch_dim] (float32, or uint8 as the pixels are, 255 standing for
           1.0) and inputs/<m>/pos_ids [n] int32 (place in the patch grid, row-major) for patches;
           for the frames of a history input [n, places, patch_dim], and mask [n, places] where a
           task says which patches of them are given;
-        - inputs/<m>/tokens [n] int32 for codes: code + 2;
         - targets/text/targets [m] int32, with EOS;
         - targets/<m>/targets, loss_mask [m] int32 for codes: targets are code + 2; loss_mask is 1
           where the loss counts; with `task_masks` also targets/<m>/task_mask, 1 where hidden;
