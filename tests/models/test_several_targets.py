@@ -163,7 +163,7 @@ def test_one_table_and_one_softmax_of_which_each_writes_its_own_rows():
             variables, batch, LossConfig(z_loss=0.0), method="loss_sums")["image"]))(
                 variables, batch)
     assert found["image"].shape[-1] == 24 and np.isfinite(found["image"]).all()
-    assert np.isfinite(found["text"][..., :40]).all() and np.isneginf(found["text"][..., 40:]).all()
+    assert np.isfinite(found["text"][..., :40]).all() and (found["text"][..., 40:] < -1e9).all()
     table = np.asarray(variables["params"]["text_token_embedder"]["embedding"], np.float64)
     logits = np.asarray(hidden) @ table.T / np.sqrt(32)
     np.testing.assert_allclose(found["image"], logits[..., 40:], atol=1e-5)

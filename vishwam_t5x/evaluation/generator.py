@@ -292,7 +292,7 @@ class Generator:
 
     def _written(self, modality: str, encode: constraints.Encode | None) -> constraints.Written:
         return constraints.Written(
-            modality, self._model.config.target(modality).table.num_embeddings,
+            modality, self._model.config.target(modality).vocab_size,
             self._length(modality), not self._num_codes(modality), encode)
 
     def _length(self, modality: str) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from vishwam_t5x.models import tables
+from vishwam_t5x.models import masks, tables
 from vishwam_t5x.models.layers import (
     ACTIVATIONS,
     MLP_KERNEL,
@@ -78,7 +78,7 @@ class TargetEncoder(nn.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Returns logits of the modality's tokens, accumulated and returned in float32.
 
-        Of a shared table: those of its own rows, -inf where rows are another modality's.
+        Of a shared table: those of its own rows, as good as -inf where they are another modality's.
         """
         table, scale = self.output_table()
         first, size = self.first_row, self.target.vocab_size
@@ -89,7 +89,8 @@ class TargetEncoder(nn.Module):
         y = y * scale if scale != 1.0 else y
         if self.target.logits_via_embedding:
             for begin, end in tables.rows_of_others(self.config, self.target):
-                y = y.at[:, begin - first:end - first].set(-jnp.inf)
+                y = y.at[:, begin - first:end - first].set(masks.masked_logit(
+                    self.config.policy.output_dtype))
         return y.reshape(*hidden.shape[:-1], size)
 
     def head_input(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
