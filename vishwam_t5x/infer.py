@@ -62,6 +62,7 @@ from vishwam_t5x.evaluation.predictions import Prediction
 from vishwam_t5x.evaluation.rendering import Render, SoundConfig
 from vishwam_t5x.evaluation.task_metrics import PREDICT, SCORE
 from vishwam_t5x.evaluation_setup import Progress
+from vishwam_t5x.objectives.features import INPUT_PATCHES
 from vishwam_t5x.parallelism import mesh as mesh_lib
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 
@@ -267,7 +268,9 @@ def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, targ
     return input_files.InputReader(ready.objective, target, codec.encode, ready.spec, grids,
                                    _hear(log_mel), mode == SCORE,
                                    ready.generator.is_prompted(target),
-                                   task_lookup.text_ends(caches, ready.objective))
+                                   task_lookup.text_ends(caches, ready.objective),
+                                   {name for task in caches for name in task.features
+                                    if name in INPUT_PATCHES})
 
 
 def _hear(config: Any) -> input_files.Hear | None:

@@ -190,6 +190,15 @@ def test_pictures_and_recordings_of_other_kinds_are_converted(tmp_path):
     assert "16000 Hz, not 8000" in bad.why
 
 
+def test_padding_is_left_out_where_tasks_leave_it_out(tmp_path):
+    Image.fromarray(np.full((8, 4), 200, np.uint8)).save(tmp_path / "tall.png")
+    whole, = lines(tmp_path, {"image": "tall.png"})
+    given, = lines(tmp_path, {"image": "tall.png"}, chosen={"image_input_patches"})
+    assert len(whole.example["inputs/image/input"]) == 16
+    assert given.example["inputs/image/pos_ids"].tolist() == [1, 2, 5, 6, 9, 10, 13, 14]
+    assert (given.example["inputs/image/input"] > 0.5).all()
+
+
 def test_frames_and_long_recordings_become_histories(tmp_path):
     goal = dataclasses.replace(
         OBJECTIVE, input_modalities=ROW_ORDER, image_history=FrameSpec(

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,8 @@ class InputReader:
         reads_target: whether a target is read where there is one, as a prompt say.
         ends: which of 'inputs' and 'targets' get an end token, as SeqIO's tasks append it, where
             the objective adds none.
+        chosen: features with which the tasks choose patches ('image_input_patches', …): padding of
+            those inputs, and silence, is then not given to the encoder.
     """
 
     objective: Any
@@ -90,6 +92,7 @@ class InputReader:
     needs_target: bool = False
     reads_target: bool = False
     ends: Sequence[str] = ("inputs", "targets")
+    chosen: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if getattr(self.objective, "codecs", None):
@@ -138,11 +141,12 @@ class InputReader:
             elif name in getattr(self.objective, "code_inputs", ()):
                 raise UserError(f"the model reads codes of the {name}, not the file itself")
             elif name == "image":
-                clean["image_inputs"] = read_image(
-                    storage.join(folder, value), self.objective.image, self.grids["image"])
+                picture = read_picture(storage.join(folder, value), self.objective.image,
+                                       self.grids["image"])
+                clean["image_inputs"] = pictures.scaled(picture.pixels)
+                clean |= self._choose("image", _patches_inside, [picture], self.objective.image)
             elif name == "frames":
-                clean["image_history_inputs"] = self._frames(
-                    [storage.join(folder, path) for path in value])
+                clean |= self._frames([storage.join(folder, path) for path in value])
             else:
                 clean |= self._audio(storage.join(folder, value))
         target = fields.get(TARGET)
@@ -178,10 +182,18 @@ class InputReader:
             ids = np.append(ids, np.int32(EOS_ID))
         return ids
 
-    def _frames(self, paths: Sequence[str]) -> np.ndarray:
+    def _choose(self, modality: str, choose: Callable[..., np.ndarray], *given: Any
+                ) -> dict[str, np.ndarray]:
+        """The feature of patches chosen by a function, where the tasks have it."""
+        name = f"{modality}_input_patches"
+        return {name: choose(*given)} if name in self.chosen else {}
+
+    def _frames(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
         spec: FrameSpec = self.objective.histories["image_history"]
         spec.slots(len(paths))  # before files are read: there may be too many
-        return np.stack([read_image(path, spec.patch, spec.grid) for path in paths])
+        frames = [read_picture(path, spec.patch, spec.grid) for path in paths]
+        return {"image_history_inputs": np.stack([pictures.scaled(each.pixels) for each in frames]),
+                **self._choose("image_history", _patches_inside, frames, spec.patch)}
 
     def _audio(self, path: str) -> dict[str, np.ndarray]:
         """The last segment of a recording, and those before it if there are any."""
@@ -206,8 +218,13 @@ class InputReader:
         if rows > most:
             raise UserError("the recording is too long",
                             got=f"{rows * spec.height} frames, at most {most * spec.height}")
-        history = {"audio_history_inputs": before} if len(before) else {}
-        return {"audio_inputs": spectrogram, **history}
+        heard = recordings.patches_heard
+        out = {"audio_inputs": spectrogram,
+               **self._choose("audio", heard, found.heard[-1:], spec.height)}
+        if len(before):
+            out |= {"audio_history_inputs": before,
+                    **self._choose("audio_history", heard, found.heard[:-1], spec.height)}
+        return out
 
     def _check_lengths(self, clean: Mapping[str, np.ndarray], example: Mapping[str, np.ndarray]
                        ) -> None:
@@ -301,6 +318,20 @@ def read_image(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
     Raises:
         UserError: there is no such picture, or it cannot be decoded.
     """
+    return pictures.scaled(read_picture(path, spec, grid).pixels)
+
+
+def _patches_inside(found: Sequence[pictures.Picture], spec: PatchSpec) -> np.ndarray:
+    """Numbers of the patches that are picture, counted on from one to the next."""
+    inside = np.stack([pictures.patches_inside(each.inside, spec.height) for each in found])
+    if not inside.any(axis=1).all():
+        raise UserError("an image is too narrow: it covers no patch")
+    return np.flatnonzero(inside).astype(np.int32)
+
+
+def read_picture(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
+                 ) -> pictures.Picture:
+    """`read_image`, uint8, and where in it the picture is."""
     try:
         data = storage.read_bytes(path)
     except OSError as error:
@@ -308,7 +339,7 @@ def read_image(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
     try:
         pixels = pictures.decode_picture(data, spec.channels)
         config = pictures.PictureConfig(grid[0] * spec.height, grid[1] * spec.width)
-        return pictures.scaled(pictures.place(pixels, config).pixels)
+        return pictures.place(pixels, config)
     except UserError as error:
         got = path if error.got is None else f"{path}: {error.got}"
         raise UserError(error.problem, got=got) from error
