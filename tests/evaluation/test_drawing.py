@@ -76,10 +76,10 @@ def test_the_models_own_codecs_draw_and_sound(run, tmp_path):
         np.testing.assert_allclose(waveform, expected / loudest, atol=1e-3)
 
 
-def check_pictures(folder, lines, params):
+def check_pictures(folder, lines, renderer):
     """Returns the pictures that the lines name, which are those of their codes."""
     assert [line["picture"] for line in lines] == ["out-1.png", "out-2.png"]
-    both = Renderer(tiny.IMAGE, params).many(np.asarray([line["prediction"] for line in lines]))
+    both = renderer.many(np.asarray([line["prediction"] for line in lines]))
     for line, pixels in zip(lines, both, strict=True):
         with Image.open(folder / line["picture"]) as picture:
             assert picture.size == (4, 4)
@@ -89,8 +89,8 @@ def check_pictures(folder, lines, params):
 
 @pytest.mark.slow
 def test_the_models_own_codec_draws(run, tmp_path):
-    check_pictures(tmp_path, written(run, tmp_path, "image"),
-                   tiny.model()[1]["target_encoders_image"]["discrete_vae"])
+    params = tiny.model()[1]["target_encoders_image"]["discrete_vae"]
+    check_pictures(tmp_path, written(run, tmp_path, "image"), Renderer(tiny.IMAGE, params))
 
 
 def test_a_codec_trained_apart_draws(run, tmp_path):
@@ -102,7 +102,7 @@ def test_a_codec_trained_apart_draws(run, tmp_path):
         Prediction("x", number, "", {}, None, own, 0.0, written=("image",))
         for number, own in enumerate(codes, 1)], tmp_path / "out.jsonl", of_tasks=False))
     assert "written" not in json.loads(lines[0].to_json())
-    both = check_pictures(tmp_path, [json.loads(line.to_json()) for line in lines], params)
+    both = check_pictures(tmp_path, [json.loads(line.to_json()) for line in lines], apart)
     # The same codec as a part of the model, and what it makes of pictures.
     inside = CodecFile(tiny.IMAGE, run[0])
     np.testing.assert_array_equal(apart(codes[0]), both[0])
