@@ -150,8 +150,8 @@ def test_learns_from_packed_digits(recipe, frozen):
     assert all(value > 0 for part, value in largest.items() if part != "image_transformer")
 
 
-@pytest.mark.parametrize("recipe", [
-    "early_fusion", pytest.param("decoupled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["early_fusion", "decoupled"])
 def test_draws_whole_grids_of_codes_and_writes_words(recipe):
     model, params, _, _, given = trained(recipe)
     generator = Generator(model, make_mesh(), None, 4, {"image": DecodingConfig(method="sample")},
