@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.core.rng import example_generator
-from vishwam_t5x.data.tf.audio import LogMelConfig, log_mel_spectrogram
+from vishwam_t5x.data.spectrogram import LogMelConfig, log_mel_spectrogram
 
 SPLITS = ("train", "validation", "test")
 TRAIN_SHARE, VALIDATION_SHARE = 0.8, 0.1
