@@ -90,7 +90,14 @@ seqio.TaskRegistry.add(
 
 
 def task_metadata(task_name: str) -> dict[str, Any]:
-    """Returns what a cache's manifest records of the Task: its vocabulary and its metrics."""
+    """Returns what a cache's manifest records of the Task: its vocabulary and its metrics.
+
+    Raises:
+        UserError: it is another Task.
+    """
+    if task_name != "docstring_package":
+        raise UserError("this is not the Task of docstrings", got=task_name,
+                        fix="docstring_package")
     task = seqio.TaskRegistry.get(task_name)
     return {"vocabulary": fitted.describe(fitted.vocabulary_path()),
             "metric_fns": [f"{fn.__module__}:{fn.__qualname__}" for fn in task.metric_fns],

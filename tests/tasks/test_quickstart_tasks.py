@@ -146,6 +146,14 @@ def test_metadata_can_be_used_without_seqio(quickstart, seqio, run_python):
         quickstart.task_metadata("quickstart")
 
 
+def test_every_module_describes_its_own_tasks_only(quickstart, seqio):
+    from vishwam_t5x.data.tf import examples
+
+    modules = examples.import_task_modules(())
+    found = examples.task_metadata(modules, "quickstart_text_to_image")
+    assert found == quickstart.task_metadata("quickstart_text_to_image")
+
+
 def test_the_mixture_streams_all_tasks_at_their_rates(quickstart, seqio):
     mixture = seqio.MixtureRegistry.get("quickstart")
     assert [task.name for task in mixture.tasks] == sorted(quickstart.RATES)
