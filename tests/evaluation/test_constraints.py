@@ -136,8 +136,9 @@ def test_what_is_no_constraint_is_refused():
         mask_of(AllowedTokens((2,), 1), Written("image", VOCAB, LENGTH, False))
     with pytest.raises(UserError, match="as a bool"):
         mask_of(lambda tokens, position: jnp.ones(3), WRITTEN)(jnp.zeros((1, 2)), 0)
-    with pytest.raises(UserError, match="nothing that allows"):
-        DecodingConfig(allowed="yes")
+    for allowed in ("yes", AllowedAnswers):  # a class: gin without its brackets
+        with pytest.raises(UserError, match="nothing that allows"):
+            DecodingConfig(allowed=allowed)
     with pytest.raises(UserError, match="prompt"):
         DecodingConfig(allowed=AllowedTokens((2,)), prompt_with_targets=True)
     with pytest.raises(UserError, match="must not be negative"):

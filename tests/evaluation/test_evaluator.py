@@ -13,7 +13,7 @@ from vishwam_t5x.data.records import DamagedRecord
 from vishwam_t5x.evaluation.evaluator import Evaluator
 from vishwam_t5x.evaluation.generator import DecodingConfig, Generator
 from vishwam_t5x.evaluation.requests import Generated, Request, Scored
-from vishwam_t5x.evaluation.shapes import bucket
+from vishwam_t5x.evaluation.shapes import Shapes, bucket
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.parallelism.mesh import make_mesh
 
@@ -296,3 +296,17 @@ def test_decoding_of_a_modality_the_model_does_not_write(tiny):
         generator(tiny[0], audio=DecodingConfig())
     with pytest.raises(UserError, match="always written whole"):
         generator(tiny[0], image=DecodingConfig(max_length=3))
+
+
+def test_codes_are_scored_knowing_which_the_task_hid():
+    goal = small_model.objective(task_masks=True)
+    clean = {"text_inputs": np.asarray([5], np.int32),
+             "image_target_codes": np.asarray([1, 2, 3, 4], np.int32)}
+    hidden = {"image_target_task_masks": np.asarray([0, 1, 1, 0], np.int32)}
+    asked = [Request.from_example(goal.apply(each, seed=0, example=0))
+             for each in (clean, {**clean, **hidden})]
+    arrays = Shapes(2, {}, {}).arrays(asked, True)
+    np.testing.assert_array_equal(arrays["targets/image/task_mask"][:, :4],
+                                  [[0, 0, 0, 0], [0, 1, 1, 0]])
+    np.testing.assert_array_equal(arrays["targets/image/loss_mask"][:, :4],
+                                  [[1, 1, 1, 1], [0, 1, 1, 0]])

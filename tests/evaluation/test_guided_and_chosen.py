@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluation import small_model, small_run
+from flax.core import meta
 
 from vishwam_t5x import gin_config
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.evaluation import options
+from vishwam_t5x.evaluation import options, programs
 from vishwam_t5x.evaluation.constraints import AllowedAnswers
 from vishwam_t5x.evaluation.evaluator import Evaluator
 from vishwam_t5x.evaluation.generator import DecodingConfig, Generator
@@ -151,6 +152,21 @@ def test_options_are_scored_side_by_side_as_one_by_one(tiny, one_by_one, chooser
         assert done.scores["text"] == pytest.approx(each[best].sum(), abs=1e-5)
         np.testing.assert_allclose(done.token_scores["text"], each[best], atol=1e-5)
         assert [score for _, score in done.decodes["text"]] == sorted(done.option_scores)
+
+
+def test_a_model_without_an_encoder_takes_one_option_at_a_time():
+    """Traced alone: nothing is compiled. What comes out is held against scores below."""
+    module = small_model.model(num_encoder_layers=0,
+                               targets=small_model.model().config.targets[:1])
+    writer = generator(module)
+    writer._encode = lambda params, batch: jax.eval_shape(
+        lambda *given: module.apply({"params": given[0]}, given[1], method="encode"), params, batch)
+    writer._choose = lambda params, encoded, targets: np.zeros(jax.eval_shape(
+        lambda *given: programs.score_tokens(module, *given), params, encoded, targets).shape)
+    params = meta.unbox(jax.eval_shape(module.init, jax.random.key(0)))["params"]
+    asked = [dataclasses.replace(request, options=OptionReader(encode).ids(CHOICES[1]))
+             for request in requests(small_model.text_task())]
+    assert [len(done.option_scores) for done in writer.generate(params, asked, "text")] == [4, 4]
 
 
 class WithOptions:

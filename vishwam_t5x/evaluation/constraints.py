@@ -53,8 +53,9 @@ class Constraint(Protocol):
 
 
 def is_constraint(value: Any) -> bool:
-    """Whether something can be `DecodingConfig.allowed`."""
-    return callable(getattr(value, "mask", None)) or callable(value)
+    """Whether something can be `DecodingConfig.allowed`; a class is none: it lacks its values."""
+    return not isinstance(value, type) and (
+        callable(getattr(value, "mask", None)) or callable(value))
 
 
 def needs_text(value: Any) -> bool:

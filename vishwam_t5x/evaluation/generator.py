@@ -216,12 +216,13 @@ class Generator:
         """Scores the options of requests of one shape; the inputs are encoded once."""
         texts = [request.options for request in rows]
         found: list[list[np.ndarray]] = [[] for _ in rows]
-        # Distances to the inputs grow with each option that stands between: one at a time.
-        most = 1 if self._model.config.decoder_only else self._options.max_tokens
+        # Without an encoder distances to the inputs grow with what stands between: one at a time.
+        apart = not self._model.config.decoder_only
+        most = self._options.max_tokens if apart else 1
         with self._placement.context():
             encoded = self._encode(params, self._placement.put(self._shapes.arrays(rows, False)))
             for now in options.rounds(texts, most):
-                targets = options.laid_out(texts, now, self.batch_size)
+                targets = options.laid_out(texts, now, self.batch_size, apart)
                 scores = jax.device_get(self._choose(params, encoded,
                                                      self._placement.put(targets)))
                 for row, values in options.token_scores(scores, texts, now):

@@ -124,12 +124,20 @@ def rounds(rows: Sequence[Options], max_tokens: int) -> Iterator[list[range]]:
         yield now
 
 
-def laid_out(rows: Sequence[Options], now: Sequence[range], num_rows: int
+def laid_out(rows: Sequence[Options], now: Sequence[range], num_rows: int, apart: bool = True
              ) -> dict[str, np.ndarray]:
-    """Returns the targets [num_rows, M] of one round: options side by side, told apart."""
+    """Returns the targets [num_rows, M] of one round: options side by side.
+
+    Args:
+        rows: the options of each row.
+        now: which of them, see `rounds`.
+        num_rows: of the batch; those behind `rows` are empty.
+        apart: tell them apart by 'subsegment_ids'; False: no row has several.
+    """
     width = bucket(max(sum(len(options[one]) for one in which)
                        for options, which in zip(rows, now, strict=True)))
-    names = ("targets", "inputs", "mask", "pos_ids", "subsegment_ids")
+    assert apart or all(len(which) <= 1 for which in now), now
+    names = ("targets", "inputs", "mask", "pos_ids", "subsegment_ids")[:4 + apart]
     arrays = {f"targets/text/{name}": np.zeros((num_rows, width), np.int32) for name in names}
     for row, (options, which) in enumerate(zip(rows, now, strict=True)):
         at = 0
@@ -137,7 +145,7 @@ def laid_out(rows: Sequence[Options], now: Sequence[range], num_rows: int
             ids, slots = options[one], slice(at, at + len(options[one]))
             values = (ids, np.concatenate([[0], ids[:-1]]), 1, np.arange(len(ids)),
                       one - which.start + 1)
-            for name, value in zip(names, values, strict=True):
+            for name, value in zip(names, values, strict=False):
                 arrays[f"targets/text/{name}"][row, slots] = value
             at += len(ids)
     return arrays

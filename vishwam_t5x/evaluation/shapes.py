@@ -109,6 +109,8 @@ class Shapes:
         # A spec has targets; where none are wanted, one slot that is thrown away below.
         spec = BatchSpec(len(each), sum(inputs.values()), sum(targets.values()) or 1,
                          inputs, targets or {"text": 1}, self.patch_dims, packed=False,
+                         task_masks=tuple(m for m in targets if any(
+                             f"targets/{m}/task_mask" in request.targets for request in each)),
                          histories={m: history for m, history in self.histories.items()
                                     if m in inputs})
         placed = []
