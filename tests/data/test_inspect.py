@@ -13,7 +13,7 @@ from data.small_data import PATCHES
 
 import helpers
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data import records_writer, source, synthetic
+from vishwam_t5x.data import gallery, records_writer, source, synthetic
 from vishwam_t5x.data.synthetic import SyntheticFeature, SyntheticTask
 from vishwam_t5x.inspect import inspect
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
@@ -161,3 +161,14 @@ def test_the_verb_reads_the_gin_file_of_training(cache, tmp_path):
     assert done.returncode == 2 and "whole number" in done.stderr
     done = helpers.vishwam("cache", f"--gin_file={gin_file}", "--cache_dir=/elsewhere")
     assert done.returncode == 2 and "--cache_dir and --gin_file" in done.stderr
+
+
+def test_bytes_look_as_the_floats_that_they_stand_for():
+    objective = MixtureOfDenoisers(image=PATCHES["image"], target_modalities=("text",))
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4, 1) * 16
+    shown = []
+    for image in (pixels, pixels.astype(np.float32) / 255):
+        clean = {"image_inputs": image, "text_targets": np.asarray([5], np.int32)}
+        shown.append(gallery._Renderer(None, objective, None).inputs(
+            clean, objective.apply(clean, seed=0, example=0)))
+    assert shown[0] == shown[1] and "<img" in shown[0]

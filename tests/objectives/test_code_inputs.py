@@ -40,6 +40,15 @@ def test_codes_are_read_and_pixels_beside_them_are_not():
     assert OBJECTIVE.lengths(sizes, seed=0, example=0).inputs == {"text": 2, "image": 4}
 
 
+def test_frames_stay_patches_where_images_are_codes():
+    roles = dataclasses.replace(
+        OBJECTIVE, input_modalities=("text", "image", "image_history"))._plan(
+        ("image_input_codes", "image_history_inputs", "image_history_input_patches",
+         "text_targets"))[0]
+    assert roles.patches == {"image_history": "image_history_input_patches"}
+    assert roles.inputs["image"] == "image_input_codes"
+
+
 def test_denoising_gives_codes_whole_or_writes_them():
     clean = {"image": PIXELS, "image_codes": CODES, "text": np.arange(5, 25)}
     sizes = {"image": 4, "image_codes": 4, "text": 20}

@@ -14,6 +14,7 @@ import numpy as np
 from vishwam_t5x.data.feature_info import META_PREFIX, is_history, modality_of
 from vishwam_t5x.data.packing import Objective
 from vishwam_t5x.data.packing_plan import ExampleStream
+from vishwam_t5x.data.pictures import scaled
 from vishwam_t5x.data.records import DamagedRecord
 from vishwam_t5x.data.source import Dataset, patch_specs
 from vishwam_t5x.objectives.vocabulary import CODE_OFFSET
@@ -184,7 +185,7 @@ class _Renderer:
         everything = np.full((rows * columns, spec.patch_dim), _HIDDEN, np.float32)
         if modality.startswith("audio"):
             everything[:] = patches.min() if len(patches) else 0
-        everything[positions] = patches
+        everything[positions] = scaled(patches) if patches.dtype == np.uint8 else patches
         cut = everything.reshape(rows, columns, spec.height, spec.width, spec.channels)
         return cut.transpose(0, 2, 1, 3, 4).reshape(rows * spec.height, columns * spec.width,
                                                     spec.channels)

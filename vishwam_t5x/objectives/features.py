@@ -112,7 +112,7 @@ def feature_roles(names: Iterable[str], input_modalities: tuple[str, ...],
         if _ABOUT[name] not in names and pixels not in names:
             raise UserError(f"an example has '{name}' without '{_ABOUT[name]}'",
                             got=", ".join([*names, *about]))
-        if name in INPUT_PATCHES and name.split("_")[0] in code_inputs:
+        if name in INPUT_PATCHES and SUPERVISED_INPUTS[INPUT_PATCHES[name]] in code_inputs:
             raise UserError(f"an example has '{name}', but codes are read and not patches",
                             got=f"code_inputs = {code_inputs}",
                             fix=f"add '{name}' to ignored_features")
