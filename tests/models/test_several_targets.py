@@ -6,15 +6,28 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from models import model_fixtures
 
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.core.trees import flatten_names
 from vishwam_t5x.data.assembly import PlacedExample, assemble, example_lengths
-from vishwam_t5x.models.config import CodeOutput, RelativePositions, TextInput, TextOutput
+from vishwam_t5x.models.codecs.layers import Codebook
+from vishwam_t5x.models.config import (
+    CodeOutput,
+    EncoderDecoderConfig,
+    RelativePositions,
+    TextInput,
+    TextOutput,
+)
+from vishwam_t5x.models.encoder_decoder import EncoderDecoder
 from vishwam_t5x.objectives.losses import LossConfig
+from vishwam_t5x.parallelism import sharding
+from vishwam_t5x.parallelism.axis_rules import MESH_AXES
 
 TEXT = (TextInput(vocab_size=64),)
 TARGETS = (TextOutput(vocab_size=64), CodeOutput(modality="image", vocab_size=32, grid=(2, 3)))
@@ -214,3 +227,20 @@ def test_a_table_and_a_head_of_their_own():
     want = jax.nn.gelu(inner, approximate=False) @ own["logits_kernel"]
     np.testing.assert_allclose(found, want, atol=1e-4)
     np.testing.assert_allclose(step[1], found[1, :2], atol=1e-5)
+
+
+def test_narrow_vectors_are_split_over_no_devices():
+    """A mesh may have more devices along 'fsdp' than a code's vector has numbers."""
+    image = CodeOutput(modality="image", vocab_size=32, grid=(2, 3), embedding_dim=8,
+                       adaptor="mlp", logits_via_embedding=False, head="mlp")
+    config = EncoderDecoderConfig(
+        emb_dim=32, num_heads=2, head_dim=16, mlp_dim=64, num_encoder_layers=0,
+        num_decoder_layers=1, inputs=TEXT, targets=(TextOutput(vocab_size=64), image))
+    mesh = AbstractMesh((1, 1, 16, 2), MESH_AXES)
+    for module, given, name in (
+            (EncoderDecoder(config), (), "image_token_embedder/embedding"),
+            (Codebook(16384, 4), (jnp.zeros((1, 4)),), "embedding")):
+        init = functools.partial(module.init, method="codes") if given else module.init
+        boxed = jax.eval_shape(init, jax.random.key(0), *given)["params"]
+        placed = flatten_names(sharding.parameter_shardings(boxed, mesh))
+        assert placed[name].spec[0] == "tensor" and not any(placed[name].spec[1:])

@@ -69,6 +69,7 @@ class EncoderDecoder(nn.Module):
         self.embedders = {
             name: Embed(table.num_embeddings, table.features or cfg.emb_dim,
                         cfg.one_hot_embeddings, policy.compute_dtype, policy.param_dtype,
+                        "unmodeled" if table.features else "embed",
                         name=f"{name}_token_embedder")
             for name, table in tables.of(cfg).items()}
 

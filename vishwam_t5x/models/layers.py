@@ -136,6 +136,8 @@ class Embed(nn.Module):
             table is split over 'vocab' may prefer the matmul.
         dtype: dtype of the looked-up vectors and of `table()`.
         param_dtype: dtype of the stored table.
+        axis: logical axis of a vector's numbers; 'unmodeled', which is not split, of those that are
+            not as wide as the model: a mesh may have more devices than they have numbers.
     """
 
     num_embeddings: int
@@ -143,11 +145,12 @@ class Embed(nn.Module):
     one_hot: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    axis: str = "embed"
 
     def setup(self) -> None:
         self.embedding = self.param(
             "embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", self.axis)),
             (self.num_embeddings, self.features), self.param_dtype)
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:

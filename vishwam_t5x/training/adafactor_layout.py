@@ -64,7 +64,8 @@ def standard_logical_factor_rules() -> dict[str, str]:
     return {"vocab": "column", "embed": "row", "mlp": "column", "heads": "column", "kv": "column",
             "joined_kv": "column", "relpos_buckets": "none", "layers": "batch", "stack": "batch",
             "q_wi_fused": "column", "o_wo_fused": "column", "multiquery_heads": "column",
-            "kv_fused": "column", "layer_norm_scale": "none", "image_patch": "column"}
+            "kv_fused": "column", "layer_norm_scale": "none", "image_patch": "column",
+            "unmodeled": "none"}
 
 
 class Layout(NamedTuple):

@@ -129,7 +129,8 @@ class Codebook(nn.Module):
 
     def setup(self) -> None:
         self.embedding = self.param(
-            "embedding", named(_uniform(1.0 / self.num_codes), "vocab", "embed"),
+            # Its few numbers a vector are not split: a mesh may have more devices than that.
+            "embedding", named(_uniform(1.0 / self.num_codes), "vocab", "unmodeled"),
             (self.num_codes, self.features), self.param_dtype)
 
     def table(self) -> Float[Array, "v d"]:

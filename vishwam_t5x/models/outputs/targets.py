@@ -43,7 +43,7 @@ class TargetEncoder(nn.Module):
             self.modality_embedding = modality_embedding(self, cfg.emb_dim, cfg.policy)
         dtypes = {"dtype": cfg.policy.compute_dtype, "param_dtype": cfg.policy.param_dtype}
         if self.target.adaptor == "mlp":
-            self.adaptor = MlpAdaptor(cfg.emb_dim, "embed", **dtypes)
+            self.adaptor = MlpAdaptor(cfg.emb_dim, self.embedder.axis, **dtypes)
         if self.target.head == "mlp":
             self.head = Dense(cfg.emb_dim, ("embed", "mlp"), use_bias=True, **dtypes)
         if not self.target.logits_via_embedding:
