@@ -84,6 +84,9 @@ def ask(line: str, number: int) -> tuple[str, str, str, str]:
             isinstance(option, str) for option in options):
         raise UserError("the question must be a text and its options a list of texts")
     letters = string.ascii_uppercase[:len(options)]
+    if len(options) > len(letters):
+        raise UserError("the question has more options than there are letters",
+                        got=len(options))
     if len(options) < 2 or not isinstance(answer, str) or answer not in tuple(letters):
         raise UserError("the answer must be the letter of one of the options",
                         got=f"{answer!r} of {len(options)} options")

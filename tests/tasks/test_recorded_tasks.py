@@ -123,6 +123,13 @@ def test_questions_with_a_picture(tmp_path, monkeypatch):
         assert why in refused[number - 2] and f"data.jsonl:{number}" in refused[number - 2]
 
 
+def test_more_options_than_letters_are_refused():
+    line = {"question": "?", "options": [str(n) for n in range(27)], "answer": "B",
+            "image_1": "a.png"}
+    with pytest.raises(UserError, match="more options than there are letters"):
+        multiple_choice.ask(json.dumps(line), 1)
+
+
 def test_long_recordings_become_a_segment_and_its_history(tmp_path):
     write_wave(tmp_path / "long.wav", hum(9.0, 300))
     write_wave(tmp_path / "too_long.wav", hum(13.0, 300))
