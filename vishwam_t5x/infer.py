@@ -10,10 +10,9 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
                   score: the log-probability of each example's target, teacher-forced;
                   predict_with_aux: predict, with the log-probability of every token of a text
 --input_file=F    lines {"text": "what is this?", "image": "a.png", "audio": "b.wav"}, each with one
-                  or more of the three or of "frames", a list of pictures: a video, or further
-                  images; and "target": the text to score, or to begin with where
-                  DecodingConfig.prompt_with_targets is set; and "options": ["a cat", "a dog"], of
-                  which the most probable is the prediction; paths are relative to F
+                  or more of the three or of "frames" (a list of pictures: a video); besides
+                  "target": the text to score, or a prompt (DecodingConfig.prompt_with_targets); and
+                  "options": ["a cat", "a dog"], of which to choose; paths are relative to F
 --target=M        text (the default), image or audio: what to write for the lines of --input_file
 --output_file=F   default: MODEL_DIR/inference/STEP/NAME.jsonl; NAME-MODE.jsonl unless predicting
 --checkpoint=C    latest (the default) or a step of MODEL_DIR's checkpoints; or a path
@@ -27,11 +26,9 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
 
 Each output line has the task (or file), example (or line), inputs, prediction and its score.
 Records and lines that are damaged or too long are named, counted and left out, never cut. Pictures
-are PNG files and sounds WAV files beside the output, whose name theirs begin with. A model with
-codecs makes them itself; else DECODE_IMAGE and DECODE_AUDIO must. Lines are written in chunks to
-FILE.jsonl.parts; a job that is killed goes on there when the same command is run again. On several
-hosts run the same command on each; they find each other as those of `vishwam train` do. Jobs of
---num_shards are commands of their own, each of which may be of several hosts by its flags.
+are PNG files and sounds WAV files beside the output, by the model's codecs, or DECODE_IMAGE and
+DECODE_AUDIO. Lines are written in chunks to FILE.jsonl.parts: killed, it goes on by itself.
+On several hosts run it on each, as `vishwam train`; jobs of --num_shards are commands of their own.
 """
 
 from __future__ import annotations

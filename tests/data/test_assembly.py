@@ -104,3 +104,21 @@ def test_a_history_has_room_for_whole_frames():
         BatchSpec.from_feature_lengths(
             1, {"inputs": 8, "targets": 4, "inputs/image_history": 7}, ("image_history",),
             ("text",), {"image_history": 5}, histories={"image_history": HistorySpec(3, 2)})
+
+
+def test_a_row_has_no_more_images_than_the_model_takes():
+    spec = BatchSpec.from_feature_lengths(
+        2, {"inputs": 12, "targets": 12}, ("text", "image"), ("text",), {"image": 5},
+        most_a_row={"image": 2})
+
+    class Objective:
+        def lengths(self, clean_lengths, *, seed, example):
+            image = {"image": 1} if clean_lengths["frames"] else {}
+            return ModalityLengths({"text": 1, **image}, {"text": 1})
+
+    packer = Packer(_Examples([1, 1, 1, 0, 1, 1]), Objective(), spec, seed=0)
+    rows = packer.plan(DataPosition()).rows
+    assert [[place.example for place in row] for row in rows] == [[0, 1, 3], [2, 4]]
+    one = BatchSpec(2, 12, 12, {"text": 12, "image": 12}, {"text": 12}, {"image": 5})
+    rows = Packer(_Examples([1] * 6), Objective(), one, seed=0).plan(DataPosition()).rows
+    assert [len(row) for row in rows] == [6, 0]

@@ -42,6 +42,13 @@ def test_its_parts_fit_together(name):
     assert given["train_dataset_cfg"].pack and found.optimizer.global_norm_clip == 1.0
     assert (found.optimizer.beta1 is None) == (name == "large_one_gpu")
     assert found.flops() > 0
+    numbers = {m.modality: m.max_per_row for m in config.inputs if hasattr(m, "max_per_row")}
+    assert numbers and found.spec.most_a_row == numbers
+
+
+def test_a_row_of_more_images_than_the_model_takes_is_refused():
+    with pytest.raises(UserError, match="more of modality 'image' than the model takes"):
+        recipe("tiny_finetune", "--gin.config.ImageInput.max_per_row=8")
 
 
 def test_more_modalities_by_two_lists():

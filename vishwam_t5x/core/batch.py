@@ -143,6 +143,8 @@ class BatchSpec:
             those of the others are float32.
         signals: target modalities of which the batch holds pixels or spectrograms, not codes. The
             slots from k · num_codes on are about number k of a row.
+        most_a_row: input modality -> how many examples of a row may have it; of one not named, as
+            many as fit.
     """
 
     batch_size: int
@@ -156,6 +158,7 @@ class BatchSpec:
     histories: Mapping[str, HistorySpec] = dataclasses.field(default_factory=dict)
     byte_patches: tuple[str, ...] = ()
     signals: Mapping[str, SignalSpec] = dataclasses.field(default_factory=dict)
+    most_a_row: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "input_length", "target_length"):
@@ -198,7 +201,8 @@ class BatchSpec:
                              task_masks: tuple[str, ...] = (),
                              histories: Mapping[str, HistorySpec] | None = None,
                              byte_patches: tuple[str, ...] = (),
-                             signals: Mapping[str, SignalSpec] | None = None) -> BatchSpec:
+                             signals: Mapping[str, SignalSpec] | None = None,
+                             most_a_row: Mapping[str, int] | None = None) -> BatchSpec:
         """Builds the shapes from TASK_FEATURE_LENGTHS.
 
         Args:
@@ -213,6 +217,7 @@ class BatchSpec:
             histories: input modalities of frames.
             byte_patches: continuous input modalities whose patches are uint8.
             signals: target modalities that are given as pixels or spectrograms.
+            most_a_row: examples of a row that may have an input modality.
 
         Raises:
             UserError: a row length is missing, a name is unknown, a capacity exceeds its row.
@@ -247,7 +252,7 @@ class BatchSpec:
         return cls(batch_size, lengths["inputs"], lengths["targets"],
                    capacities("inputs", input_modalities), capacities("targets", target_modalities),
                    dict(patch_dims), packed, tuple(task_masks), dict(histories or {}),
-                   tuple(byte_patches), signals)
+                   tuple(byte_patches), signals, dict(most_a_row or {}))
 
     def arrays(self) -> dict[str, FeatureSpec]:
         """Returns the shape and dtype of every array of the batch."""

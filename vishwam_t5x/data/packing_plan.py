@@ -125,6 +125,9 @@ class Packer:
                     self._limits[(side, modality)] = capacity, 1
         for modality, (frames, rows) in spec.frame_limits().items():
             self._limits[("frames", modality)] = frames * spec.histories[modality].latents, rows
+        for modality, most in spec.most_a_row.items():
+            if most < spec.input_capacities.get(modality, 0):
+                self._limits[("examples", modality)] = most, 1
         self._known: dict[int, tuple[ModalityLengths, list[int]]] = {}
         self._misfits: dict[int, ModalityLengths] = {}
         self._narrow = list(self._limits)[2:]
@@ -186,7 +189,8 @@ class Packer:
         needs = [sum(inputs.values()), sum(targets.values())]
         for side, modality in self._narrow:
             assert modality is not None
-            needs.append((targets if side == "targets" else inputs).get(modality, 0))
+            slots = (targets if side == "targets" else inputs).get(modality, 0)
+            needs.append(min(slots, 1) if side == "examples" else slots)
         if (any(map(operator.gt, needs, self._most))
                 or not inputs.keys() <= self.spec.input_capacities.keys()
                 or not targets.keys() <= self.spec.target_capacities.keys()):

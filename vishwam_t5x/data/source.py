@@ -179,7 +179,7 @@ def batch_spec(config: DatasetConfig, objective: Objective,
     codes = getattr(objective, "code_inputs", ())
     specs = {modality: spec for modality, spec in patch_specs(objective).items()
              if modality not in codes}
-    inputs = tuple(objective.input_modalities)
+    inputs, histories = tuple(objective.input_modalities), _histories(objective)
     return BatchSpec.from_feature_lengths(
         config.batch_size, config.task_feature_lengths, inputs,
         tuple(objective.target_modalities),
@@ -188,11 +188,14 @@ def batch_spec(config: DatasetConfig, objective: Objective,
             modality for modality in objective.target_modalities
             if modality != "text" and getattr(objective, "task_masks", False)),
         histories={modality: HistorySpec(spec.places, spec.latents, spec.budget, spec.budget_rows)
-                   for modality, spec in _histories(objective).items()},
+                   for modality, spec in histories.items()},
         byte_patches=tuple(modality for modality in inputs if modality in specs
                            and getattr(objective, "keeps_bytes", False)
                            and _all_bytes(modality, features)),
-        signals=getattr(objective, "signals", None))
+        signals=getattr(objective, "signals", None),
+        most_a_row={modality: specs[modality].max_per_row for modality in inputs
+                    if modality in specs and modality not in histories
+                    and specs[modality].max_per_row is not None})
 
 
 def _all_bytes(modality: str, features: Sequence[Mapping[str, records.FeatureInfo]]) -> bool:
