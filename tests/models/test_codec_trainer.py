@@ -162,6 +162,7 @@ def run(folder, env, steps, *more):
     return training_runs.records(folder)
 
 
+@pytest.mark.slow
 def test_two_steps_through_the_verb(tmp_path, quickstart_cache):
     records = run(tmp_path / "run", quickstart_cache, 2, "--gin.LOG_PERIOD=1",
                   "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=8",
