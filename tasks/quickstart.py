@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -50,15 +51,21 @@ def _passages(split: str, shuffle_files: bool, seed: int | None = None) -> tf.da
     return tf.data.Dataset.from_tensor_slices({"text": list(sources.passages(split))})
 
 
+def _asked(questions: tuple[str, ...], split: str, labels: np.ndarray, purpose: str
+           ) -> dict[str, Any]:
+    """A question about each digit, and its answer."""
+    return {"text_inputs": [sources.choose(questions, split, number, purpose)
+                            for number in range(len(labels))],
+            "text_targets": [sources.caption(digit) for digit in labels],
+            "meta_digit": labels}
+
+
 def _image_to_text(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
     del shuffle_files, seed
     images, labels = sources.digits(split)
     return tf.data.Dataset.from_tensor_slices({
         "image_inputs": images,
-        "text_inputs": [sources.choose(sources.IMAGE_QUESTIONS, split, i, "question")
-                        for i in range(len(labels))],
-        "text_targets": [sources.caption(digit) for digit in labels],
-        "meta_digit": labels,
+        **_asked(sources.IMAGE_QUESTIONS, split, labels, "question"),
     })
 
 
@@ -80,10 +87,7 @@ def _audio_to_text(split: str, shuffle_files: bool, seed: int | None = None) -> 
     spectrograms, labels = sources.tones(split)
     return tf.data.Dataset.from_tensor_slices({
         "audio_inputs": spectrograms,
-        "text_inputs": [sources.choose(sources.AUDIO_QUESTIONS, split, i, "audio question")
-                        for i in range(len(labels))],
-        "text_targets": [sources.caption(digit) for digit in labels],
-        "meta_digit": labels,
+        **_asked(sources.AUDIO_QUESTIONS, split, labels, "audio question"),
     })
 
 
@@ -104,10 +108,7 @@ def _codes_to_text(split: str, shuffle_files: bool, seed: int | None = None) -> 
     return tf.data.Dataset.from_tensor_slices({
         "image_inputs": images,
         "image_input_codes": fitted.codebook().encode(images),
-        "text_inputs": [sources.choose(sources.IMAGE_QUESTIONS, split, i, "question")
-                        for i in range(len(labels))],
-        "text_targets": [sources.caption(digit) for digit in labels],
-        "meta_digit": labels,
+        **_asked(sources.IMAGE_QUESTIONS, split, labels, "question"),
     })
 
 
@@ -116,10 +117,7 @@ def _image_in_text(split: str, shuffle_files: bool, seed: int | None = None) -> 
     images, labels = sources.digits(split)
     return tf.data.Dataset.from_tensor_slices({
         "image_inputs": images,
-        "text_inputs": [sources.choose(sources.QUESTIONS_AROUND, split, i, "question")
-                        for i in range(len(labels))],
-        "text_targets": [sources.caption(digit) for digit in labels],
-        "meta_digit": labels,
+        **_asked(sources.QUESTIONS_AROUND, split, labels, "question"),
     })
 
 

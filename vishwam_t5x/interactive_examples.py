@@ -43,8 +43,9 @@ def options_of(example: Example) -> tuple[str, ...]:
     Raises:
         UserError: they are not two texts or more.
     """
-    given = not isinstance(example, str) and OPTIONS in example
-    return options.checked(example[OPTIONS]) if given else ()  # type: ignore[index,call-overload]
+    if isinstance(example, str) or OPTIONS not in example:
+        return ()
+    return options.checked(example[OPTIONS])
 
 
 def requests(examples: Sequence[Example], ready: Prepared, codec: TextCodec, ends: Sequence[str],

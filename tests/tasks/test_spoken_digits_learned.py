@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 
 import pytest
 
@@ -13,9 +15,22 @@ RECIPE = "--gin_file=gin/recipes/spoken_digits_cpu.gin"
 FOLDER = "VISHWAM_SPOKEN_DIGITS"
 
 
-def test_the_quickstart_hears_digits_where_a_folder_is_named():
-    script = (ROOT / "launch" / "quickstart.sh").read_text()
-    assert f'"${{{FOLDER}:-}}"' in script and RECIPE in script
+@pytest.mark.parametrize("folder", ["", "recordings"])
+def test_the_quickstart_hears_digits_where_a_folder_is_named(tmp_path, folder):
+    launch = tmp_path / "launch"
+    launch.mkdir()
+    shutil.copy(ROOT / "launch" / "quickstart.sh", launch)
+    (launch / "environment.sh").write_text(
+        'prepare_environment() { shift; ARGUMENTS=("$@"); PYTHON=echo; }\n')
+    done = subprocess.run(["bash", launch / "quickstart.sh", "--gin.TRAIN_STEPS=7"], check=True,
+                          capture_output=True, text=True, env={**os.environ, FOLDER: folder})
+    commands = [line.split() for line in done.stdout.splitlines()]
+    assert all("--gin.TRAIN_STEPS=7" in words for words in commands)
+    ran = [(words[2], RECIPE in words, words[-1]) for words in commands]
+    quickstart = [(verb, False, "--gin.TRAIN_STEPS=7") for verb in ("train", "evaluate")]
+    spoken = [(verb, True, '--gin.MODEL_DIR="runs/spoken_digits"')
+              for verb in ("train", "evaluate")]
+    assert ran == quickstart + (spoken if folder else [])
 
 
 @pytest.mark.slow
