@@ -94,6 +94,10 @@ def test_published_sizes_have_the_published_parameters(codec, name, signal):
     axes = logical_axes_by_name(boxed)
     ours = {key: [list(leaf.shape), list(axes[key])]
             for key, leaf in flatten_names(meta.unbox(boxed)).items()}
+    # The original splits the few numbers of a code over devices; ours stay whole.
+    table = "quantize/embedding"
+    assert published[table][1] == ["vocab", "embed"]
+    published[table][1] = ["vocab", "unmodeled"]
     assert ours == published
 
 
