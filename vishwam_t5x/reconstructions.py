@@ -86,8 +86,7 @@ class _Look:
                  objective: Any, examples: FirstExamples) -> None:
         self._settings, self._config, self._examples = settings, config, examples
         self._objective = objective
-        self._spec = source.batch_spec(config, objective,
-                                       [task.features for task in examples.tasks])
+        self._spec = source.batch_spec(config, objective, source.features_of(examples.tasks))
         self._placement = Placement(parts.mesh, parts.rules, self._spec.batch_size)
         model = parts.model
         self._modality, self._num_codes = model.config.modality, model.config.codec.num_codes

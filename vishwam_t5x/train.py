@@ -266,10 +266,10 @@ def _opened_by_all(open_dataset: Callable[[], source.Dataset], filling: bool, le
     return opened[0]
 
 
-def _known_features(config: source.DatasetConfig) -> list[Any]:
+def _known_features(config: source.DatasetConfig) -> source.TaskFeatures:
     """What all processes have caches of: those that compile together must compile the same."""
     found = source.cached_features(config)
-    return [] if distributed.any_process(not found, "features of the caches") else found
+    return {} if distributed.any_process(not found, "features of the caches") else found
 
 
 def _step_for(spec: BatchSpec, parts: setup.Parts, ready: concurrent.futures.Future,

@@ -10,10 +10,12 @@ from evaluation import small_model
 
 from vishwam_t5x import train as train_verb
 from vishwam_t5x.core.batch import DataPosition
-from vishwam_t5x.data import source, synthetic
+from vishwam_t5x.data import records, source, synthetic
 from vishwam_t5x.data.assembly import PlacedExample, assemble, example_lengths
 from vishwam_t5x.data.packing import PackedBatches
 from vishwam_t5x.data.synthetic import SyntheticFeature, SyntheticTask
+from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
+from vishwam_t5x.objectives.masking import FrameSpec
 from vishwam_t5x.objectives.reconstruction import Reconstruction
 from vishwam_t5x.training import setup
 from vishwam_t5x.training.optimizers import Adafactor
@@ -43,25 +45,73 @@ class Floats:
 
 
 def spec_of(*tasks, goal=GOAL):
-    return source.batch_spec(small_model.dataset_config(), goal, [task.features for task in tasks])
+    return source.batch_spec(small_model.dataset_config(), goal, source.features_of(tasks))
+
+
+def pixels_of(dtype: str, frames: bool = False) -> records.FeatureInfo:
+    return records.FeatureInfo((*((None,) if frames else ()), 4, 4, 1), dtype)
+
+
+IDS = records.FeatureInfo((None,), "int32")
 
 
 def test_bytes_where_all_tasks_have_bytes():
-    pixels, floats = captions("uint8"), captions("float32")
+    pixels, floats = captions("uint8"), captions("float32", "floats")
     assert spec_of(pixels).arrays()[KEY].dtype == np.uint8
     assert spec_of(pixels, small_model.denoising_task()).arrays()[KEY].dtype == np.uint8
     for tasks in ((pixels, floats), (floats,), (small_model.denoising_task(),), ()):
         assert spec_of(*tasks).arrays()[KEY].dtype == np.float32
     codec = Reconstruction("image", small_model.PATCHES["image"])
     config = small_model.dataset_config(task_feature_lengths={"inputs": 8, "targets": 8})
-    assert source.batch_spec(config, codec, [pixels.features]).byte_patches == ("image",)
+    features = source.features_of([pixels])
+    assert source.batch_spec(config, codec, features).byte_patches == ("image",)
+    # A codec reads the first feature of its modality that there is, and no other.
+    beside = {"digits": {"image": pixels_of("uint8"), "image_targets": pixels_of("float32")}}
+    assert source.batch_spec(config, codec, beside).byte_patches == ("image",)
 
     class Own:  # an objective that may make floats of pixels
         input_modalities, target_modalities = ("text", "image"), ("text",)
         image = small_model.PATCHES["image"]
 
     config = small_model.dataset_config(task_feature_lengths={"inputs": 8, "targets": 8})
-    assert source.batch_spec(config, Own(), [pixels.features]).byte_patches == ()
+    assert source.batch_spec(config, Own(), features).byte_patches == ()
+
+
+def test_each_kind_of_picture_is_bytes_or_floats_by_itself():
+    """Frames, targets and pictures for people have no say in what an image input is."""
+    goal = MixtureOfDenoisers(
+        vocabulary=small_model.LAYOUT, input_modalities=("text", "image", "image_history"),
+        target_modalities=("text", "image"), image=small_model.PATCHES["image"],
+        image_history=FrameSpec(small_model.PATCHES["image"], (2, 2), 2),
+        ignored_features=("image_pixels",))
+    config = small_model.dataset_config(task_feature_lengths={"inputs": 48, "targets": 40})
+
+    def bytes_in(**tasks) -> tuple[str, ...]:
+        return source.batch_spec(config, goal, tasks).byte_patches
+
+    supervised = {"image_inputs": pixels_of("uint8"), "text_targets": IDS,
+                  "image_history_inputs": pixels_of("float32", frames=True),
+                  "image_targets": pixels_of("float32"), "image_target_codes": IDS}
+    assert bytes_in(videos=supervised) == ("image",)
+    frames = {"image_history_inputs": pixels_of("uint8", frames=True), "text_targets": IDS}
+    floats = {"image_inputs": pixels_of("float32"), "text_targets": IDS}
+    assert bytes_in(frames=frames, floats=floats) == ("image_history",)
+    drawn = {"image": pixels_of("uint8"), "image_codes": IDS, "text": IDS,
+             "image_pixels": pixels_of("float32"), "meta_name": records.FeatureInfo((), "bytes")}
+    assert bytes_in(frames=frames, drawn=drawn) == ("image", "image_history")
+    # What makes no example is refused where it is read, with its record; here it counts for none.
+    assert bytes_in(frames=frames, broken={"imag": pixels_of("uint8")}) == ("image_history",)
+
+
+def test_tasks_that_differ_in_a_modality_are_named_once(caplog):
+    tasks = captions("uint8"), captions("float32", "old"), small_model.denoising_task()
+    source.assemble(small_model.dataset_config(), GOAL, source.Mixture(tasks, [1.0] * 3, 0))
+    said, = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert "'image' are float32 in the batch" in said and "decode_picture" in said
+    assert "float32 are old (image_inputs); uint8 are captions (image_inputs)" in said
+    caplog.clear()
+    source.assemble(small_model.dataset_config(), GOAL, source.Mixture(tasks[:1], [1.0], 0))
+    assert not caplog.records
 
 
 def test_a_batch_of_bytes_and_floats_is_one_of_floats():
@@ -108,7 +158,7 @@ def test_a_step_compiled_before_the_cache_was_written_is_compiled_anew(
         cached, tmp_path, monkeypatch):
     assert source.batch_spec(cached, GOAL, source.cached_features(cached)).byte_patches
     elsewhere = small_model.dataset_config(cache_dir=str(tmp_path / "nothing"))
-    assert source.cached_features(elsewhere) == []
+    assert source.cached_features(elsewhere) == {}
     compiled: list[tuple[str, ...]] = []
 
     def compile_nothing(parts, factory, shardings):
@@ -120,7 +170,7 @@ def test_a_step_compiled_before_the_cache_was_written_is_compiled_anew(
 
     monkeypatch.setattr(setup.Parts, "compile", compile_nothing)
     monkeypatch.setattr(train_verb, "Loop", loop)
-    monkeypatch.setattr(train_verb, "_known_features", lambda config: [])
+    monkeypatch.setattr(train_verb, "_known_features", lambda config: {})
     with pytest.raises(_AboutToTrain) as found:
         train_verb.train(small_model.model(), str(tmp_path / "run"), GOAL, cached, Adafactor(), 2,
                          use_tensorboard=False, compilation_cache_dir="")
@@ -143,6 +193,6 @@ class _FloatsOnly:
     """The objective as one that does not say that it keeps bytes."""
 
     def __getattr__(self, name):
-        if name == "keeps_bytes":
+        if name == "input_features":
             raise AttributeError(name)
         return getattr(GOAL, name)

@@ -58,14 +58,14 @@ def available_splits(cache_dir: str | os.PathLike, task: str) -> list[str]:
 
 
 def read_features(cache_dir: str | os.PathLike, name: str, split: str
-                  ) -> list[dict[str, FeatureInfo]]:
-    """Returns the features of each task of a mixture, by its manifests; [] if one is missing.
+                  ) -> dict[str, dict[str, FeatureInfo]]:
+    """Returns the features of each task of a mixture, by its manifests; {} if one is missing.
 
     What cannot be read counts as missing: who opens the caches says what is wrong with them.
     """
     try:
         rates = read_rates(cache_dir, name) or {}
-        return [Manifest.from_json((task_directory(cache_dir, task, split) / MANIFEST_NAME)
-                                   .read_text()).features for task in rates]
+        return {task: Manifest.from_json((task_directory(cache_dir, task, split) / MANIFEST_NAME)
+                                         .read_text()).features for task in rates}
     except (UserError, OSError, ValueError, KeyError, TypeError):
-        return []
+        return {}

@@ -5,13 +5,15 @@ Nothing here imports TensorFlow: `vishwam cache` does, in a subprocess, once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -30,6 +32,9 @@ from vishwam_t5x.objectives.masking import FrameSpec, PatchSpec
 CACHE_DIR_VARIABLE = "VISHWAM_CACHE_DIR"
 LENGTHS_KEY = "sequence_length"
 """Of a manifest's metadata: the lengths of a row that a task's preprocessors were told."""
+
+TaskFeatures = Mapping[str, Mapping[str, records.FeatureInfo]]
+"""Features of each task, by its name."""
 
 _logger = logging.getLogger(__name__)
 
@@ -164,14 +169,15 @@ def _histories(objective: object) -> Mapping[str, FrameSpec]:
 
 
 def batch_spec(config: DatasetConfig, objective: Objective,
-               features: Sequence[Mapping[str, records.FeatureInfo]] = ()) -> BatchSpec:
+               features: TaskFeatures | None = None) -> BatchSpec:
     """Returns the shapes of the batches of an objective's modalities.
 
     Args:
         config: lengths of rows and how many there are.
         objective: its modalities and their patches.
-        features: of every task to be read. Where all that a modality may be read from are uint8,
-            its patches are uint8 in the batch too, a quarter of the bytes; otherwise float32.
+        features: of every task to be read, if they are known. Where all that the encoder reads of a
+            modality are uint8, its patches are uint8 in the batch too, a quarter of the bytes;
+            otherwise float32. Each modality is by itself, and targets have no say in it.
 
     Raises:
         UserError: see `BatchSpec.from_feature_lengths`.
@@ -180,6 +186,7 @@ def batch_spec(config: DatasetConfig, objective: Objective,
     specs = {modality: spec for modality, spec in patch_specs(objective).items()
              if modality not in codes}
     inputs, histories = tuple(objective.input_modalities), _histories(objective)
+    read = _dtypes_read(objective, features or {})
     return BatchSpec.from_feature_lengths(
         config.batch_size, config.task_feature_lengths, inputs,
         tuple(objective.target_modalities),
@@ -190,24 +197,47 @@ def batch_spec(config: DatasetConfig, objective: Objective,
         histories={modality: HistorySpec(spec.places, spec.latents, spec.budget, spec.budget_rows)
                    for modality, spec in histories.items()},
         byte_patches=tuple(modality for modality in inputs if modality in specs
-                           and getattr(objective, "keeps_bytes", False)
-                           and _all_bytes(modality, features)),
+                           and read.get(modality, {}).keys() == {"uint8"}),
         signals=getattr(objective, "signals", None),
         most_a_row={modality: specs[modality].max_per_row for modality in inputs
                     if modality in specs and modality not in histories
                     and specs[modality].max_per_row is not None})
 
 
-def _all_bytes(modality: str, features: Sequence[Mapping[str, records.FeatureInfo]]) -> bool:
-    dtypes = {info.dtype for task in features for name, info in task.items()
-              if len(info.shape) > 1 and f"{name}_".startswith(f"{modality}_")}
-    return dtypes == {"uint8"}
+def _dtypes_read(objective: Any, features: TaskFeatures) -> dict[str, dict[str, list[str]]]:
+    """Modality -> dtype -> tasks and their features that the encoder is given as they are."""
+    found: dict[str, dict[str, list[str]]] = {}
+    if not hasattr(objective, "input_features"):  # it may make floats of pixels
+        return found
+    for task, infos in features.items():
+        # Of what cannot be used whoever measures an example says more.
+        with contextlib.suppress(UserError):
+            for modality, name in objective.input_features(infos).items():
+                dtypes = found.setdefault(modality, {})
+                dtypes.setdefault(infos[name].dtype, []).append(f"{task} ({name})")
+    return found
 
 
-def cached_features(config: DatasetConfig) -> list[dict[str, records.FeatureInfo]]:
-    """Returns the features of each task, by the caches on this machine; [] if one is missing."""
+def _tell_of_floats(objective: Objective, spec: BatchSpec, features: TaskFeatures) -> None:
+    for modality, dtypes in _dtypes_read(objective, features).items():
+        if modality in spec.patch_dims and "uint8" in dtypes and len(dtypes) > 1:
+            _logger.warning(
+                "all patches of modality '%s' are float32 in the batch, four times the bytes, for "
+                "its tasks differ: float32 are %s; uint8 are %s. To have all uint8 let the former "
+                "give pixels as uint8 (decode_picture of vishwam_t5x.data.tf.image does)", modality,
+                ", ".join(task for dtype, tasks in dtypes.items() if dtype != "uint8"
+                          for task in tasks), ", ".join(dtypes["uint8"]))
+
+
+def features_of(tasks: Iterable[records.TaskRecords]) -> TaskFeatures:
+    """Returns the features of each task by its name."""
+    return {task.name: task.features for task in tasks}
+
+
+def cached_features(config: DatasetConfig) -> TaskFeatures:
+    """Returns the features of each task, by the caches on this machine; {} if one is missing."""
     return cache_directory.read_features(config.directory, config.mixture_or_task_name,
-                                         config.split) if config.use_cached else []
+                                         config.split) if config.use_cached else {}
 
 
 def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = True) -> Dataset:
@@ -232,7 +262,9 @@ def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = Tru
 
 def assemble(config: DatasetConfig, objective: Objective, examples: ExampleStream) -> Dataset:
     """Returns the dataset of numbered examples from anywhere."""
-    spec = batch_spec(config, objective, [task.features for task in examples.tasks])
+    features = features_of(examples.tasks)
+    spec = batch_spec(config, objective, features)
+    _tell_of_floats(objective, spec, features)
     batches = PackedBatches(examples, objective, spec, config.seed, config.max_bad_fraction,
                             config.read_threads)
     return Dataset(config, examples, objective, spec, batches)

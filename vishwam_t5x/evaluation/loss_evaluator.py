@@ -171,7 +171,7 @@ class LossEvaluator:
         objective = without_augmentation(objective)
         if tasks is None:
             tasks = source.open_mixture(config, source.patch_specs(objective), repeat=False).tasks
-        spec = source.batch_spec(config, objective, [task.features for task in tasks])
+        spec = source.batch_spec(config, objective, source.features_of(tasks))
         fit.check_longest(tasks, objective, spec, max_examples)
         fit.check_model(tasks, model.config, getattr(objective, "vocabulary", None))
         self._placement = Placement(mesh, rules, spec.batch_size)
@@ -195,8 +195,7 @@ class LossEvaluator:
         """Returns the evaluator of other splits, sharing what is compiled."""
         other = copy.copy(self)
         other._streams = _streams(tasks, max_examples)
-        other._spec = source.batch_spec(self._config, self._objective,
-                                        [task.features for task in tasks])
+        other._spec = source.batch_spec(self._config, self._objective, source.features_of(tasks))
         return other
 
     @property

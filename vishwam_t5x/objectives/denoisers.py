@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +18,7 @@ import numpy as np
 from vishwam_t5x.core.batch import HISTORIES, ModalityLengths, SignalSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
-from vishwam_t5x.objectives import (
-    augmentation,
-    masking,
-    model_example,
-    no_text,
-    span_corruption,
-)
+from vishwam_t5x.objectives import augmentation, masking, model_example, no_text, span_corruption
 from vishwam_t5x.objectives.choices import (
     ChoiceTable,
     Denoiser,
@@ -130,8 +124,6 @@ class MixtureOfDenoisers:
     ignored_features: Sequence[str] = ()
     _plans: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
-    keeps_bytes = True  # `apply` gives patches of uint8 pixels as uint8.
-
     def __post_init__(self) -> None:
         for name in ("input_modalities", "target_modalities", "text_r", "text_x",
                      "image_augmentations", "code_inputs", "ignored_features"):
@@ -180,6 +172,10 @@ class MixtureOfDenoisers:
         if roles.supervised:
             return None
         return self._draw(tables, clean_lengths, seed, example)[0]
+
+    def input_features(self, names: Iterable[str]) -> dict[str, str]:
+        """Returns modality -> feature that is read; its uint8 pixels stay uint8 in `apply`."""
+        return self._plan(tuple(names))[0].inputs
 
     def _plan(self, names: tuple[str, ...]) -> tuple[FeatureRoles, tuple[ChoiceTable, ...]]:
         """Roles of these features, and the choices with and without an empty text."""

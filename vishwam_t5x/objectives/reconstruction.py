@@ -32,7 +32,6 @@ class Reconstruction:
     patch: PatchSpec = PatchSpec()
 
     vocabulary = None
-    keeps_bytes = True  # `apply` gives patches of uint8 pixels as uint8
 
     def __post_init__(self) -> None:
         one_of(self.modality, ("image", "audio"), "modality that codecs code")
@@ -60,6 +59,10 @@ class Reconstruction:
         raise UserError(f"an example has no {self.modality} to code", got=", ".join(names),
                         fix="a task with a feature " + " or ".join(
                             f"'{name.format(self.modality)}'" for name in _FEATURES))
+
+    def input_features(self, names: Iterable[str]) -> dict[str, str]:
+        """Returns modality -> feature that is read; its uint8 pixels stay uint8 in `apply`."""
+        return {self.modality: self._feature(names)}
 
     def lengths(self, clean_lengths: Mapping[str, int], *, seed: int, example: int
                 ) -> ModalityLengths:
