@@ -1,6 +1,7 @@
 """Convert a checkpoint of T5X, Hugging Face or ours into another of these layouts.
 
 usage: vishwam convert --from=PATH --to=PATH [--format=F] [--verify] [--dtype=D] [--drop=REGEX]
+                       [--layers=unrolled|stacked]
 
 --from       T5X: MODEL_DIR (its newest) or MODEL_DIR/checkpoint_STEP, legacy or Orbax; Hugging
              Face: a folder with config.json and safetensors; ours: MODEL_DIR or
@@ -15,6 +16,10 @@ usage: vishwam convert --from=PATH --to=PATH [--format=F] [--verify] [--dtype=D]
 --dtype      float32, bfloat16 or float16 for the parameters; the optimizer's state stays as it is
 --drop       arrays that may be lost, as a regular expression of their whole name; repeatable. An
              array that has no place in the other layout is refused unless it is named here
+--layers     how T5X's layouts get the layers of a run with scan_layers: unrolled, one by one, as
+             t5.network and the published checkpoints of T5 and Unified-IO 2 have them, or stacked,
+             on axis 1, as scalable_t5 has them. Default: unrolled; from T5X as they are. Ours reads
+             both
 --verify     read what was written again and compare every bit; where the other side's library (t5x;
              torch and transformers) is installed, compare the logits of both sides too. Where
              anything differs nothing is left at --to
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
     from vishwam_t5x.checkpointing.convert.conversion import Conversion, Opened
     from vishwam_t5x.checkpointing.convert.t5_network import T5Network
 
-FLAGS = ("from", "to", "format", "verify", "dtype", "drop")
+FLAGS = ("from", "to", "format", "verify", "dtype", "drop", "layers")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -64,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
     kind = line.flags.get("format") or _default_format(opened)
     opened = interrupted.same_again(opened, source, kind, to)
     fresh = _run_state() if kind == conversions.OURS else None
-    plan = conversions.plan(opened, kind, to, drop, dtype, fresh)
+    plan = conversions.plan(opened, kind, to, drop, dtype, fresh,
+                            line.flags.get("layers"))
     network = _network(opened, words if line.files else None)
     vocabulary = None
     if opened.kind == conversions.HUGGINGFACE:

@@ -17,6 +17,7 @@ from vishwam_t5x import __main__ as program
 from vishwam_t5x.checkpointing.convert import names, native, unified_io2
 from vishwam_t5x.checkpointing.restore import open_source, restore_params
 from vishwam_t5x.core.trees import flatten_names, unflatten_names
+from vishwam_t5x.models.scan import stack_layers
 
 CODECS = {"image": "quant_conv/kernel", "audio": "quantize/embedding"}
 
@@ -74,6 +75,25 @@ def test_there_and_back_every_byte_is_equal(published, tmp_path, capsys):
     np.testing.assert_array_equal(
         found["audio_transformer"]["cls_token"],
         theirs()["target/input_audio_encoder/image_encoder/vision_transformer/cls_token"])
+
+
+def test_a_run_with_stacked_layers_gets_the_published_names(published, tmp_path):
+    """The original has no checkpoints with stacks, though its program has a scan."""
+    params = stack_layers(unflatten_names({
+        names.from_t5x(name)[0].removeprefix("params/"): array
+        for name, array in theirs().items() if name.startswith("target/")}))
+    state = {f"params/{name}": np.asarray(array)
+             for name, array in flatten_names(params).items()}
+    state |= {places[-1]: theirs()[name] for name in theirs() if name.startswith("state/")
+              for places in [names.from_t5x(name)]} | {"step": np.asarray(7, np.int32)}
+    assert "params/decoder/decoder/self_attention/key_norm/scale" in state
+    folder = tmp_path / "ours" / "checkpoints" / "7"
+    folder.mkdir(parents=True)
+    native.write_native(t5x_folders.Arrays(state), {name: name for name in state},
+                        epath.Path(folder), {name: array.dtype.name
+                                             for name, array in state.items()}, 7)
+    assert run(f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'theirs'}", "--format=t5x") == 0
+    assert t5x_folders.files(tmp_path / "theirs") == t5x_folders.files(published)
 
 
 def test_a_subset_reads_its_part_and_names_the_rest(published):

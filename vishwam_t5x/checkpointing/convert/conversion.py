@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from vishwam_t5x.checkpointing.convert import (
     unified_io2_torch,
 )
 from vishwam_t5x.checkpointing.convert.huggingface_writing import write_huggingface
+from vishwam_t5x.checkpointing.convert.new_folder import new_folder
 from vishwam_t5x.checkpointing.convert.report import (
     ConversionReport,
     compiled,
@@ -42,12 +41,9 @@ from vishwam_t5x.checkpointing.sources import Request, Source, assemble
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, one_of
 
-log = logging.getLogger(__name__)
-
 OURS, HUGGINGFACE, NPZ, TORCH = "vishwam", "huggingface", "npz", "unified_io2_torch"
 FORMATS = (t5x.LEGACY, t5x.ORBAX, HUGGINGFACE, TORCH, OURS)
-TEMPORARY = ".convert-tmp"
-"""What the name of a folder ends with while it is written."""
+UNROLLED, STACKED = LAYERS = ("unrolled", "stacked")
 _SHOWN = 12
 
 
@@ -150,7 +146,8 @@ class Conversion:
 
 
 def plan(opened: Opened, kind: str, to: str | os.PathLike, drop: Sequence[str] = (),
-         dtype: str | None = None, fresh: Mapping[str, np.ndarray] | None = None) -> Conversion:
+         dtype: str | None = None, fresh: Mapping[str, np.ndarray] | None = None,
+         layers: str | None = None) -> Conversion:
     """Finds the place of every array, and refuses what would be lost in silence.
 
     Args:
@@ -160,23 +157,22 @@ def plan(opened: Opened, kind: str, to: str | os.PathLike, drop: Sequence[str] =
         drop: regular expressions of whole names, ours or the source's, that may be lost.
         dtype: floating-point parameters are written in it; None: as they are.
         fresh: arrays that a state of ours has and no other layout, by our name.
+        layers: of stacked ones in T5X's layouts, UNROLLED or STACKED; None: as they are in a
+            checkpoint of T5X's, else unrolled.
 
     Raises:
         UserError: an array has no place, there are no parameters, or the target is there already.
     """
     one_of(kind, FORMATS, "format to write")
-    if kind == TORCH:
-        single = Unrolled(opened.source)
-        opened = dataclasses.replace(opened, own=single.own(opened.own), source=Renamed(
-            single, {name: name for name in single.leaves}))
     patterns = compiled(drop)
     dropped = [name for name in opened.own if named(patterns, name, opened.own[name])]
+    opened, note = _with_layers(opened, kind, layers, dropped)
+    dropped += [name for name in opened.own if named(patterns, name, opened.own[name])]
     dropped += [name for name in opened.homeless if named(patterns, name)]
     kept = [name for name in opened.own if name not in dropped]
     lost = [name for name in opened.homeless if name not in dropped]
     held: dict[str, np.ndarray] = {}
     bookkeeping: tuple[str, ...] = ()
-    note = ""
     if kind == OURS:
         bookkeeping = tuple(filter(unified_io2.is_moment_of_codec, kept))
         places = {name: name for name in kept if name not in bookkeeping}
@@ -194,7 +190,7 @@ def plan(opened: Opened, kind: str, to: str | os.PathLike, drop: Sequence[str] =
     else:
         places, bookkeeping, homeless = names.all_to_t5x(kept)
         lost += homeless
-        note = _two_counts(opened.source, kept)
+        note = "\n".join(filter(None, (note, _two_counts(opened.source, kept))))
     if lost:
         raise _refusal(kind, lost)
     if not any(name.startswith("params/") for name in places):
@@ -214,6 +210,35 @@ def plan(opened: Opened, kind: str, to: str | os.PathLike, drop: Sequence[str] =
     kept_names = {name: name for name in places if name not in held}
     return Conversion(opened, kind, target, Renamed(opened.source, kept_names, held),
                       {there: ours for ours, there in places.items()}, step, dtype, report)
+
+
+def _with_layers(opened: Opened, kind: str, layers: str | None, dropped: Sequence[str]
+                 ) -> tuple[Opened, str]:
+    """The same with the layers of every stack apart, where they are to be written so, and what is
+    to be said of it; in both cases without what is dropped.
+    """
+    theirs = kind in (t5x.LEGACY, t5x.ORBAX)
+    if layers is not None:
+        one_of(layers, LAYERS, "form of layers")
+        if not theirs:
+            raise UserError("--layers says how T5X's layouts hold stacked layers", got=kind,
+                            fix="leave it out: ours reads both, the others know no stacks")
+    own = {name: there for name, there in opened.own.items() if name not in dropped}
+    rest = dataclasses.replace(opened, own=own)
+    as_it_is = opened.kind in (t5x.LEGACY, t5x.ORBAX) and layers is None
+    if not theirs and kind != TORCH or theirs and as_it_is:
+        return rest, ""
+    single = Unrolled(Renamed(opened.source, {name: name for name in own}), moments=theirs)
+    if layers is not None and not single.stacks:
+        raise UserError("this checkpoint has no stacked layers", got=str(opened.place),
+                        fix="leave --layers out")
+    if layers == STACKED:
+        return rest, ""
+    note = ("stacked layers are written one by one, as T5X's t5.network and the published "
+            "checkpoints have them; --layers=stacked keeps the stacks, as scalable_t5 has them"
+            ) if theirs and single.stacks and layers is None else ""
+    return dataclasses.replace(rest, own=single.own(own), source=Renamed(
+        single, {name: name for name in single.leaves})), note
 
 
 def _two_counts(source: Source, kept: Sequence[str]) -> str:
@@ -283,7 +308,7 @@ def write(conversion: Conversion, network: T5Network | None = None,
         DamagedCheckpoint: an array cannot be read.
     """
     report = conversion.report
-    with _new_folder(conversion.target, meanwhile or contextlib.nullcontext()) as folder:
+    with new_folder(conversion.target, meanwhile or contextlib.nullcontext()) as folder:
         if conversion.kind == OURS:
             native.write_native(conversion.source, conversion.names, folder, conversion.dtypes(),
                                 conversion.step)
@@ -305,55 +330,6 @@ def write(conversion: Conversion, network: T5Network | None = None,
                           conversion.kind)
         check(dataclasses.replace(conversion, target=folder))
     return report
-
-
-@contextlib.contextmanager
-def _new_folder(target: epath.Path, meanwhile: contextlib.AbstractContextManager[None]
-                ) -> Iterator[epath.Path]:
-    """Yields the folder to write to: another one, which is renamed if all went well; in an object
-    store the very one, where what makes a checkpoint of it is written last. Removed if not.
-    """
-    taken = UserError("there is something already, and nothing is overwritten", got=str(target),
-                      fix="give another --to, or move it away")
-    if storage.names(target) or storage.is_file(target):
-        raise taken
-    if storage.is_remote(target):
-        with meanwhile:
-            try:
-                yield target
-            except BaseException:
-                with contextlib.suppress(storage.StorageError):  # what has failed is raised
-                    directories.remove(target)
-                raise
-        return
-    temporary = target.parent / (target.name + TEMPORARY)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{temporary}.lock", "w", encoding="utf-8") as lock:
-        try:  # ends with the process, however that ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another conversion is writing there", got=str(target),
-                            fix="wait for it, or give another --to") from None
-        try:
-            with meanwhile:
-                yield from _renamed(temporary, target, taken)
-        finally:
-            os.unlink(lock.name)
-
-
-def _renamed(temporary: epath.Path, target: epath.Path, taken: UserError) -> Iterator[epath.Path]:
-    if temporary.exists():
-        log.warning("removing what an interrupted conversion had left: %s", temporary)
-        temporary.rmtree()
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, target)
-        except OSError as error:
-            raise taken from error
-    finally:
-        temporary.rmtree(missing_ok=True)
 
 
 def verify(conversion: Conversion) -> int:

@@ -20,11 +20,11 @@ from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.convert import t5x
 from vishwam_t5x.checkpointing.convert.conversion import (
     HUGGINGFACE,
-    TEMPORARY,
     Conversion,
     Opened,
     open_any,
 )
+from vishwam_t5x.checkpointing.convert.new_folder import TEMPORARY
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
 

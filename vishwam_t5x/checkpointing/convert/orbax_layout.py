@@ -70,14 +70,14 @@ def write_orbax(source: Source, names: Mapping[str, str], folder: epath.Path,
 
     Args:
         source: where the arrays are.
-        names: name to write -> the source's.
+        names: name to write -> the source's, in the order to read.
         folder: new.
         dtypes: name to write -> dtype to write.
         on_host: arrays that Orbax shall take for NumPy's.
     """
     transactions = _Transactions()
     entries: dict[str, Any] = {}
-    for name in sorted(names):
+    for name in names:
         shape, dtype = source.leaves[names[name]].shape, dtype_named(dtypes[name])
         keys = name.split("/")
         _write_array(folder, ".".join(keys), source, names[name], dtype, transactions)
@@ -85,12 +85,13 @@ def write_orbax(source: Source, names: Mapping[str, str], folder: epath.Path,
                                  "write_shape": list(shape)}
         if name in on_host:
             value = {"value_type": "np.ndarray", "skip_deserialize": False}
-        entries[repr(tuple(keys))] = {
+        entries[name] = {
             "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in keys],
             "value_metadata": value}
     transactions.commit()
     storage.write_text(folder / TREE, json.dumps(
-        {"tree_metadata": entries, "use_ocdbt": True, "use_zarr3": False,
+        {"tree_metadata": {repr(tuple(name.split("/"))): entries[name] for name in sorted(entries)},
+         "use_ocdbt": True, "use_zarr3": False,
          "store_array_data_equal_to_fill_value": True, "custom_metadata": None}))
 
 

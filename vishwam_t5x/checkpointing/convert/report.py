@@ -20,7 +20,7 @@ from vishwam_t5x.core.errors import UserError
 
 PART_BYTES = 64 * 2**20
 """How much of an array is read at a time."""
-_LAYER = re.compile(r"layers_\d+|(?<=\.block\.)\d+")
+_LAYER = re.compile(r"layers_\d+|(?<=\.block\.)\d+|(?<= \[)\d+(?=\] -> )")
 _MOMENT = re.compile(r"/(?:m|v|v_row|v_col)(?= ->|$)")
 
 Slices = tuple[slice, ...]

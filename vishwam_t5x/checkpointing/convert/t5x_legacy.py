@@ -152,12 +152,12 @@ def write_legacy(source: Source, names: Mapping[str, str], folder: epath.Path,
 
     Args:
         source: where the arrays are.
-        names: T5X's name ('target/…', 'state/…') -> the source's.
+        names: T5X's name ('target/…', 'state/…') -> the source's, in the order to read.
         folder: new.
         dtypes: T5X's name -> dtype to write.
     """
     tree: dict[str, Any] = {}
-    for name in sorted(names):
+    for name in names:
         leaf = source.leaves[names[name]]
         dtype = dtype_named(dtypes[name])
         if _is_inline(name, leaf, names, source):
@@ -176,8 +176,9 @@ def write_legacy(source: Source, names: Mapping[str, str], folder: epath.Path,
                       "kvstore": {"driver": "file", "path": name.replace("/", ".") + "/"},
                       "metadata": {"chunks": list(chunks), "compressor": {
                           "id": "gzip", "level": 1}, "shape": list(leaf.shape)}}
+    by_name = unflatten_names({name: tree[name] for name in sorted(tree)})
     storage.write_bytes(folder / FILE, msgpack.packb(
-        {"version": _VERSION, "optimizer": unflatten_names(tree)}, use_bin_type=True))
+        {"version": _VERSION, "optimizer": by_name}, use_bin_type=True))
 
 
 def _is_inline(name: str, leaf: Leaf, names: Mapping[str, str], source: Source) -> bool:
