@@ -12,7 +12,8 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
 --input_file=F    lines {"text": "what is this?", "image": "a.png", "audio": "b.wav"}, each with one
                   or more of the three or of "frames" (a list of pictures: a video); besides
                   "target": the text to score, or a prompt (DecodingConfig.prompt_with_targets); and
-                  "options": ["a cat", "a dog"], of which to choose; paths are relative to F
+                  "options": ["a cat", "a dog"], of which to choose; paths are relative to F. What
+                  the model reads as codes its codec codes, or that of DECODE_IMAGE, DECODE_AUDIO
 --target=M        text (the default), image or audio: what to write for the lines of --input_file
 --output_file=F   default: MODEL_DIR/inference/STEP/NAME.jsonl; NAME-MODE.jsonl unless predicting
 --checkpoint=C    latest (the default) or a step of MODEL_DIR's checkpoints; or a path
@@ -47,7 +48,7 @@ from vishwam_t5x.core.errors import EXIT_OK, UserError, one_of
 from vishwam_t5x.data import fit, recordings
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.data.spectrogram import mel_spectrogram, normalised
-from vishwam_t5x.evaluation import chunks, inference, restoring
+from vishwam_t5x.evaluation import chunks, inference, input_codes, restoring
 from vishwam_t5x.evaluation import input_file as input_files
 from vishwam_t5x.evaluation.answers import MODES
 from vishwam_t5x.evaluation.chunks import ChunkedFile, Summary
@@ -151,7 +152,7 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         if input_file is None:
             return ready, caches, _sources(ready, caches, codec, max_examples, options)
         drawing.check(model.config, target, decode_image, sound)
-        reader = _reader(ready, codec, target, log_mel, mode, caches)
+        reader = _reader(ready, codec, target, log_mel, mode, caches, decode_image, sound)
         return ready, caches, [LinesSource(ready.generator, reader, codec.decode, str(input_file))]
     ready, caches, sources = evaluation_setup.on_all("inference", set_up)
     evaluation_setup.check_same_data(caches, () if input_file is None else sources, vocabulary)
@@ -257,9 +258,13 @@ def _checked(file: ChunkedFile, summary: Summary | None, sources: Sequence[infer
 
 
 def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, target: str,
-            log_mel: Any, mode: str, caches: Sequence[Any]
-            ) -> input_files.InputReader:
+            log_mel: Any, mode: str, caches: Sequence[Any], decode_image: Render | None,
+            sound: SoundConfig) -> input_files.InputReader:
     config = ready.model.config
+    coded = input_codes.coded_inputs(config, {"image": decode_image, "audio": sound.decode},
+                                     sound.log_mel)
+    ready.generator.read_codes({modality: one.encode for modality, one in coded.items()
+                                if one.encode is not None})
     one_of(target, config.target_modalities, "target modality of this model")
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
     return input_files.InputReader(ready.objective, target, codec.encode, ready.spec, grids,
@@ -267,7 +272,7 @@ def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, targ
                                    ready.generator.is_prompted(target),
                                    task_lookup.text_ends(caches, ready.objective),
                                    {name for task in caches for name in task.features
-                                    if name in INPUT_PATCHES})
+                                    if name in INPUT_PATCHES}, coded)
 
 
 def _hear(config: Any) -> input_files.Hear | None:

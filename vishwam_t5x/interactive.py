@@ -265,7 +265,8 @@ class InteractiveModel:
             raise UserError("a training step takes one batch", got=f"{len(examples)} examples",
                             fix=f"1 to {spec.batch_size}, or train_loop")
         placed = []
-        for row, request in enumerate(self._requests(examples, "text", needs_target=True)):
+        requests = self._requests(examples, "text", needs_target=True)
+        for row, request in enumerate(self._ready.generator.with_codes(self.params, requests)):
             arrays = {**request.inputs, **request.targets}
             placed.append(PlacedExample(row, example_lengths(arrays), arrays))
         return self.train_step_on_batch(assemble(spec, spec.batch_size, placed))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vishwam_t5x.core.errors import UserError, one_of
-from vishwam_t5x.evaluation import options
+from vishwam_t5x.evaluation import input_codes, options
 from vishwam_t5x.evaluation.input_file import OPTIONS, TARGET, InputReader
 from vishwam_t5x.evaluation.requests import Request
 from vishwam_t5x.evaluation_setup import Prepared
@@ -69,7 +69,8 @@ def requests(examples: Sequence[Example], ready: Prepared, codec: TextCodec, end
     one_of(target, config.target_modalities, "target modality of this model")
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
     reader = InputReader(ready.objective, target, codec.encode, ready.spec, grids, None,
-                         needs_target, ready.generator.is_prompted(target), ends)
+                         needs_target, ready.generator.is_prompted(target), ends,
+                         coded=input_codes.coded_inputs(config, {}, None))
     found = []
     for number, example in enumerate(examples):
         try:

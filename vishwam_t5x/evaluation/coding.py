@@ -1,21 +1,29 @@
-"""Targets that are pixels or spectrograms, coded by the model before they are scored."""
+"""Pixels and spectrograms, coded before they are read or scored."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from vishwam_t5x.evaluation.placement import Placement
 from vishwam_t5x.evaluation.requests import Request
+from vishwam_t5x.models.outputs.codes import FIRST_CODE
+
+_Tokens = Callable[[np.ndarray], np.ndarray]
 
 
 class Coder:
-    """Puts the codes of a model's own codecs in the place of what its requests' targets hold."""
+    """Puts codes in the place of what requests hold instead of them: targets by the codecs of the
+    model, inputs by those or by others.
+
+    A request holds of an input 'inputs/image/signal' [1, *shape], and 'inputs/image/tokens' of the
+    right length, whatever they are.
+    """
 
     def __init__(self, model: Any, placement: Placement) -> None:
         """Args:
@@ -23,34 +31,66 @@ class Coder:
             placement: rows that are coded together, and the mesh.
         """
         self._placement = placement
-        self._names = {f"targets/{modality}/{codec.signal.name}": f"targets/{modality}/targets"
-                       for modality, codec in getattr(model.config, "codecs", {}).items()}
+        codecs = getattr(model.config, "codecs", {})
+        self._signals = {modality: f"targets/{modality}/{codec.signal.name}"
+                         for modality, codec in codecs.items()}
+        self._encoders: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
         self._compiled: Any = jax.jit(
             lambda params, batch: model.apply({"params": params}, batch, method="with_codes"),
             out_shardings=placement.replicated)
 
+    def use(self, encoders: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> None:
+        """Takes what codes the inputs of some modalities instead of the model: pictures or
+        spectrograms [b, *shape] -> codes from 0 [b, n]."""
+        self._encoders.update(encoders)
+
     def coded(self, params: Any, requests: Iterable[Request]) -> Iterator[Request]:
-        """Yields the requests in their order, at most a batch later; on all processes together."""
-        if not self._names:
-            yield from requests
-            return
+        """Yields the requests in their order with inputs and targets coded, at most a batch later;
+        on all processes together."""
+        return self.read(params, self._replaced(requests, "targets", {
+            signal: (f"targets/{modality}/targets", self._by_model(params, signal))
+            for modality, signal in self._signals.items()}))
+
+    def read(self, params: Any, requests: Iterable[Request]) -> Iterator[Request]:
+        """The same of inputs alone."""
+        coders = {modality: self._by_model(params, signal)
+                  for modality, signal in self._signals.items()}
+        coders |= {modality: _by_other(encode) for modality, encode in self._encoders.items()}
+        return self._replaced(requests, "inputs", {
+            f"inputs/{modality}/signal": (f"inputs/{modality}/tokens", tokens)
+            for modality, tokens in coders.items()})
+
+    def _replaced(self, requests: Iterable[Request], side: Literal["inputs", "targets"],
+                  coders: Mapping[str, tuple[str, _Tokens]]) -> Iterator[Request]:
         stream = iter(requests)
-        while rows := list(itertools.islice(stream, self._placement.batch_size)):
-            for name, wanted in self._names.items():
-                at = [index for index, row in enumerate(rows) if name in row.targets]
-                if at:
-                    codes = self._codes(params, name, wanted, [rows[index] for index in at])
-                    for index, own in zip(at, codes, strict=True):
-                        targets = {key: value for key, value in rows[index].targets.items()
-                                   if key != name}
-                        rows[index] = dataclasses.replace(rows[index],
-                                                          targets={**targets, wanted: own})
+        for first in stream:
+            if not coders.keys() & getattr(first, side).keys():
+                yield first
+                continue
+            rows = [first, *itertools.islice(stream, self._placement.batch_size - 1)]
+            for name, (place, tokens) in coders.items():
+                at = [index for index, row in enumerate(rows) if name in getattr(row, side)]
+                if not at:
+                    continue
+                made = tokens(np.stack([getattr(rows[index], side)[name] for index in at]))
+                for index, own in zip(at, made, strict=True):
+                    rest = {key: value for key, value in getattr(rows[index], side).items()
+                            if key != name}
+                    rows[index] = dataclasses.replace(rows[index], **{side: {**rest, place: own}})
             yield from rows
 
-    def _codes(self, params: Any, name: str, wanted: str, rows: Sequence[Request]) -> np.ndarray:
-        signals = np.stack([row.targets[name] for row in rows])
-        missing = self._placement.batch_size - len(signals)
-        filled = np.concatenate([signals, np.repeat(signals[-1:], missing, axis=0)])
-        with self._placement.context():
-            made = self._compiled(params, self._placement.put({name: filled}))
-        return np.asarray(jax.device_get(made[wanted]))[:len(rows)]
+    def _by_model(self, params: Any, name: str) -> _Tokens:
+        modality = name.split("/")[1]
+
+        def tokens(signals: np.ndarray) -> np.ndarray:
+            missing = self._placement.batch_size - len(signals)
+            filled = np.concatenate([signals, np.repeat(signals[-1:], missing, axis=0)])
+            with self._placement.context():
+                made = self._compiled(params, self._placement.put({name: filled}))
+            return np.asarray(jax.device_get(made[f"targets/{modality}/targets"]))[:len(signals)]
+
+        return tokens
+
+
+def _by_other(encode: Callable[[np.ndarray], np.ndarray]) -> _Tokens:
+    return lambda signals: np.asarray(encode(signals[:, 0]), np.int32) + np.int32(FIRST_CODE)

@@ -114,6 +114,14 @@ class Generator:
             if constraints.needs_text(config.allowed):
                 self._writings[modality] = self._writing(modality, encode)
 
+    def read_codes(self, encoders: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> None:
+        """Takes what codes inputs that are read as codes, by modality: see `coding.Coder.use`."""
+        self._coder.use(encoders)
+
+    def with_codes(self, params: Any, requests: Iterable[Request]) -> Iterator[Request]:
+        """Yields requests with their inputs coded, as `generate` and `score` do by themselves."""
+        return self._coder.read(params, requests)
+
     def writing(self, modality: str) -> programs.Writing:
         """Returns how a modality is written, as the compiled programs know it.
 
@@ -173,7 +181,7 @@ class Generator:
         config = self._configs[modality]
         self.writing(modality)  # says what it lacks, before anything is read
         prompted = config.prompt_with_targets
-        asked = self._asked(requests, modality)
+        asked = self._asked(self._coder.read(params, requests), modality)
         for number, rows in enumerate(self._shapes.grouped(asked, prompted)):
             if rows[0].options:
                 yield from self._chosen(params, rows, token_scores)

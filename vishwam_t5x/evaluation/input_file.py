@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.data import pictures, recordings
 from vishwam_t5x.evaluation import options as option_texts
+from vishwam_t5x.evaluation.input_codes import CodedInput
 from vishwam_t5x.evaluation.options import OptionReader
 from vishwam_t5x.objectives.masking import FrameSpec, PatchSpec
 from vishwam_t5x.objectives.vocabulary import EOS_ID
@@ -29,6 +30,7 @@ OPTIONS = "options"
 """Field of a list of texts, of which the best is to be chosen."""
 Hear = Callable[[Float[np.ndarray, "samples"], int, int], recordings.Spectrograms]
 """(waveform in [-1, 1], samples per second, multiple of frames wanted) -> log-mel spectrograms."""
+Decoded = TypeVar("Decoded")
 _logger = logging.getLogger(__name__)
 
 
@@ -81,6 +83,8 @@ class InputReader:
             the objective adds none.
         chosen: features with which the tasks choose patches ('image_input_patches', …): padding of
             those inputs, and silence, is then not given to the encoder.
+        coded: how files become what is coded, of inputs that are read as codes; the others of
+            those cannot be read.
     """
 
     objective: Any
@@ -93,6 +97,7 @@ class InputReader:
     reads_target: bool = False
     ends: Sequence[str] = ("inputs", "targets")
     chosen: Collection[str] = ()
+    coded: Mapping[str, CodedInput] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if getattr(self.objective, "codecs", None):
@@ -130,6 +135,7 @@ class InputReader:
             UserError: it cannot be used.
         """
         clean: dict[str, np.ndarray] = {}
+        signals: dict[str, np.ndarray] = {}
         for name, value in fields.items():
             if name == TARGET:
                 continue
@@ -139,7 +145,9 @@ class InputReader:
             if name == "text":
                 clean["text_inputs"] = self._ids(value, "inputs")
             elif name in getattr(self.objective, "code_inputs", ()):
-                raise UserError(f"the model reads codes of the {name}, not the file itself")
+                signals[name] = self._signal(name, storage.join(folder, value))
+                # Codes are made of it later, of many at once: as many stand in for them.
+                clean[f"{name}_input_codes"] = np.zeros(self.coded[name].signal.num_codes, np.int32)
             elif name == "image":
                 picture = read_picture(storage.join(folder, value), self.objective.image,
                                        self.grids["image"])
@@ -164,7 +172,8 @@ class InputReader:
         if target is not None and (self.needs_target or self.reads_target):
             self._check_target(clean, example)
         kept = ("inputs/",) if target is None else ("inputs/", "targets/text/")
-        return {key: value for key, value in example.items() if key.startswith(kept)}
+        return {**{key: value for key, value in example.items() if key.startswith(kept)},
+                **{f"inputs/{name}/signal": signal[None] for name, signal in signals.items()}}
 
     def option_ids(self, options: Sequence[str]) -> tuple[np.ndarray, ...]:
         """Returns the ids of options, with their ends.
@@ -181,6 +190,16 @@ class InputReader:
         if side in self.ends and not getattr(self.objective, "adds_ends", True):
             ids = np.append(ids, np.int32(EOS_ID))
         return ids
+
+    def _signal(self, name: str, path: str) -> np.ndarray:
+        """What is coded of a picture or a recording."""
+        if name not in self.coded:
+            raise UserError(f"the model reads codes of the {name}, and no codec makes them: bind "
+                            + {"image": "infer.infer.decode_image", "audio": "SoundConfig.decode"
+                               }.get(name, "one") + " to a rendering.CodecFile")
+        if name == "audio":
+            return self.coded[name].spectrogram(*read_wave(path))
+        return _decoded(path, self.coded[name].picture)
 
     def _choose(self, modality: str, choose: Callable[..., np.ndarray], *given: Any
                 ) -> dict[str, np.ndarray]:
@@ -332,14 +351,19 @@ def _patches_inside(found: Sequence[pictures.Picture], spec: PatchSpec) -> np.nd
 def read_picture(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
                  ) -> pictures.Picture:
     """`read_image`, uint8, and where in it the picture is."""
+    config = pictures.PictureConfig(grid[0] * spec.height, grid[1] * spec.width)
+    return _decoded(path, lambda data: pictures.place(
+        pictures.decode_picture(data, spec.channels), config))
+
+
+def _decoded(path: storage.PathLike, decode: Callable[[bytes], Decoded]) -> Decoded:
+    """What is made of a picture's file; mistakes name it."""
     try:
         data = storage.read_bytes(path)
     except OSError as error:
         raise UserError("the image cannot be read", got=f"{path}: {error}") from error
     try:
-        pixels = pictures.decode_picture(data, spec.channels)
-        config = pictures.PictureConfig(grid[0] * spec.height, grid[1] * spec.width)
-        return pictures.place(pixels, config)
+        return decode(data)
     except UserError as error:
         got = path if error.got is None else f"{path}: {error.got}"
         raise UserError(error.problem, got=got) from error

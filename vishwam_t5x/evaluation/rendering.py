@@ -14,6 +14,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, Shaped
 
+from vishwam_t5x.core.batch import SignalSpec
 from vishwam_t5x.core.errors import UserError, one_of
 from vishwam_t5x.core.trees import flatten_names, unflatten_names
 from vishwam_t5x.data.spectrogram import UNIFIED_IO2_TARGET, LogMelConfig, mel_powers
@@ -115,6 +116,11 @@ class CodecFile:
         if not isinstance(self.codec, ImageVQGANConfig | AudioVQGANConfig):
             raise UserError("CodecFile.codec must be the config of a codec", got=repr(self.codec),
                             fix="codec = @image_vqgan.ImageVQGANConfig()")
+
+    @property
+    def signal(self) -> SignalSpec:
+        """What `encode` codes."""
+        return self.codec.signal
 
     @functools.cached_property
     def place(self) -> str:
