@@ -20,7 +20,7 @@ from jaxtyping import Float
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
-from vishwam_t5x.data import recordings
+from vishwam_t5x.data import conversions, recordings
 from vishwam_t5x.data.spectrogram import LogMelConfig, log_mel_spectrogram
 from vishwam_t5x.data.tf import refusals
 from vishwam_t5x.data.tf.features import audio_feature, text_feature
@@ -160,6 +160,9 @@ def _source(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data
 
 
 def _hear(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    conversions.note("spectrogram", "audio_inputs", config=RECORDING, patch=PATCH, level=LEVEL,
+                     seed=SEED, copies=COPIES, lengths=_RATES)
+
     def hear(data: bytes, name: bytes, copy: np.ndarray) -> tuple[np.ndarray]:
         return (spectrogram(*recordings.decode_wave(data), name.decode(), int(copy)),)
 

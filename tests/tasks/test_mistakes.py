@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +15,8 @@ import tensorflow as tf
 
 import media
 from vishwam_t5x.core.batch import ROW_ORDER, DataPosition
-from vishwam_t5x.data import records
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import fast_pictures, records
 from vishwam_t5x.data.source import DatasetConfig, open_dataset
 from vishwam_t5x.data.spectrogram import LogMelConfig, SegmentConfig
 from vishwam_t5x.data.tf import audio, cache, features, image, text
@@ -61,15 +66,14 @@ def source(split, shuffle_files, seed=None):
         for name in rows[0]})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The cache of the task."""
-    place = tmp_path_factory.mktemp("mistakes")
+@contextlib.contextmanager
+def registered(picture=PICTURE):
+    """The task, whose pictures become of a size in some way."""
     letters = seqio.ByteVocabulary(extra_ids=0)
     seqio.TaskRegistry.add(
         NAME, source=seqio.FunctionDataSource(source, splits=("train",)),
         preprocessors=[
-            functools.partial(image.decode_picture, feature="image_inputs", config=PICTURE),
+            functools.partial(image.decode_picture, feature="image_inputs", config=picture),
             functools.partial(image.decode_frames, feature="image_history_inputs", config=PICTURE),
             functools.partial(audio.decode_recording, feature="audio_inputs",
                               history="audio_history_inputs", config=SOUND),
@@ -83,11 +87,23 @@ def folder(tmp_path_factory):
             "text_inputs": features.text_feature(letters),
             "text_targets": features.text_feature(letters)}, metric_fns=[])
     try:
-        said = cache.cache_task_or_mixture(NAME, ["vishwam_t5x_tasks.multiple_choice"], str(place))
+        yield
     finally:
         seqio.TaskRegistry.remove(NAME)
-    assert said[NAME]["train"] == {"num_records": len(CONVERTED), "num_bad": len(REFUSED),
-                                   "written": True}
+
+
+def write(place, overwrite=False):
+    return cache.cache_task_or_mixture(NAME, ["vishwam_t5x_tasks.multiple_choice"], str(place),
+                                       overwrite=overwrite)[NAME]["train"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The cache of the task."""
+    place = tmp_path_factory.mktemp("mistakes")
+    with registered():
+        said = write(place)
+    assert said == {"num_records": len(CONVERTED), "num_bad": len(REFUSED), "written": True}
     return place
 
 
@@ -113,6 +129,26 @@ def test_what_is_converted_is_what_it_was(folder):
     assert len(found["long"]["audio_history_inputs"]) == 1
     assert len(found["plain"]["audio_history_inputs"]) == 0
     assert found["mixed frames"]["image_history_inputs"].shape == (2, 8, 8, 3)
+
+
+def test_a_cache_of_other_settings_is_not_taken_for_this_one(folder, tmp_path, monkeypatch):
+    place = shutil.copytree(folder, tmp_path / "cache")
+    monkeypatch.setattr(fast_pictures, "codecs", lambda: fast_pictures.Codecs(tf, tf))
+    with registered():
+        assert not write(place)["written"]
+    with registered(dataclasses.replace(PICTURE, resize="fast")):
+        with pytest.raises(UserError, match="other settings") as found:
+            write(place)
+        assert "image_inputs: decode_picture.config.resize = 'exact', now 'fast'" in str(
+            found.value.got) and "--overwrite" in found.value.fix
+        manifest = place / "tasks" / NAME / "train" / records.MANIFEST_NAME
+        values = json.loads(manifest.read_text())
+        assert set(values["metadata"]["conversions"]) == {
+            "image_inputs: decode_picture", "image_history_inputs: decode_frames",
+            "audio_inputs: decode_recording"}
+        del values["metadata"]["conversions"]
+        manifest.write_text(json.dumps(values))  # as older versions wrote it
+        assert not write(place)["written"]
 
 
 def test_what_is_left_is_packed(folder):

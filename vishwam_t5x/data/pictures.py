@@ -140,6 +140,14 @@ class PictureConfig:
         one_of(self.resize, ("exact", "fast"), "PictureConfig.resize")
 
 
+def as_done(config: PictureConfig) -> PictureConfig:
+    """Returns what `read_picture` does on this machine: 'fast' needs packages that may be missing.
+    """
+    if config.resize == "fast" and fast_pictures.codecs() is None:
+        return dataclasses.replace(config, resize="exact")
+    return config
+
+
 class _Spot(NamedTuple):
     """What part of a picture becomes what part of the result; (vertical, horizontal) each.
 

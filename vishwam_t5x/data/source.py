@@ -1,32 +1,29 @@
-"""From a dataset's configuration to its batches; prepares a missing cache in a process of its own.
+"""From a dataset's configuration to its batches.
 
-Nothing here imports TensorFlow: `vishwam cache` does, in a subprocess, once.
+Nothing here imports TensorFlow: see `preparing`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import NamedSharding
 
-from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import MODALITIES, BatchSpec, DataPosition, HistorySpec
-from vishwam_t5x.core.errors import EXIT_ABORTED, EXIT_OK, EXIT_USER_ERROR, Resumable, UserError
-from vishwam_t5x.data import copies, fit, records, task_code
+from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import copies, fit, preparing, records, task_code
 from vishwam_t5x.data import directory as cache_directory
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing import Objective, PackedBatches
 from vishwam_t5x.data.packing_plan import ExampleStream
 from vishwam_t5x.data.prefetch import Prefetcher
+from vishwam_t5x.data.preparing import ensure_cached as ensure_cached
+from vishwam_t5x.data.preparing import missing_tasks as missing_tasks
 from vishwam_t5x.objectives.masking import FrameSpec, PatchSpec
 
 CACHE_DIR_VARIABLE = "VISHWAM_CACHE_DIR"
@@ -291,6 +288,7 @@ def open_mixture(config: DatasetConfig, specs: Mapping[str, PatchSpec], repeat: 
     for task in tasks:
         _check_lengths(task, config)
     task_code.warn_of_changes(config.mixture_or_task_name, [task.metadata for task in tasks])
+    preparing.check_conversions(config, [task.metadata for task in tasks])
     _logger.info("rates of %s: %s", config.mixture_or_task_name,
                  ", ".join(f"{task} {rate:g}" for task, rate in rates.items()))
     budget = config.keep_in_memory_mib * 2**20
@@ -309,67 +307,3 @@ def _check_lengths(task: records.TaskCache, config: DatasetConfig) -> None:
             f"the cache of task '{task.name}' was made for rows of other lengths",
             got=f"{made_for}, now {dict(config.sequence_length or {})}",
             fix="another CACHE_DIR; or write it again: vishwam cache --overwrite")
-
-
-def missing_tasks(config: DatasetConfig) -> list[str]:
-    """Returns what of a mixture is not cached: names of tasks, or its own if nothing is known."""
-    copies.pull(config.place, config.mixture_or_task_name, config.split)
-    rates = cache_directory.read_rates(config.directory, config.mixture_or_task_name)
-    if rates is None:
-        return [config.mixture_or_task_name]
-    return [task for task in rates
-            if config.split not in cache_directory.available_splits(config.directory, task)]
-
-
-def ensure_cached(config: DatasetConfig) -> None:
-    """Runs `vishwam cache` in a subprocess for what is missing; does nothing if nothing is.
-
-    Several processes may call it together: `vishwam cache` locks each task.
-
-    Raises:
-        UserError: what the subprocess says: an unknown name, a task without this split, ….
-        RuntimeError: the subprocess failed otherwise; its own messages are on standard error.
-    """
-    missing = missing_tasks(config)
-    if not missing:
-        return
-    if storage.is_remote(config.place) and jax.process_count() > 1:
-        # Each host would write it in a folder of its own, and they would meet in the bucket.
-        raise UserError("the cache in the object store is not complete",
-                        got=f"{config.place}: no split '{config.split}' of {', '.join(missing)}",
-                        fix="write it first, on one host: vishwam cache --task_or_mixture="
-                            f"{config.mixture_or_task_name} --cache_dir={config.place}")
-    _logger.info("no cache yet of %s, split %s: writing it to %s", ", ".join(missing),
-                 config.split, config.place)
-    command = [sys.executable, "-m", "vishwam_t5x", "cache", "--json",
-               f"--task_or_mixture={config.mixture_or_task_name}",
-               f"--cache_dir={config.place}"]
-    # Who trains will evaluate: one start of TensorFlow for all splits. The others are smaller.
-    command += [f"--splits={config.split}"] if config.split != "train" else []
-    command += [f"--module={','.join(config.modules)}"] if config.modules else []
-    if config.sequence_length:
-        command.append("--sequence_length=" + ",".join(
-            f"{name}:{length}" for name, length in config.sequence_length.items()))
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False,
-                          env=_environment())
-    if done.returncode == EXIT_USER_ERROR:
-        mistake = json.loads(done.stdout.strip().splitlines()[-1])
-        raise UserError(mistake["problem"], mistake["got"], mistake["fix"])
-    if done.returncode == EXIT_ABORTED:
-        raise Resumable("vishwam cache could not go on: see above")
-    if done.returncode != EXIT_OK:
-        raise RuntimeError(f"vishwam cache ended with exit code {done.returncode}: see above; the "
-                           f"command was {' '.join(command)}")
-    if still := missing_tasks(config):
-        raise UserError(f"no split '{config.split}' in {', '.join(still)}",
-                        got=config.mixture_or_task_name, fix="choose another split")
-
-
-def _environment() -> dict[str, str]:
-    """The subprocess must not take the accelerator, and finds the modules that we find."""
-    paths = [path for path in sys.path if path]
-    # TensorFlow's XLA ends the process at a flag that only jax's knows.
-    kept = {name: value for name, value in os.environ.items()
-            if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    return {**kept, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(paths)}

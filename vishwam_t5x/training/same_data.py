@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import conversions
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.records import TaskCache
 from vishwam_t5x.training.run_dir import RunDir
@@ -21,12 +22,14 @@ from vishwam_t5x.training.run_dir import RunDir
 # What decides which example has which number, and how it is packed. Their content may differ in the
 # last bit where another machine has written the cache again: said, and not refused.
 _ORDER = ("rate", "records", "lengths")
+_SETTINGS = conversions.METADATA_KEY  # of whatever made numbers of files: other ones, other data
 
 
 def describe(examples: Any) -> dict[str, dict[str, Any]]:
     """Returns {task: its rate, number of records, hash of their lengths, hash of their content}.
 
-    And the hash of its vocabulary, if its cache knows it. Empty for a live stream, whose resume is
+    And the hash of its vocabulary, and the settings that files were converted with, if its cache
+    knows them. Empty for a live stream, whose resume is
     approximate anyway.
     """
     if not isinstance(examples, Mixture):
@@ -42,12 +45,14 @@ def describe(examples: Any) -> dict[str, dict[str, Any]]:
             words = task.metadata.get("vocabulary")
             if isinstance(words, dict) and words.get("sha256"):
                 found[task.name]["vocabulary"] = words["sha256"]
+            if _SETTINGS in task.metadata:
+                found[task.name][_SETTINGS] = task.metadata[_SETTINGS]
     return found
 
 
 def order(examples: Any) -> dict[str, dict[str, Any]]:
     """Returns `describe` without what may differ where a cache was written on each host."""
-    return {task: {name: value for name, value in facts.items() if name in _ORDER}
+    return {task: {name: value for name, value in facts.items() if name in (*_ORDER, _SETTINGS)}
             for task, facts in describe(examples).items()}
 
 
@@ -62,7 +67,8 @@ def check(run_dir: RunDir, examples: Any, resuming: bool) -> None:
         resuming: whether the run has taken steps.
 
     Raises:
-        UserError: other tasks, rates, or records than those the run has read.
+        UserError: other tasks, rates, or records than those the run has read, or files converted
+            with other settings.
     """
     now = describe(examples)
     if resuming and run_dir.data.exists():
@@ -70,6 +76,8 @@ def check(run_dir: RunDir, examples: Any, resuming: bool) -> None:
         changes = [f"{task}: {name} {_value(before, task, name)} -> {_value(now, task, name)}"
                    for task in sorted({*before, *now}) for name in _ORDER
                    if _value(before, task, name) != _value(now, task, name)]
+        changes += [f"{task}: {line}" for task in now for line in conversions.differences(
+            before.get(task, {}).get(_SETTINGS), now[task].get(_SETTINGS))]
         if changes:
             raise UserError(
                 "the examples are not those this run has read", got="\n       ".join(changes),

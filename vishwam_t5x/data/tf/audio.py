@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.data import recordings
+from vishwam_t5x.data import conversions, recordings
 from vishwam_t5x.data.recordings import RecordingConfig as RecordingConfig
 from vishwam_t5x.data.spectrogram import LogMelConfig as LogMelConfig
 from vishwam_t5x.data.spectrogram import log_mel_spectrogram as log_mel_spectrogram
@@ -39,6 +39,8 @@ def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None
         raise UserError(
             "recordings of several segments need a feature for those before the last",
             got=f"max_segments {config.max_segments}", fix="history='audio_history_inputs'")
+    conversions.note("decode_recording", feature, config=config, history=history, patches=patches,
+                     history_patches=history_patches, patch_size=patch_size)
     shape = (config.frames, config.log_mel.num_mels)
     outputs = {feature: tf.TensorSpec(shape, tf.float32),
                "meta_lost_samples": tf.TensorSpec((), tf.int32)}

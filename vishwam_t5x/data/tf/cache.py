@@ -27,8 +27,8 @@ import seqio
 import tensorflow as tf
 
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import conversions, records, records_writer, task_code
 from vishwam_t5x.data import directory as cache_directory
-from vishwam_t5x.data import records, records_writer, task_code
 from vishwam_t5x.data.source import CACHE_DIR_VARIABLE, LENGTHS_KEY
 from vishwam_t5x.data.tf import examples
 
@@ -60,7 +60,8 @@ def cache_task_or_mixture(name: str, modules: Sequence[str], cache_dir: str,
         {task: {split: {'num_records', 'num_bad', 'written'}}}.
 
     Raises:
-        UserError: unknown names, examples that cannot be cached, or too many bad ones.
+        UserError: unknown names, examples that cannot be cached, or too many bad ones; or what is
+            there was converted with other settings than the Task has now.
     """
     tf.config.set_visible_devices([], "GPU")  # preprocessing must not take the trainer's memory
     # Tasks keep what they fit to their data (vocabularies, codebooks) beside their caches.
@@ -133,6 +134,7 @@ def _cache_split(task: seqio.Task, split: str, cache_dir: str, metadata: Mapping
         if (directory / records.MANIFEST_NAME).is_file() and (
                 not overwrite or _finished_at(directory) != before):
             manifest = records.TaskCache.open(directory).manifest
+            _check_conversions(task, split, manifest)
             written = False
         else:
             if overwrite:
@@ -140,6 +142,25 @@ def _cache_split(task: seqio.Task, split: str, cache_dir: str, metadata: Mapping
             manifest, written = _write_split(task, split, directory, metadata), True
     return {"num_records": manifest.num_records, "num_bad": len(manifest.bad_examples),
             "written": written}
+
+
+def _check_conversions(task: seqio.Task, split: str, manifest: records.Manifest) -> None:
+    """Refuses a cache whose files were read with other settings than the Task would now."""
+    before = manifest.metadata.get(conversions.METADATA_KEY)
+    if before is None:  # nothing was converted, or it is older than the record
+        return
+    try:
+        with conversions.recorded() as now:
+            _dataset(task, split, 1, manifest.metadata.get(LENGTHS_KEY) or None, 0)
+    except UserError as error:
+        _logger.info("%s %s: whether its preprocessors have the settings of the cache is not "
+                     "known: %s", task.name, split, error.problem)
+        return
+    if found := conversions.differences(before, now):
+        raise UserError(
+            f"the cache of task '{task.name}' {conversions.DIFFERS}", got="\n       ".join(found),
+            fix=f"bring the settings back; or write it again: vishwam cache --task_or_mixture="
+                f"{task.name} --overwrite")
 
 
 def _finished_at(directory: pathlib.Path) -> int | None:
@@ -164,7 +185,10 @@ def _write_split(task: seqio.Task, split: str, directory: pathlib.Path,
     num_parts = _num_parts(task, split)
     read = functools.partial(_dataset, task, split, num_parts,
                              metadata.get(LENGTHS_KEY) or None)
-    kept = examples.CleanFeatures.of_task(task, read(0))
+    with conversions.recorded() as found:
+        kept = examples.CleanFeatures.of_task(task, read(0))
+    if found:
+        metadata = {**metadata, conversions.METADATA_KEY: found}
     if kept.dropped:
         _logger.info("%s: not cached, being no output features: %s", task.name,
                      ", ".join(kept.dropped))

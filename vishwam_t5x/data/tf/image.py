@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import example_generator
-from vishwam_t5x.data import pictures
+from vishwam_t5x.data import conversions, pictures
 from vishwam_t5x.data.pictures import PictureConfig as PictureConfig
 from vishwam_t5x.data.tf.refusals import ID, map_or_refuse
 
@@ -50,6 +50,7 @@ def decode_image(dataset: tf.data.Dataset, feature: str, height: int, width: int
     if height < 1 or width < 1 or channels not in (1, 3):
         raise UserError("an image has a positive size and 1 or 3 channels",
                         got=f"{height} x {width} x {channels}")
+    conversions.note("decode_image", feature, height=height, width=width, channels=channels)
 
     def decode(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         pixels = tf.io.decode_image(example[feature], channels=channels, dtype=tf.float32,
@@ -88,6 +89,8 @@ def decode_picture(dataset: tf.data.Dataset, feature: str, config: PictureConfig
     if (config.random or sample is not None) and ID not in dataset.element_spec:
         raise UserError("what is drawn for an example needs its name", got=f"no feature '{ID}'",
                         fix=f"let the source give each example a '{ID}'")
+    conversions.note("decode_picture", feature, config=pictures.as_done(config), channels=channels,
+                     seed=seed, patches=patches, patch_size=patch_size, sample=sample)
 
     def decode(data: bytes, name: bytes = b"") -> tuple[np.ndarray, ...]:
         rng = example_generator(seed, 0, f"picture/{bytes(name).decode('utf-8', 'replace')}")
@@ -125,6 +128,8 @@ def decode_frames(dataset: tf.data.Dataset, feature: str,
     """
     if config.random:
         raise UserError("the frames of a video are not scaled and placed at random")
+    conversions.note("decode_frames", feature, config=pictures.as_done(config), channels=channels,
+                     max_frames=max_frames, patches=patches, patch_size=patch_size)
 
     def decode(files: Sequence[bytes]) -> tuple[np.ndarray, ...]:
         if not len(files):
