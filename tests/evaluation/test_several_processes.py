@@ -7,11 +7,13 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import process_groups
 import pytest
 from evaluation import small_model, small_run
 
 import helpers
+import media
 from vishwam_t5x.evaluation.predictions import read_lines
 
 pytestmark = pytest.mark.slow
@@ -110,4 +112,21 @@ def test_hosts_with_other_files_of_the_same_name_are_refused(run, tmp_path):
                       f"--output_file={tmp_path}/d.jsonl", homes=homes)
     assert codes == [2, 2], "\n".join(said)
     assert all("the processes differ in the data" in text for text in said)
+    assert not (tmp_path / "d.jsonl").exists()
+
+
+def test_hosts_with_other_pictures_of_the_same_name_are_refused(run, tmp_path):
+    """The lines are the same: only the pictures that they name are not."""
+    homes = [tmp_path / "0", tmp_path / "1"]
+    for number, home in enumerate(homes):
+        home.mkdir()
+        (home / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+            {"text": "draw a one"}, {"text": "what is this", "image": "same.png"},
+            {"text": "what is this", "image": "a.png"})))
+        (home / "same.png").write_bytes(media.png(np.zeros((4, 4), np.uint8)))
+        (home / "a.png").write_bytes(media.png(np.full((4, 4), number, np.uint8)))
+    codes, said = job(run, 2, "infer", "--input_file=~/in.jsonl",
+                      f"--output_file={tmp_path}/d.jsonl", homes=homes)
+    assert codes == [2, 2], "\n".join(said)
+    assert all("different files of one name" in text and "a.png" in text for text in said)
     assert not (tmp_path / "d.jsonl").exists()

@@ -45,6 +45,27 @@ def test_what_another_process_cannot_read_is_left_out_here_too(monkeypatch):
     assert found[0].why == "0 is broken" and found[3].why == "3 is broken"
 
 
+def test_files_that_are_others_elsewhere_end_all_by_name(monkeypatch):
+    """Of the second example the other process has read one file, then none: that is left out."""
+    opened = {1: [("a.png", "3 bytes, A")], 2: [("b.png", "4 bytes, B"), ("c.wav", "5 bytes, C")]}
+    said = {"files": [[["a.png", "3 bytes, A"]], [["b.png", "4 bytes, B"]]], "left out": []}
+    seen = []
+    monkeypatch.setattr(together.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(together, "refuse_together", lambda what, check: check())
+    monkeypatch.setattr(together, "exchange", lambda name, mine: [
+        mine, json.dumps(said[name.removeprefix("lines: ")] if json.loads(mine) else [])])
+
+    def read_both():
+        return list(together.read("lines", (1, 2), lambda number: seen.append(number) or number,
+                                  lambda: opened[seen[-1]]))
+
+    assert read_both() == [(1, 1), (2, 2)]
+    said["files"][1][0][1] = "4 bytes, D"
+    with pytest.raises(UserError, match="different files of one name: b.png") as error:
+        read_both()
+    assert "process 0: 4 bytes, B" in error.value.got and "1: 4 bytes, D" in error.value.got
+
+
 def test_lines_that_cannot_be_read_here_end_all(monkeypatch):
     def lines():
         yield 1

@@ -8,8 +8,10 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import jax
 from absl import logging
 
+from vishwam_t5x.core import storage
 from vishwam_t5x.data.records import TaskCache, TaskRecords
 from vishwam_t5x.evaluation import answers, input_file, together
 from vishwam_t5x.evaluation.answers import Answer, DecodeText
@@ -95,7 +97,9 @@ class LinesSource:
 
     def __init__(self, generator: Generator, reader: InputReader, decode_text: DecodeText,
                  path: str) -> None:
-        self.name, self._generator, self._reader = path, generator, reader
+        self.name, self._generator = path, generator
+        self._reader = dataclasses.replace(reader, read_bytes=self._noted)
+        self._files: list[tuple[str, str]] = []
         self._decode_text = decode_text
         digest, self.size = hashlib.sha256(), 0
         for self.size, text in input_file.raw_lines(path):
@@ -103,6 +107,17 @@ class LinesSource:
         self._sha256 = digest.hexdigest()
         self._lines: Iterator[tuple[int, bytes]] = input_file.raw_lines(path)
         self._at = 0
+
+    def _noted(self, path: storage.PathLike) -> bytes:
+        data = storage.read_bytes(path)
+        if jax.process_count() > 1:
+            self._files.append((str(path), f"{len(data)} bytes, sha256 "
+                                           f"{hashlib.sha256(data).hexdigest()[:16]}"))
+        return data
+
+    def _files_of_line(self) -> list[tuple[str, str]]:
+        found, self._files = self._files, []
+        return found
 
     def facts(self) -> dict[str, Any]:
         """See `Source.facts`."""
@@ -130,7 +145,8 @@ class LinesSource:
 
         def requests() -> Iterator[Request]:
             wanted = ((number, text) for number, text in raw if text.strip())
-            for (number, _), read in together.read(f"lines of {self.name}", wanted, one):
+            for (number, _), read in together.read(f"lines of {self.name}", wanted, one,
+                                                   self._files_of_line):
                 if isinstance(read, LeftOut):
                     bad.append(BadLine(number, read.why))
                     logging.warning("%s: %s", self.name, bad[-1])

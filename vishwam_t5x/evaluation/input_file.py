@@ -30,6 +30,7 @@ OPTIONS = "options"
 """Field of a list of texts, of which the best is to be chosen."""
 Hear = Callable[[Float[np.ndarray, "samples"], int, int], recordings.Spectrograms]
 """(waveform in [-1, 1], samples per second, multiple of frames wanted) -> log-mel spectrograms."""
+ReadBytes = Callable[[storage.PathLike], bytes]
 Decoded = TypeVar("Decoded")
 _logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class InputReader:
             those inputs, and silence, is then not given to the encoder.
         coded: how files become what is coded, of inputs that are read as codes; the others of
             those cannot be read.
+        read_bytes: returns the content of a picture or a recording.
     """
 
     objective: Any
@@ -98,6 +100,7 @@ class InputReader:
     ends: Sequence[str] = ("inputs", "targets")
     chosen: Collection[str] = ()
     coded: Mapping[str, CodedInput] = dataclasses.field(default_factory=dict)
+    read_bytes: ReadBytes = storage.read_bytes
 
     def __post_init__(self) -> None:
         if getattr(self.objective, "codecs", None):
@@ -150,7 +153,7 @@ class InputReader:
                 clean[f"{name}_input_codes"] = np.zeros(self.coded[name].signal.num_codes, np.int32)
             elif name == "image":
                 picture = read_picture(storage.join(folder, value), self.objective.image,
-                                       self.grids["image"])
+                                       self.grids["image"], self.read_bytes)
                 clean["image_inputs"] = pictures.scaled(picture.pixels)
                 clean |= self._choose("image", _patches_inside, [picture], self.objective.image)
             elif name == "frames":
@@ -198,8 +201,8 @@ class InputReader:
                             + {"image": "infer.infer.decode_image", "audio": "SoundConfig.decode"
                                }.get(name, "one") + " to a rendering.CodecFile")
         if name == "audio":
-            return self.coded[name].spectrogram(*read_wave(path))
-        return _decoded(path, self.coded[name].picture)
+            return self.coded[name].spectrogram(*read_wave(path, self.read_bytes))
+        return _decoded(path, self.coded[name].picture, self.read_bytes)
 
     def _choose(self, modality: str, choose: Callable[..., np.ndarray], *given: Any
                 ) -> dict[str, np.ndarray]:
@@ -210,7 +213,7 @@ class InputReader:
     def _frames(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
         spec: FrameSpec = self.objective.histories["image_history"]
         spec.slots(len(paths))  # before files are read: there may be too many
-        frames = [read_picture(path, spec.patch, spec.grid) for path in paths]
+        frames = [read_picture(path, spec.patch, spec.grid, self.read_bytes) for path in paths]
         return {"image_history_inputs": np.stack([pictures.scaled(each.pixels) for each in frames]),
                 **self._choose("image_history", _patches_inside, frames, spec.patch)}
 
@@ -218,7 +221,7 @@ class InputReader:
         """The last segment of a recording, and those before it if there are any."""
         if self.hear is None:
             raise UserError("recordings cannot be read: infer.infer.log_mel is not bound")
-        waveform, rate = read_wave(path)
+        waveform, rate = read_wave(path, self.read_bytes)
         spec: PatchSpec = self.objective.audio
         found = self.hear(waveform, rate, spec.height)
         if found.lost_samples:
@@ -348,18 +351,19 @@ def _patches_inside(found: Sequence[pictures.Picture], spec: PatchSpec) -> np.nd
     return np.flatnonzero(inside).astype(np.int32)
 
 
-def read_picture(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
-                 ) -> pictures.Picture:
+def read_picture(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int],
+                 read_bytes: ReadBytes = storage.read_bytes) -> pictures.Picture:
     """`read_image`, uint8, and where in it the picture is."""
     config = pictures.PictureConfig(grid[0] * spec.height, grid[1] * spec.width)
     return _decoded(path, lambda data: pictures.place(
-        pictures.decode_picture(data, spec.channels), config))
+        pictures.decode_picture(data, spec.channels), config), read_bytes)
 
 
-def _decoded(path: storage.PathLike, decode: Callable[[bytes], Decoded]) -> Decoded:
+def _decoded(path: storage.PathLike, decode: Callable[[bytes], Decoded], read_bytes: ReadBytes
+             ) -> Decoded:
     """What is made of a picture's file; mistakes name it."""
     try:
-        data = storage.read_bytes(path)
+        data = read_bytes(path)
     except OSError as error:
         raise UserError("the image cannot be read", got=f"{path}: {error}") from error
     try:
@@ -369,7 +373,8 @@ def _decoded(path: storage.PathLike, decode: Callable[[bytes], Decoded]) -> Deco
         raise UserError(error.problem, got=got) from error
 
 
-def read_wave(path: storage.PathLike) -> tuple[Float[np.ndarray, "samples"], int]:
+def read_wave(path: storage.PathLike, read_bytes: ReadBytes = storage.read_bytes
+              ) -> tuple[Float[np.ndarray, "samples"], int]:
     """Reads a WAV file of 8, 16, 24 or 32 bit PCM; channels are averaged.
 
     Returns:
@@ -379,7 +384,7 @@ def read_wave(path: storage.PathLike) -> tuple[Float[np.ndarray, "samples"], int
         UserError: there is no such file, it is another format, or has no samples.
     """
     try:
-        data = storage.read_bytes(path)
+        data = read_bytes(path)
     except OSError as error:
         raise UserError("the recording cannot be read", got=f"{path}: {error}") from error
     try:

@@ -11,6 +11,7 @@ import jax
 
 from vishwam_t5x.core.coordination import exchange, process_name
 from vishwam_t5x.core.distributed import refuse_together
+from vishwam_t5x.core.errors import UserError
 
 _BLOCK = 64  # examples that processes read before they agree on them
 
@@ -34,7 +35,8 @@ class LeftOut(Exception):
         return type(self), (self.why, self.damaged)
 
 
-def read(what: str, numbers: Iterable[Number], one: Callable[[Number], Found]
+def read(what: str, numbers: Iterable[Number], one: Callable[[Number], Found],
+         files: Callable[[], list[tuple[str, str]]] | None = None
          ) -> Iterator[tuple[Number, Found | LeftOut]]:
     """Yields each number with what `one` makes of it, or with why it is left out.
 
@@ -45,8 +47,11 @@ def read(what: str, numbers: Iterable[Number], one: Callable[[Number], Found]
         what: is read, for messages.
         numbers: of the examples, the same on every process.
         one: reads one, or raises `LeftOut`.
+        files: called after each; returns (name, what its content is) of the files that `one` read
+            of it, in that order, for several processes to compare. None: it read none by name.
 
     Raises:
+        UserError: on every process, files of one name are not the same on all.
         Exception: on every process, what else `one`, or going through `numbers`, raised on any.
     """
     ahead = 1 if jax.process_count() == 1 else _BLOCK
@@ -54,18 +59,23 @@ def read(what: str, numbers: Iterable[Number], one: Callable[[Number], Found]
     while True:
         block: list[Number] = []
         found: list[Found | LeftOut] = []
+        opened: list[list[tuple[str, str]]] = []
 
-        def read_block(block: list[Number] = block, found: list[Found | LeftOut] = found) -> None:
+        def read_block(block: list[Number] = block, found: list[Found | LeftOut] = found,
+                       opened: list[list[tuple[str, str]]] = opened) -> None:
             block.extend(itertools.islice(waiting, ahead))
             for number in block:
                 try:
                     found.append(one(number))
                 except LeftOut as error:
                     found.append(error)
+                opened.append(files() if files is not None else [])
 
         refuse_together(what, read_block)
         if not block:
             return
+        if files is not None and jax.process_count() > 1:
+            _refuse_others(what, opened)
         yield from zip(block, _agreed(what, found), strict=True)
 
 
@@ -77,3 +87,17 @@ def _agreed(what: str, found: list[Found | LeftOut]) -> list[Found | LeftOut]:
             if not isinstance(found[index], LeftOut):
                 found[index] = LeftOut(f"{why} ({process_name(process)})", damaged)
     return found
+
+
+def _refuse_others(what: str, opened: list[list[tuple[str, str]]]) -> None:
+    """Of an example that one process could not read to its end the files before are compared."""
+    everywhere = [json.loads(said) for said in exchange(f"{what}: files", json.dumps(opened))]
+    for process, theirs in enumerate(everywhere):
+        for first, other in zip(everywhere[0], theirs, strict=True):
+            for (name, content), (_, another) in zip(first, other, strict=False):
+                if content != another:
+                    raise UserError(
+                        f"the processes read different files of one name: {name}",
+                        got=f"{process_name(0)}: {content}\n       "
+                            f"{process_name(process)}: {another}",
+                        fix="give every host the same files (on a shared disk, or copies)")
