@@ -31,7 +31,8 @@ def main() -> None:
             [f"--gin_file={ROOT / 'gin/recipes/quickstart_cpu.gin'}",
              f"--gin.BATCH_SIZE={batch_size}"], "train")
         bound = config.arguments(train)
-        dataset = source.open_dataset(bound["train_dataset_cfg"], bound["objective"])
+        dataset = source.open_dataset(bound["train_dataset_cfg"], bound["objective"],
+                                      model=bound["model"].config)
         for name, limit in LIMITS.items():
             report = packing_report(dataset.examples, dataset.objective, dataset.spec,
                                     dataset.config.seed, options.rows // batch_size, limit)

@@ -40,11 +40,11 @@ class Workload:
             bound["model"], bound["optimizer"], mesh_lib.make_mesh(bound["mesh"]),
             LogicalAxisRules(),
             step.StepConfig(loss=bound["loss"], stability=bound["stability"]),
-            source.batch_spec(data, objective))
+            source.batch_spec(data, objective, model=bound["model"].config))
         factory = parts.factory()
         return cls(parts, factory.create(jax.random.key(0)),
                    parts.compile(factory, parts.batch_shardings()),
-                   source.open_dataset(data, objective))
+                   source.open_dataset(data, objective, model=bound["model"].config))
 
     @property
     def batches(self) -> PackedBatches:

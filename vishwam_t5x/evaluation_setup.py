@@ -106,7 +106,7 @@ def prepare(model: Any, objective: Any, dataset_cfg: DatasetConfig, split: str |
     compilation.enable_compilation_cache(compilation_cache_dir)
     config = dataclasses.replace(dataset_cfg, shuffle=False, split=split or dataset_cfg.split)
     objective = without_augmentation(objective)
-    spec = source.batch_spec(config, objective)
+    spec = source.batch_spec(config, objective, model=model.config)
     setup.check_modalities(model, objective, spec)
     devices = mesh_lib.make_mesh(mesh)
     logging.info("mesh: %s", mesh_lib.describe_mesh(devices))

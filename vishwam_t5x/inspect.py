@@ -21,6 +21,7 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from vishwam_t5x import screen
 from vishwam_t5x.command_line import CommandLine
@@ -35,7 +36,7 @@ FLAGS = ("output", "num_examples", "json")
 
 
 def inspect(dataset: source.DatasetConfig, objective: Objective, output: str | None = None,
-            num_examples: int = 8) -> tuple[report.MixtureFigures, str]:
+            num_examples: int = 8, model: Any = None) -> tuple[report.MixtureFigures, str]:
     """Measures a mixture and writes a page of its examples.
 
     Args:
@@ -43,6 +44,7 @@ def inspect(dataset: source.DatasetConfig, objective: Objective, output: str | N
         objective: what corrupts its examples.
         output: file of the page; None: inspect_MIXTURE.html in the current folder.
         num_examples: examples of each task on the page.
+        model: what is to be trained: rows are packed for it; None: as many examples as fit.
 
     Returns:
         The figures, and them as text with the page's place at the end.
@@ -52,7 +54,7 @@ def inspect(dataset: source.DatasetConfig, objective: Objective, output: str | N
     """
     if num_examples < 1:
         raise UserError("num_examples must be at least 1", got=num_examples)
-    opened = _open(dataset, objective)
+    opened = _open(dataset, objective, getattr(model, "config", None))
     figures = report.measure(opened)
     text = "\n".join(report.lines(opened, figures))
     page = pathlib.Path(output or f"inspect_{dataset.mixture_or_task_name}.html").expanduser()
@@ -104,13 +106,13 @@ def _inspect_run(line: CommandLine) -> int:
     return EXIT_OK
 
 
-def _open(config: source.DatasetConfig, objective: Objective) -> source.Dataset:
+def _open(config: source.DatasetConfig, objective: Objective, model: Any) -> source.Dataset:
     if config.use_cached:
-        return source.open_dataset(config, objective)
+        return source.open_dataset(config, objective, model=model)
     screen.quiet_tensorflow()
     from vishwam_t5x.data.tf import live
 
-    return live.open_live_dataset(config, objective)
+    return live.open_live_dataset(config, objective, model)
 
 
 def _text_decoder(task: object, objective: Objective) -> gallery.TextDecoder | None:

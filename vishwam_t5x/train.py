@@ -160,7 +160,7 @@ def train(model: Trainable, model_dir: str, objective: Objective,
         parts = setup.Parts(
             model, optimizer, devices, logical_axis_rules,
             StepConfig(cut_into(devices, logical_axis_rules), loss, stability, random_seed),
-            source.batch_spec(train_dataset_cfg, objective, _known_features(train_dataset_cfg)))
+            _known_spec(train_dataset_cfg, objective, model))
         setup.check_modalities(model, objective, parts.spec)
         factory, batch_shardings = parts.factory(), parts.batch_shardings()
         _write_model_info(run_dir, factory, devices, logical_axis_rules)
@@ -266,6 +266,10 @@ def _opened_by_all(open_dataset: Callable[[], source.Dataset], filling: bool, le
     return opened[0]
 
 
+def _known_spec(config: source.DatasetConfig, objective: Objective, model: Trainable) -> BatchSpec:
+    return source.batch_spec(config, objective, _known_features(config), model.config)
+
+
 def _known_features(config: source.DatasetConfig) -> source.TaskFeatures:
     """What all processes have caches of: those that compile together must compile the same."""
     found = source.cached_features(config)
@@ -284,7 +288,7 @@ def _step_for(spec: BatchSpec, parts: setup.Parts, ready: concurrent.futures.Fut
 def _dataset(config: source.DatasetConfig, objective: Objective, model: Trainable
              ) -> source.Dataset:
     if config.use_cached:
-        dataset = source.open_dataset(config, objective)
+        dataset = source.open_dataset(config, objective, model=model.config)
         fit.check_model(dataset.examples.tasks, model.config,
                         getattr(objective, "vocabulary", None))
         return dataset
@@ -292,7 +296,7 @@ def _dataset(config: source.DatasetConfig, objective: Objective, model: Trainabl
     screen.quiet_tensorflow()
     from vishwam_t5x.data.tf.live import open_live_dataset
 
-    return open_live_dataset(config, objective)
+    return open_live_dataset(config, objective, model.config)
 
 
 def _initial_params(model: Trainable, factory: StateFactory, path: str | None,

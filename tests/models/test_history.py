@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from models import golden_fixtures
 
+from vishwam_t5x.core.batch import DataPosition
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.trees import flatten_names
+from vishwam_t5x.data import source
+from vishwam_t5x.data.mixture import Mixture
+from vishwam_t5x.data.synthetic import SyntheticFeature, SyntheticTask
 from vishwam_t5x.models.config import (
     AudioInput,
     AudioTransformer,
@@ -21,6 +25,8 @@ from vishwam_t5x.models.config import (
     ImageTransformer,
 )
 from vishwam_t5x.models.encoder_decoder import EncoderDecoder
+from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
+from vishwam_t5x.objectives.vocabulary import VocabularyLayout
 
 BATCH, FRAMES = 2, 3
 
@@ -83,6 +89,34 @@ def test_pictures_beyond_the_limit_of_a_row_are_not_encoded_wrong():
                            "segment_ids": np.asarray([[1, 1, 1, 4, 4, 5]], np.int32)})
     lost = np.isnan(np.asarray(found.embeddings)).any(-1)
     np.testing.assert_array_equal(lost, [[False] * 5 + [True]])
+
+
+def test_rows_are_packed_for_the_model_whatever_the_objective():
+    """Pictures of one patch, many of which fit in a row: none may be one too many for the model."""
+    module = dataclasses.replace(golden_fixtures.INPUTS["image"], max_per_row=2)
+    model = dataclasses.replace(golden_fixtures.config(("text",), ("text",)),
+                                inputs=(golden_fixtures.INPUTS["text"], module))
+    words = {"text_inputs": SyntheticFeature(1, 3, num_ids=64),
+             "text_targets": SyntheticFeature(1, 3, num_ids=64)}
+    pixels = {"image_inputs": SyntheticFeature(16, 16, rest=(16, 3), dtype="uint8")}
+    goal = MixtureOfDenoisers(
+        vocabulary=VocabularyLayout(64, num_sentinels=4, num_location_bins=0),
+        input_modalities=("text", "image"), target_modalities=("text",))
+    mixture = Mixture([SyntheticTask("thumbnails", pixels | words, 12,
+                                     patch_specs={"image": goal.image}),
+                       SyntheticTask("words", words, 12)], [2.0, 1.0])
+    shapes = source.DatasetConfig("both", {"inputs": 32, "targets": 32, "inputs/image": 6}, BATCH)
+    found = {}
+    for config in (None, model):
+        batch = source.assemble(shapes, goal, mixture, config).batches.batch(DataPosition())
+        fields = {name.rpartition("/")[2]: array for name, array in batch.arrays.items()
+                  if name.startswith("inputs/image/")}
+        found[config is model] = (fields["mask"].sum(axis=1).max(),
+                                  np.isnan(np.asarray(embed(module, fields).embeddings)).any(),
+                                  max(map(len, batch.plan.rows)))
+    assert found[False][0] > 2 and found[False][1], "as many as fit end a run"
+    assert found[True][:2] == (2, False)
+    assert found[True][2] > 2, "texts alone are not counted"
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ def _histories(objective: object) -> Mapping[str, FrameSpec]:
 
 
 def batch_spec(config: DatasetConfig, objective: Objective,
-               features: TaskFeatures | None = None) -> BatchSpec:
+               features: TaskFeatures | None = None, model: Any = None) -> BatchSpec:
     """Returns the shapes of the batches of an objective's modalities.
 
     Args:
@@ -175,6 +175,8 @@ def batch_spec(config: DatasetConfig, objective: Objective,
         features: of every task to be read, if they are known. Where all that the encoder reads of a
             modality are uint8, its patches are uint8 in the batch too, a quarter of the bytes;
             otherwise float32. Each modality is by itself, and targets have no say in it.
+        model: config of the model that is to read the batches: rows hold no more images or
+            spectrograms than it says that it takes (`most_a_row`). None: as many as fit.
 
     Raises:
         UserError: see `BatchSpec.from_feature_lengths`.
@@ -196,9 +198,9 @@ def batch_spec(config: DatasetConfig, objective: Objective,
         byte_patches=tuple(modality for modality in inputs if modality in specs
                            and read.get(modality, {}).keys() == {"uint8"}),
         signals=getattr(objective, "signals", None),
-        most_a_row={modality: specs[modality].max_per_row for modality in inputs
-                    if modality in specs and modality not in histories
-                    and specs[modality].max_per_row is not None})
+        most_a_row={modality: most for modality, most in
+                    getattr(model, "most_a_row", {}).items()
+                    if modality in inputs and modality in specs})
 
 
 def _dtypes_read(objective: Any, features: TaskFeatures) -> dict[str, dict[str, list[str]]]:
@@ -237,13 +239,15 @@ def cached_features(config: DatasetConfig) -> TaskFeatures:
                                          config.split) if config.use_cached else {}
 
 
-def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = True) -> Dataset:
+def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = True,
+                 model: Any = None) -> Dataset:
     """Opens the caches of a mixture, writing those that are missing first.
 
     Args:
         config: which examples and shapes.
         objective: corrupts examples on read.
         repeat: an endless stream; False: every record once (evaluation).
+        model: config of the model, as for `batch_spec`.
 
     Raises:
         UserError: unknown task or split, a broken cache, settings that do not fit, or an example
@@ -251,16 +255,17 @@ def open_dataset(config: DatasetConfig, objective: Objective, repeat: bool = Tru
     """
     assert config.use_cached, "a live stream is opened by data/tf/live.py"
     mixture = open_mixture(config, patch_specs(objective), repeat)
-    dataset = assemble(config, objective, mixture)
+    dataset = assemble(config, objective, mixture, model)
     fit.check_longest(mixture.tasks, objective, dataset.spec)
     fit.check_vocabularies(mixture.tasks, objective)
     return dataset
 
 
-def assemble(config: DatasetConfig, objective: Objective, examples: ExampleStream) -> Dataset:
-    """Returns the dataset of numbered examples from anywhere."""
+def assemble(config: DatasetConfig, objective: Objective, examples: ExampleStream,
+             model: Any = None) -> Dataset:
+    """Returns the dataset of numbered examples from anywhere; `model` as for `batch_spec`."""
     features = features_of(examples.tasks)
-    spec = batch_spec(config, objective, features)
+    spec = batch_spec(config, objective, features, model)
     _tell_of_floats(objective, spec, features)
     batches = PackedBatches(examples, objective, spec, config.seed, config.max_bad_fraction,
                             config.read_threads)

@@ -171,11 +171,12 @@ class LossEvaluator:
         objective = without_augmentation(objective)
         if tasks is None:
             tasks = source.open_mixture(config, source.patch_specs(objective), repeat=False).tasks
-        spec = source.batch_spec(config, objective, source.features_of(tasks))
+        spec = source.batch_spec(config, objective, source.features_of(tasks), model.config)
         fit.check_longest(tasks, objective, spec, max_examples)
         fit.check_model(tasks, model.config, getattr(objective, "vocabulary", None))
         self._placement = Placement(mesh, rules, spec.batch_size)
         self._loss, self._objective, self._config, self._spec = loss, objective, config, spec
+        self._model_config = model.config
         self._streams = _streams(tasks, max_examples)
 
         def sums(params: Any, batch: Batch) -> dict[str, dict[str, jax.Array]]:
@@ -195,7 +196,8 @@ class LossEvaluator:
         """Returns the evaluator of other splits, sharing what is compiled."""
         other = copy.copy(self)
         other._streams = _streams(tasks, max_examples)
-        other._spec = source.batch_spec(self._config, self._objective, source.features_of(tasks))
+        other._spec = source.batch_spec(self._config, self._objective, source.features_of(tasks),
+                                        self._model_config)
         return other
 
     @property

@@ -296,6 +296,12 @@ class EncoderDecoderConfig:
         return {module.modality: module.patch_dim for module in self.inputs
                 if module.patch_dim is not None}
 
+    @property
+    def most_a_row(self) -> dict[str, int]:
+        """Images or spectrograms that a packed row may hold, by modality (for `BatchSpec`)."""
+        return {module.modality: module.max_per_row for module in self.inputs
+                if hasattr(module, "max_per_row")}
+
     def target(self, modality: str) -> TargetConfig:
         """Returns the config of a target modality; `UserError` if the model has none such."""
         one_of(modality, self.target_modalities, "target modality of this model")

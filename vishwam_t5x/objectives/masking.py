@@ -22,14 +22,11 @@ class PatchSpec:
         channels: values per pixel; 3 for RGB, 1 for grey images and spectrograms.
         code_grid: (rows, columns) of the target code grid; None: the grid with the patch grid's
             proportions (Unified-IO 2 has 24 x 24 patches and 32 x 32 codes).
-        max_per_row: images or spectrograms that a packed row may hold, as many as the model takes
-            (`PictureInput.max_per_row`); None: as many as fit.
     """
 
     patch_size: int | tuple[int, int] = 16
     channels: int = 3
     code_grid: tuple[int, int] | None = None
-    max_per_row: int | None = None
 
     def __post_init__(self) -> None:
         size = self.patch_size
@@ -43,10 +40,6 @@ class PatchSpec:
                                 got=repr(getattr(self, name)), fix="e.g. (16, 16)")
             # gin gives lists; the field must stay hashable and comparable.
             object.__setattr__(self, name, tuple(value))
-        if self.max_per_row is not None and (
-                not isinstance(self.max_per_row, int) or self.max_per_row < 1):
-            raise UserError("PatchSpec.max_per_row must be a positive whole number, or None",
-                            got=repr(self.max_per_row))
         if not isinstance(self.channels, int) or self.channels < 1:
             raise UserError("PatchSpec.channels must be a positive whole number",
                             got=repr(self.channels))

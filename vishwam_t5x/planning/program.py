@@ -90,7 +90,8 @@ class Recipe:
                             fix="plan what you would give to vishwam train: a recipe that includes "
                                 "gin/runs/pretrain.gin")
         dataset: DatasetConfig = given["train_dataset_cfg"]
-        spec = batch_spec(dataset, given["objective"], cached_features(dataset))
+        spec = batch_spec(dataset, given["objective"], cached_features(dataset),
+                          given["model"].config)
         setup.check_modalities(given["model"], given["objective"], spec)
         step = StepConfig(given.get("num_microbatches", 1), given.get("loss", LossConfig()),
                           given.get("stability", StabilityConfig()), given.get("random_seed", 0))

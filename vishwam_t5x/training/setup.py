@@ -139,7 +139,6 @@ def check_modalities(model: Any, objective: Any, spec: BatchSpec) -> None:
     for module in config.inputs:
         if (history := spec.histories.get(module.modality)) is not None:
             _check_history(module, objective, history)
-        _check_number(module, spec)
     for target in config.targets:
         if (target.reads_task_mask and target.modality in spec.target_capacities
                 and target.modality not in spec.task_masks):
@@ -168,25 +167,6 @@ def check_modalities(model: Any, objective: Any, spec: BatchSpec) -> None:
                     f"codes of modality '{modality}' have rows of the text table that text has too",
                     got=f"row {first} on; the vocabulary has {layout.size} ids",
                     fix=f"offset = {layout.size} or more, of its CodeInput and CodeOutput")
-
-
-def _check_number(module: Any, spec: BatchSpec) -> None:
-    """Refuses rows that may hold more images than the model takes: their features would be NaN.
-
-    Where the objective names no number, this is said; how many small ones there will be in a row
-    only the data knows.
-    """
-    most, modality = getattr(module, "max_per_row", None), module.modality
-    if most is None or not spec.packed or spec.input_capacities.get(modality, 0) <= most:
-        return
-    planned = spec.most_a_row.get(modality)
-    if planned is not None and planned > most:
-        raise UserError(f"a row may hold more of modality '{modality}' than the model takes",
-                        got=f"PatchSpec.max_per_row {planned}, the model's {most}",
-                        fix="set both to the same")
-    if planned is None:
-        logging.info("a row that holds more than %d of modality '%s' would end the run: set "
-                     "PatchSpec.max_per_row = %d in the objective", most, modality, most)
 
 
 def _check_history(module: Any, objective: Any, history: HistorySpec) -> None:

@@ -162,12 +162,13 @@ class LiveMixture:
             task.release(count)
 
 
-def open_live_dataset(config: DatasetConfig, objective: Objective) -> Dataset:
+def open_live_dataset(config: DatasetConfig, objective: Objective, model: Any = None) -> Dataset:
     """Opens a dataset without a cache.
 
     Args:
         config: which examples, shapes and order; `use_cached` is False.
         objective: corrupts examples on read.
+        model: config of the model, as for `source.batch_spec`.
 
     Raises:
         UserError: an unknown task, module or split, or features that cannot be used.
@@ -181,4 +182,4 @@ def open_live_dataset(config: DatasetConfig, objective: Objective) -> Dataset:
         config.mixture_or_task_name)
     specs = patch_specs(objective)
     tasks = [LiveTask(seqio.TaskRegistry.get(name), config, specs) for name in rates]
-    return assemble(config, objective, LiveMixture(tasks, list(rates.values())))
+    return assemble(config, objective, LiveMixture(tasks, list(rates.values())), model)

@@ -41,7 +41,8 @@ class PictureInput:
         placeholder: text token that gives way to the features, see `models.placement`; None: they
             stand behind the text.
         max_per_row: images or spectrograms that a packed row may hold, for each has tokens of its
-            own in the transformer. More make the features of the others NaN, which stops a run.
+            own in the transformer. What packs rows keeps to it (`data.source.batch_spec`); more
+            would make the features of the others NaN, which stops a run.
     """
 
     transformer: Transformer
