@@ -26,7 +26,8 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
                   command has begun goes on
 
 Each output line has the task (or file), example (or line), inputs, prediction and its score.
-Records and lines that are damaged or too long are named, counted and left out, never cut. Pictures
+Records and lines that are damaged or too long, and those for which DecodingConfig.allowed leaves
+nothing to write, are named, counted and left out, never cut. Pictures
 are PNG files and sounds WAV files beside the output, by the model's codecs, or DECODE_IMAGE and
 DECODE_AUDIO. Lines are written in chunks to FILE.jsonl.parts: killed, it goes on by itself.
 On several hosts run it on each, as `vishwam train`; jobs of --num_shards are commands of their own.
@@ -79,7 +80,8 @@ class Inference:
         path: the file of predictions or scores.
         num_predictions: lines in it; 0 while chunks of other jobs are missing.
         bad_lines: lines of the input file that could not be used.
-        left_out: records of tasks that could not be read, or were too long, in words.
+        left_out: records of tasks that could not be read, were too long, or for which nothing could
+            be written, in words.
         missing_chunks: that other jobs have not written yet; the file is there when it is 0.
     """
 

@@ -374,7 +374,7 @@ class InteractiveModel:
         found = {request.tag: Answer.to(request, self._codec.decode, options=
                                         interactive_examples.options_of(examples[request.tag]))
                  for request in requests}
-        answers.write(self._ready.generator, self.params, requests, target, found,
+        answers.write(self._ready.generator, self.params, requests, target, found, _refuse,
                       token_scores=token_scores)
         return [found[number] for number in range(len(examples))]
 
@@ -382,6 +382,10 @@ class InteractiveModel:
                   ) -> list[Request]:
         return interactive_examples.requests(examples, self._ready, self._codec, self._ends,
                                              target, needs_target)
+
+
+def _refuse(number: int, why: str) -> None:
+    raise UserError(f"example {number} cannot be answered", got=why)
 
 
 def _text_of_tasks(config: DatasetConfig, objective: Any) -> dict[str, Any]:

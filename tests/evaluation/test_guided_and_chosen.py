@@ -108,8 +108,13 @@ def test_a_function_that_leaves_nothing_is_named(tiny):
     module, params = tiny
     writer = generator(module, text=DecodingConfig(
         allowed=lambda tokens, position: jnp.zeros((128,), bool)))
-    with pytest.raises(UserError, match="left nothing to write"):
-        list(writer.generate(params, requests(small_model.text_task()), "text"))
+    found = list(writer.generate(params, requests(small_model.text_task()), "text"))
+    assert [done.tag for done in found] == [0, 1]
+    assert all("left nothing to write" in done.why for done in found)
+    with pytest.raises(UserError, match="no record of task 'captions' can be used") as error:
+        Evaluator(writer, GOAL, decode).evaluate(
+            params, small_model.text_task(2), TaskMetrics("captions"), write_all=True)
+    assert "captions record 0: DecodingConfig.allowed left nothing" in error.value.got
     assert " at 0x" not in writer.description
 
 

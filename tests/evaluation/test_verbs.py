@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluation import small_model, small_run
@@ -153,6 +154,46 @@ def write_inputs(folder):
     path = folder / "inputs.jsonl"
     path.write_text("\n".join([*map(json.dumps, lines), "", "{", json.dumps({"image": "a.png"})]))
     return path
+
+
+def test_what_a_constraint_leaves_nothing_is_left_out_by_name(run, settings, tmp_path, caplog):
+    """Drawings that begin as the first one does may not go on."""
+    drawn = {"method": "sample", "temperature": 3.0}
+    freely = {**settings, "decoding": {"image": DecodingConfig(**drawn)}}
+
+    def first_codes(path):
+        return {line["example"]: line["prediction"][0] for line in read_lines(path)}
+
+    def constrained(bad):
+        def allowed(tokens, position):
+            goes_on = (tokens[:, 0] != bad + 2) | (position == 0)
+            return jnp.broadcast_to(goes_on[:, None], (len(tokens), 18))
+        return {**settings, "decoding": {"image": DecodingConfig(**drawn, allowed=allowed)}}
+
+    infer(**freely, tasks=("drawings",), output_file=str(tmp_path / "all.jsonl"))
+    free = first_codes(tmp_path / "all.jsonl")
+    gone = {example for example, code in free.items() if code == free[0]}
+    assert 0 < len(gone) < len(free) == 5
+    found = infer(**constrained(free[0]), tasks=("drawings",),
+                  output_file=str(tmp_path / "some.jsonl"))
+    assert first_codes(tmp_path / "some.jsonl") == {
+        example: code for example, code in free.items() if example not in gone}
+    assert [why.split(": ")[0] for why in found.left_out] == [
+        f"drawings record {example}" for example in sorted(gone)]
+    assert all("DecodingConfig.allowed left nothing to write" in why for why in found.left_out)
+    assert caplog.text.count("left out: drawings record") == len(gone)
+
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps({"text": word}) + "\n" for word in small_run.WORDS)
+                    + json.dumps({"unknown": 1}))
+    as_file = {"input_file": str(path), "target": "image", "decode_image": small_run.pixels}
+    infer(**freely, **as_file, output_file=str(tmp_path / "free.jsonl"))
+    free = first_codes(tmp_path / "free.jsonl")
+    gone = [number for number, code in free.items() if code == free[1]]
+    assert 0 < len(gone) < len(free)
+    found = infer(**constrained(free[1]), **as_file, output_file=str(tmp_path / "rest.jsonl"))
+    assert [bad.number for bad in found.bad_lines] == [*gone, len(small_run.WORDS) + 1]
+    assert first_codes(tmp_path / "rest.jsonl").keys() == free.keys() - set(gone)
 
 
 def test_infer_names_bad_lines_and_goes_on(run, settings, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 from vishwam_t5x.core.errors import one_of
 from vishwam_t5x.evaluation.generator import Generator
 from vishwam_t5x.evaluation.predictions import Prediction
-from vishwam_t5x.evaluation.requests import Generated, Request
+from vishwam_t5x.evaluation.requests import Generated, Request, Unwritten
 from vishwam_t5x.evaluation.task_metrics import PREDICT, PREDICT_WITH_AUX, SCORE
 from vishwam_t5x.objectives.vocabulary import CODE_OFFSET, EOS_ID
 
 MODES = (PREDICT, SCORE, PREDICT_WITH_AUX)
 DecodeText = Callable[[np.ndarray], str]
+_NOTHING: Mapping[str, np.ndarray] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass
@@ -31,6 +33,7 @@ class Answer:
         written: what was written of each modality.
         target_scores: log-probability of the reference, in nats, by modality.
         options: texts of which the best is what is written of text; (): it is written freely.
+        signals: modalities whose reference is pixels or a spectrogram; it is not kept here.
     """
 
     inputs: str
@@ -40,17 +43,19 @@ class Answer:
     written: dict[str, Generated] = dataclasses.field(default_factory=dict)
     target_scores: dict[str, float] = dataclasses.field(default_factory=dict)
     options: tuple[str, ...] = ()
+    signals: tuple[str, ...] = ()
 
     @classmethod
     def to(cls, request: Request, decode_text: DecodeText, pretokenized: Any = None,
-           options: tuple[str, ...] = ()) -> Answer:
+           options: tuple[str, ...] = (), signals: tuple[str, ...] = ()) -> Answer:
         """Returns the answer to a request, before anything is written."""
         tokens = request.inputs.get("inputs/text/tokens", np.zeros((0,), np.int32))
         if isinstance(pretokenized, bytes):
             pretokenized = pretokenized.decode("utf-8")
         return cls(decode_text(tokens), request.slots(),
                    {name: request.targets[f"targets/{name}/targets"]
-                    for name in request.target_slots()}, pretokenized, options=options)
+                    for name in request.target_slots()}, pretokenized, options=options,
+                   signals=signals)
 
     @property
     def tokens(self) -> dict[str, np.ndarray]:
@@ -75,19 +80,34 @@ class Answer:
             return {}
         return dict(zip(self.options, done.option_scores, strict=True))
 
-    def told(self, decode_text: DecodeText) -> Any:
-        """Returns what was written; of options the best as it was given."""
+    def told(self, decode_text: DecodeText, drawn: Mapping[str, np.ndarray] = _NOTHING) -> Any:
+        """Returns what was written; of options the best as it was given.
+
+        Args:
+            decode_text: ids -> text.
+            drawn: pixels or spectrograms, by modality, in the place of the codes written.
+        """
         scores = self.option_scores
         if not scores:
-            return decoded(self.tokens, decode_text)
+            return only({**_by_name(self.tokens, decode_text), **drawn})
         rest = {name: values for name, values in self.tokens.items() if name != "text"}
-        return only({"text": max(scores, key=scores.__getitem__), **_by_name(rest, decode_text)})
+        return only({"text": max(scores, key=scores.__getitem__), **_by_name(rest, decode_text),
+                     **drawn})
 
-    def reference(self, decode_text: DecodeText) -> Any:
-        """The reference: text, or codes; None where there is none."""
-        if self.pretokenized is not None or not self.targets:
+    def reference(self, decode_text: DecodeText, signals: Mapping[str, np.ndarray] = _NOTHING
+                  ) -> Any:
+        """The reference: text, or codes; None where there is none.
+
+        Args:
+            decode_text: ids -> text.
+            signals: the pixels or spectrograms that are part of it, by modality.
+        """
+        if self.pretokenized is not None and not (signals and "text" in self.targets):
             return self.pretokenized
-        return decoded(self.targets, decode_text)
+        found = {**_by_name(self.targets, decode_text), **signals}
+        if self.pretokenized is not None:
+            found["text"] = self.pretokenized
+        return only(found) if found else None
 
     def prediction(self, task: str, number: int, mode: str, decode_text: DecodeText,
                    all_decodes: bool = False, extra: Mapping[str, Any] | None = None) -> Prediction:
@@ -126,8 +146,8 @@ class Answer:
 
 
 def write(generator: Generator, params: Any, requests: Iterable[Request], modality: str,
-          answers: Mapping[Any, Answer], stream: int = 0, token_scores: bool = False,
-          done: Callable[[], object] = lambda: None) -> None:
+          answers: Mapping[Any, Answer], left_out: Callable[[Any, str], object], stream: int = 0,
+          token_scores: bool = False, done: Callable[[], object] = lambda: None) -> None:
     """Writes a modality for each request, into the answer that its tag names.
 
     Args:
@@ -136,12 +156,16 @@ def write(generator: Generator, params: Any, requests: Iterable[Request], modali
         requests: may be read from the records while this goes on.
         modality: what to write.
         answers: by the requests' tags.
+        left_out: called with (tag, why) of each for which nothing can be written.
         stream: see `Generator.generate`.
         token_scores: see `Generator.generate`.
         done: called after each.
     """
     for found in generator.generate(params, requests, modality, stream, token_scores):
-        answers[found.tag].written[modality] = found
+        if isinstance(found, Unwritten):
+            left_out(found.tag, found.why)
+        else:
+            answers[found.tag].written[modality] = found
         done()
 
 

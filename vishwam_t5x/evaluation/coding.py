@@ -1,4 +1,4 @@
-"""Pixels and spectrograms, coded before they are read or scored."""
+"""Pixels and spectrograms, coded before they are read or scored, and drawn of what was written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from vishwam_t5x.evaluation.placement import Placement
 from vishwam_t5x.evaluation.requests import Request
@@ -22,7 +23,7 @@ class Coder:
     model, inputs by those or by others.
 
     A request holds of an input 'inputs/image/signal' [1, *shape], and 'inputs/image/tokens' of the
-    right length, whatever they are.
+    right length, whatever they are. All processes must call its methods together.
     """
 
     def __init__(self, model: Any, placement: Placement) -> None:
@@ -38,6 +39,10 @@ class Coder:
         self._compiled: Any = jax.jit(
             lambda params, batch: model.apply({"params": params}, batch, method="with_codes"),
             out_shardings=placement.replicated)
+        self._rendered: Any = jax.jit(
+            lambda params, batch, modality: model.apply(
+                {"params": params}, batch["codes"], modality, method="render"),
+            static_argnums=(2,), out_shardings=placement.replicated)
 
     def use(self, encoders: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> None:
         """Takes what codes the inputs of some modalities instead of the model: pictures or
@@ -59,6 +64,20 @@ class Coder:
         return self._replaced(requests, "inputs", {
             f"inputs/{modality}/signal": (f"inputs/{modality}/tokens", tokens)
             for modality, tokens in coders.items()})
+
+    def drawn(self, params: Any, modality: str, codes: Int[np.ndarray, "b n"]
+              ) -> Float[np.ndarray, "b ..."]:
+        """Returns pictures in [0, 1], or spectrograms, of at most a batch of codes from 0, by the
+        model's codec."""
+        with self._placement.context():
+            made = self._rendered(params, self._placement.put({"codes": self._filled(codes)}),
+                                  modality)
+        return np.asarray(jax.device_get(made))[:len(codes)]
+
+    def _filled(self, values: np.ndarray) -> np.ndarray:
+        """Repeats the last row up to a whole batch."""
+        missing = self._placement.batch_size - len(values)
+        return np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
 
     def _replaced(self, requests: Iterable[Request], side: Literal["inputs", "targets"],
                   coders: Mapping[str, tuple[str, _Tokens]]) -> Iterator[Request]:
@@ -83,10 +102,8 @@ class Coder:
         modality = name.split("/")[1]
 
         def tokens(signals: np.ndarray) -> np.ndarray:
-            missing = self._placement.batch_size - len(signals)
-            filled = np.concatenate([signals, np.repeat(signals[-1:], missing, axis=0)])
             with self._placement.context():
-                made = self._compiled(params, self._placement.put({name: filled}))
+                made = self._compiled(params, self._placement.put({name: self._filled(signals)}))
             return np.asarray(jax.device_get(made[f"targets/{modality}/targets"]))[:len(signals)]
 
         return tokens

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
+from vishwam_t5x.core.batch import SignalSpec
 from vishwam_t5x.core.distributed import refuse_together
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.records import META_PREFIX, DamagedRecord, TaskRecords
@@ -26,7 +27,8 @@ from vishwam_t5x.evaluation.task_metrics import (
     TaskMetrics,
 )
 from vishwam_t5x.evaluation.together import LeftOut
-from vishwam_t5x.objectives.features import feature_roles
+from vishwam_t5x.objectives.features import FeatureRoles, feature_roles
+from vishwam_t5x.objectives.model_example import as_signal
 
 PRETOKENIZED = META_PREFIX + "targets_pretokenized"
 """Feature that, where a task has it, is the reference instead of the detokenised target."""
@@ -58,7 +60,8 @@ class TaskResult:
     Attributes:
         task: its name.
         metrics: by name, with `num_examples` and, if there were any, `num_damaged` (records that
-            cannot be read) and `num_left_out` (those that are too long).
+            cannot be read) and `num_left_out` (those that are too long, or for which a constraint
+            left nothing to write).
         predictions: in the order of the records.
         samples: the first few, complete.
     """
@@ -69,12 +72,23 @@ class TaskResult:
     samples: list[Sample] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass
+class _Judged:
+    """What the metrics get of the examples: postprocessed, and clean for those that read that."""
+
+    targets: list[Any] = dataclasses.field(default_factory=list)
+    outputs: list[Any] = dataclasses.field(default_factory=list)
+    examples: list[Any] = dataclasses.field(default_factory=list)
+
+
 class Evaluator:
     """Lets a model answer the examples of a task and lets the task judge the answers.
 
     The encoder gets what it gets in training: prefix token, text, patches; no augmentation. An
     example with several target modalities is written once for each, and the task's postprocessor
-    gets {modality: output}.
+    gets {modality: output}. Where the target is pixels or a spectrogram, it gets that as the codec
+    of the model reads it, uint8 [height, width, channels] or float32 [frames, mel bins], and of
+    what was written the same; recorded are the codes.
     """
 
     def __init__(self, generator: Generator, objective: Any, decode_text: DecodeText,
@@ -92,6 +106,7 @@ class Evaluator:
         self._read_options = read_options
         self._generator, self._seed, self._progress = generator, seed, progress
         self._objective = without_augmentation(objective)
+        self._signals: Mapping[str, SignalSpec] = getattr(objective, "signals", {})
         self._decode_text = decode_text
 
     def evaluate(self, params: Any, task: TaskRecords, metrics: TaskMetrics,
@@ -122,14 +137,11 @@ class Evaluator:
         answers = {record: answers[record] for record in answers if record not in left_out}
         if left_out and not answers:
             raise _none(task, next(iter(left_out.values())))
-        judged: list[TaskResult] = []
-        # A metric may fail on one process alone, for want of a package, say.
-        refuse_together(f"metrics of {task.name}", lambda: judged.append(
-            self._judge(task, metrics, answers, num_samples)))
+        result = self._judge(params, task, metrics, answers, num_samples)
         for name, damaged in (("num_damaged", True), ("num_left_out", False)):
             if count := sum(error.damaged == damaged for error in left_out.values()):
-                judged[0].metrics[name] = count
-        return judged[0]
+                result.metrics[name] = count
+        return result
 
     def answer(self, params: Any, task: TaskRecords, records: Sequence[int], mode: str,
                stream: int = 0, all_decodes: bool = False
@@ -173,9 +185,13 @@ class Evaluator:
             if self._progress is not None:
                 self._progress(task.name, written, total)
 
+        def refused(record: int, why: str) -> None:
+            left_out[record] = LeftOut(f"{task.name} record {record}: {why}")
+
         for modality, wanted in by_modality.items():
             requests = self._requests(task, wanted, answers, left_out, modality)
-            write(self._generator, params, requests, modality, answers, stream, token_scores, done)
+            write(self._generator, params, requests, modality, answers, refused, stream,
+                  token_scores, done)
 
     def _score(self, params: Any, task: TaskRecords, records: Sequence[int],
                answers: dict[int, Answer], left_out: dict[int, LeftOut]) -> None:
@@ -207,51 +223,91 @@ class Evaluator:
                 left_out[record] = found
                 continue
             request, pretokenized, choices = found
-            answers.setdefault(record, Answer.to(request, self._decode_text, pretokenized, choices))
+            signals = tuple(name for name, spec in self._signals.items()
+                            if f"targets/{name}/{spec.name}" in request.targets)
+            answers.setdefault(record, Answer.to(request, self._decode_text, pretokenized, choices,
+                                                 signals))
             yield request
 
     # -- judging -------------------------------------------------------------------------------
 
-    def _judge(self, task: TaskRecords, metrics: TaskMetrics, answers: Mapping[int, Answer],
-               num_samples: int) -> TaskResult:
-        result = TaskResult(task.name, {})
-        ordered = [answers[record] for record in sorted(answers)]
-        targets, outputs, examples = [], [], []
-        for record, answer in zip(sorted(answers), ordered, strict=True):
-            # Read again: holding every image of a split until the end would take its size.
-            clean = task.read(record)
-            reference = answer.reference(self._decode_text)
-            targets.append(metrics.postprocess(reference, clean, is_target=True))
-            if answer.tokens:
-                line = answer.prediction(task.name, record, PREDICT, self._decode_text)
-                outputs.append(metrics.postprocess(line.prediction, clean, is_target=False))
-                result.predictions.append(line)
-                if len(result.samples) < num_samples:
-                    result.samples.append(Sample(clean, result.predictions[-1], targets[-1],
-                                                 outputs[-1]))
-            if metrics.metric_objs:
-                examples.append(clean)
+    def _judge(self, params: Any, task: TaskRecords, metrics: TaskMetrics,
+               answers: Mapping[int, Answer], num_samples: int) -> TaskResult:
+        result, judged = TaskResult(task.name, {}), _Judged()
+        records = sorted(answers)
+        ordered = [answers[record] for record in records]
+        # All processes draw together; a metric may fail on one alone, for want of a package, say.
+        together = f"metrics of {task.name}"
+        drawing = any(answer.signals for answer in ordered)
+        size = self._generator.batch_size if drawing else max(len(records), 1)
+        for first in range(0, len(records), size):
+            some = dict(zip(records[first:first + size], ordered[first:first + size], strict=True))
+            drawn = self._drawn(params, list(some.values()))
+            refuse_together(together, lambda some=some, drawn=drawn: self._postprocess(
+                task, metrics, some, drawn, judged, result, num_samples))
         if metrics.has_metrics:
-            found = ModelOutputs()
-            if metrics.needs_predictions:
-                found = ModelOutputs([only(ids(answer.tokens)) for answer in ordered],
-                                     [answer.score for answer in ordered])
-            if metrics.needs_scores:
-                found = dataclasses.replace(
-                    found, target_scores=[answer.target_score for answer in ordered])
-            result.metrics.update(metrics.compute(
-                targets, outputs if metrics.needs_predictions else None, found, examples,
-                self._target_feature(task)))
-            result.metrics["num_examples"] = len(ordered)
+            refuse_together(together, lambda: result.metrics.update(
+                self._computed(task, metrics, ordered, judged)))
         return result
 
-    def _target_feature(self, task: TaskRecords) -> str:
-        roles = feature_roles(task.features, self._objective.input_modalities,
-                              self._objective.target_modalities,
-                              getattr(self._objective, "ignored_features", ()),
-                              getattr(self._objective, "signals", None),
-                              getattr(self._objective, "code_inputs", ()))
-        return next(iter(roles.targets.values()))
+    def _drawn(self, params: Any, some: Sequence[Answer]) -> list[dict[str, np.ndarray]]:
+        """What was written of each where the target is pixels or a spectrogram, in that form."""
+        drawn: list[dict[str, np.ndarray]] = [{} for _ in some]
+        for modality, spec in self._signals.items():
+            codes = {number: ids(answer.tokens)[modality] for number, answer in enumerate(some)
+                     if modality in answer.signals and modality in answer.tokens}
+            if codes:
+                made = self._generator.drawn(params, modality, np.stack(list(codes.values())))
+                for number, one in zip(codes, made, strict=True):
+                    drawn[number][modality] = as_signal(one, spec, modality)
+        return drawn
+
+    def _postprocess(self, task: TaskRecords, metrics: TaskMetrics, some: Mapping[int, Answer],
+                     drawn: Sequence[Mapping[str, np.ndarray]], judged: _Judged,
+                     result: TaskResult, num_samples: int) -> None:
+        for (record, answer), own in zip(some.items(), drawn, strict=True):
+            # Read again: holding every image of a split until the end would take its size.
+            clean = task.read(record)
+            reference = answer.reference(self._decode_text, self._given(clean, answer.signals))
+            judged.targets.append(metrics.postprocess(reference, clean, is_target=True))
+            if answer.tokens:
+                line = answer.prediction(task.name, record, PREDICT, self._decode_text)
+                output = answer.told(self._decode_text, own)
+                judged.outputs.append(metrics.postprocess(output, clean, is_target=False))
+                result.predictions.append(line)
+                if len(result.samples) < num_samples:
+                    result.samples.append(Sample(clean, line, judged.targets[-1],
+                                                 judged.outputs[-1]))
+            if metrics.metric_objs:
+                judged.examples.append(clean)
+
+    def _given(self, clean: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, np.ndarray]:
+        """The pixels and spectrograms that an example asks for."""
+        if not modalities:
+            return {}
+        names = self._roles(clean).targets
+        return {modality: as_signal(clean[names[modality]], self._signals[modality],
+                                    names[modality]) for modality in modalities}
+
+    def _computed(self, task: TaskRecords, metrics: TaskMetrics, ordered: Sequence[Answer],
+                  judged: _Judged) -> dict[str, Any]:
+        found = ModelOutputs()
+        if metrics.needs_predictions:
+            found = ModelOutputs([only(ids(answer.tokens)) for answer in ordered],
+                                 [answer.score for answer in ordered])
+        if metrics.needs_scores:
+            found = dataclasses.replace(
+                found, target_scores=[answer.target_score for answer in ordered])
+        values: dict[str, Any] = metrics.compute(
+            judged.targets, judged.outputs if metrics.needs_predictions else None, found,
+            judged.examples, next(iter(self._roles(task.features).targets.values())))
+        return {**values, "num_examples": len(ordered)}
+
+    def _roles(self, names: Iterable[str]) -> FeatureRoles:
+        return feature_roles(names, self._objective.input_modalities,
+                             self._objective.target_modalities,
+                             getattr(self._objective, "ignored_features", ()), self._signals,
+                             getattr(self._objective, "code_inputs", ()))
 
 
 def _options(task: TaskRecords, record: int, clean: Mapping[str, Any]) -> tuple[str, ...]:
@@ -265,7 +321,8 @@ def _options(task: TaskRecords, record: int, clean: Mapping[str, Any]) -> tuple[
 def _none(task: TaskRecords, error: LeftOut) -> UserError:
     if not error.damaged:
         return UserError(f"no record of task '{task.name}' can be used", got=str(error),
-                         fix="raise task_feature_lengths, or DecodingConfig.max_length")
+                         fix="raise task_feature_lengths, or DecodingConfig.max_length, or let "
+                             "DecodingConfig.allowed allow more")
     return UserError(f"no record of task '{task.name}' can be read", got=str(error),
                      fix=f"vishwam cache --task_or_mixture={task.name} --overwrite")
 

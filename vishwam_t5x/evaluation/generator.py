@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.core.rng import key_for
@@ -18,13 +19,16 @@ from vishwam_t5x.evaluation.coding import Coder
 from vishwam_t5x.evaluation.decoding_config import DecodingConfig as DecodingConfig
 from vishwam_t5x.evaluation.options import OptionScoring
 from vishwam_t5x.evaluation.placement import Placement
-from vishwam_t5x.evaluation.requests import Generated, Request, Scored
+from vishwam_t5x.evaluation.requests import Generated, Request, Scored, Unwritten
 from vishwam_t5x.evaluation.shapes import Shapes, bucket, histories, without_budgets
 from vishwam_t5x.models import beam_search, decoding
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 
 WithoutText = Callable[[np.ndarray, str], np.ndarray]
 """(ids of an input text, modality to be written) -> ids of the same input without its text."""
+
+_NOTHING_LEFT = ("DecodingConfig.allowed left nothing to write: it must allow a token after every "
+                 "beginning that it allows (1 ends a text)")
 
 
 def _prompt(request: Request, modality: str) -> np.ndarray:
@@ -162,9 +166,9 @@ class Generator:
             "in all)")
 
     def generate(self, params: Any, requests: Iterable[Request], modality: str, stream: int = 0,
-                 token_scores: bool = False) -> Iterator[Generated]:
+                 token_scores: bool = False) -> Iterator[Generated | Unwritten]:
         """Writes `modality` for each request, or chooses the best of its options; results come
-        batch by batch, not in order.
+        batch by batch, not in order. `Unwritten` are those that a constraint left nothing.
 
         Args:
             params: of the model, on the devices.
@@ -175,8 +179,8 @@ class Generator:
             token_scores: give the log-probability of each token of a text, by one more pass.
 
         Raises:
-            UserError: a prompt leaves no room for what is to be written, an option cannot be
-                scored, or a constraint left nothing to write.
+            UserError: a prompt leaves no room for what is to be written, or an option cannot be
+                scored.
         """
         config = self._configs[modality]
         self.writing(modality)  # says what it lacks, before anything is read
@@ -197,8 +201,9 @@ class Generator:
             for index, (request, ids) in enumerate(zip(rows, whole, strict=True)):
                 decodes = [(self._cut(modality, tokens), float(score)) for tokens, score in
                            zip(found.tokens[index], found.scores[index], strict=True)]
-                if config.allowed is not None:
-                    decodes = _possible(decodes, request)
+                if config.allowed is not None and not (decodes := _possible(decodes)):
+                    yield Unwritten(request.tag, _NOTHING_LEFT)
+                    continue
                 yield Generated(
                     request.tag, {modality: decodes[-1][0]}, {modality: decodes[-1][1]},
                     {modality: ids}, {modality: decodes},
@@ -218,6 +223,12 @@ class Generator:
                     request.tag, {name: float(sums[index]) for name, (sums, _) in found.items()},
                     {name: each[index, :lengths.get(name, 0)]
                      for name, (_, each) in found.items()})
+
+    def drawn(self, params: Any, modality: str, codes: Int[np.ndarray, "b n"]
+              ) -> Float[np.ndarray, "b ..."]:
+        """Returns what the model's own codec makes of at most `batch_size` grids of codes from 0:
+        pictures in [0, 1], or spectrograms; every process must call it together."""
+        return self._coder.drawn(params, modality, codes)
 
     def _chosen(self, params: Any, rows: Sequence[Request], token_scores: bool
                 ) -> Iterator[Generated]:
@@ -333,13 +344,7 @@ class Generator:
                               None if modality is None else self._writings[modality])
 
 
-def _possible(decodes: list[tuple[np.ndarray, float]], request: Request
-              ) -> list[tuple[np.ndarray, float]]:
-    """Leaves out what the constraint made impossible: beams or draws that it left nothing."""
-    found = [(tokens, score) for tokens, score in decodes if score > beam_search.NEVER / 2]
-    if not found:
-        raise UserError("DecodingConfig.allowed left nothing to write",
-                        got=f"example {request.tag}",
-                        fix="let it allow a token after every beginning that it allows: 1 ends a "
-                            "text")
-    return found
+def _possible(decodes: list[tuple[np.ndarray, float]]) -> list[tuple[np.ndarray, float]]:
+    """Leaves out what the constraint made impossible: beams or draws that it left nothing. A score
+    that is no number is the model's doing."""
+    return [(tokens, score) for tokens, score in decodes if not score <= beam_search.NEVER / 2]

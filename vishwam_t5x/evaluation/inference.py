@@ -82,8 +82,8 @@ class TaskSource:
         return facts_of(self._task) | {"examples": self.size}
 
     def answer(self, params: Any, chunk: Chunk, how: How) -> tuple[list[Prediction], list[Any]]:
-        """See `Source.answer`; what could not be used are records, damaged or too long, in words.
-        """
+        """See `Source.answer`; what could not be used are records, damaged, too long or left
+        nothing to write, in words."""
         lines, left_out = self._evaluator.answer(
             params, self._task, range(chunk.first, chunk.end), how.mode, chunk.number,
             how.all_decodes)
@@ -143,13 +143,16 @@ class LinesSource:
                 raise LeftOut(why)
             return line, request
 
+        def refused(number: int, why: str) -> None:
+            bad.append(BadLine(number, why))
+            logging.warning("%s: %s", self.name, bad[-1])
+
         def requests() -> Iterator[Request]:
             wanted = ((number, text) for number, text in raw if text.strip())
             for (number, _), read in together.read(f"lines of {self.name}", wanted, one,
                                                    self._files_of_line):
                 if isinstance(read, LeftOut):
-                    bad.append(BadLine(number, read.why))
-                    logging.warning("%s: %s", self.name, bad[-1])
+                    refused(number, read.why)
                     continue
                 line, request = read
                 found[number] = Answer.to(request, self._decode_text, line.fields.get("target"),
@@ -160,11 +163,13 @@ class LinesSource:
         if how.mode == SCORE:
             answers.score(self._generator, params, requests(), found)
         else:
-            answers.write(self._generator, params, requests(), self._reader.target, found,
+            answers.write(self._generator, params, requests(), self._reader.target, found, refused,
                           chunk.number, how.mode == PREDICT_WITH_AUX)
+        useless = {line.number: line.why for line in bad}
         return [found[number].prediction(self.name, number, how.mode, self._decode_text,
                                          how.all_decodes, fields[number])
-                for number in sorted(found)], [[line.number, line.why] for line in bad]
+                for number in sorted(found.keys() - useless.keys())
+                ], [[number, useless[number]] for number in sorted(useless)]
 
 
 def _without_text(line: InputLine) -> dict[str, Any]:

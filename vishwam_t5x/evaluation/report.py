@@ -132,10 +132,12 @@ def _samples(result: TaskResult, num_samples: int) -> page.Section | None:
         return None
     title = result.task.replace("_", " ")
     if all(_is_picture(sample.output) for sample in samples):
+        sounds = all("audio" in sample.prediction.written for sample in samples)
+        kind, did = ("spectrogram", "sounded") if sounds else ("image", "drew")
         return page.Captioned(
-            f"{title}: what it drew", [sample.output for sample in samples],
+            f"{title}: what it {did}", [_pixels(sample.output, kind) for sample in samples],
             [str(sample.target) if np.ndim(sample.target) == 0 else "" for sample in samples],
-            asked=[_words(sample.prediction.inputs) for sample in samples])
+            kind=kind, asked=[_words(sample.prediction.inputs) for sample in samples])
     for feature, kind in (("image_inputs", "image"), ("audio_inputs", "spectrogram")):
         if all(feature in sample.clean for sample in samples):
             return page.Captioned(
@@ -160,7 +162,7 @@ def _words(inputs: str) -> str:
 
 def _is_picture(value: Any) -> bool:
     return (isinstance(value, np.ndarray) and value.ndim in (2, 3)
-            and np.issubdtype(value.dtype, np.floating))
+            and (value.dtype == np.uint8 or np.issubdtype(value.dtype, np.floating)))
 
 
 def _pixels(array: np.ndarray, kind: str) -> np.ndarray:

@@ -90,6 +90,18 @@ class Generated:
         return int(np.argmax(self.option_scores)) if self.option_scores else None
 
 
+class Unwritten(NamedTuple):
+    """A request for which nothing can be written.
+
+    Attributes:
+        tag: the request's.
+        why: in words.
+    """
+
+    tag: Any
+    why: str
+
+
 class Scored(NamedTuple):
     """Log-probabilities of a request's targets, teacher-forced, in nats.
 

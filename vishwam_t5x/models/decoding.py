@@ -108,7 +108,7 @@ def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_len
         prompt: tokens every decode of an example begins with, `PAD_ID` after the prompt's end.
             They are part of the result, and their log-probabilities of the score.
         logits_hook: changes logits before anything else.
-        allowed: which tokens may come next. A sequence that it leaves nothing scores -inf.
+        allowed: which tokens may come next. A sequence that it leaves nothing ends, scored -inf.
         rescale_log_probs: score drawn tokens by the distribution they were drawn from, after
             temperature, top-k and top-p, as T5X does unless told otherwise; greedy decodes then
             all score 0.
@@ -156,8 +156,7 @@ def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_len
         scores = scores + jnp.where(ended, 0.0, gained)
         token = jnp.where(ended, PAD_ID, token)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
-        if eos_id is not None:
-            ended = ended | (token == eos_id)
+        ended = ended | _ends(token, gained, eos_id)
         return position + 1, token, ended, tokens, scores, cache, key
 
     start = (jnp.zeros((), jnp.int32), jnp.full((rows,), BOS_ID, jnp.int32),
@@ -166,6 +165,13 @@ def sample(step: StepFn, cache: Any, key: jax.Array, *, batch_size: int, max_len
     _, _, _, tokens, scores, _, _ = jax.lax.while_loop(unfinished, advance, start)
     return _sorted(tokens.reshape(batch_size, num_decodes, max_length),
                    scores.reshape(batch_size, num_decodes))
+
+
+def _ends(token: Int[Array, "R"], gained: Float[Array, "R"], eos_id: int | None
+          ) -> Bool[Array, "R"]:
+    """Returns whether a sequence ends with a token, or because nothing may follow."""
+    impossible = jnp.isneginf(gained)
+    return impossible if eos_id is None else impossible | (token == eos_id)
 
 
 def greedy(step: StepFn, cache: Any, *, batch_size: int, max_length: int,
