@@ -301,12 +301,11 @@ def _dataset(config: source.DatasetConfig, objective: Objective, model: Trainabl
 
 def _initial_params(model: Trainable, factory: StateFactory, path: str | None,
                     assignment_map: Sequence[tuple[str, str | None]], fallback_to_scratch: bool,
-                    seed: int) -> Callable[[], Any] | None:
-    if not path:
-        prefixes = getattr(model.config, "frozen_prefixes", ())
-        return (lambda: setup.check_given(model, prefixes)) if prefixes else None
-
+                    seed: int) -> Callable[[], Any]:
     def load() -> Any:
+        if not path:
+            setup.check_given(model, getattr(model.config, "frozen_prefixes", ()))
+            return None
         from vishwam_t5x.checkpointing.restore import restore_params
 
         wanted = factory.abstract.params

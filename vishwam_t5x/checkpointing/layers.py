@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from vishwam_t5x.core.errors import UserError
 
 _STACKED = re.compile(r"(?P<head>(?:.*/)?)(?P<stack>encoder|decoder)/(?P=stack)/(?P<rest>.+)")
 _UNROLLED = re.compile(
     r"(?P<head>(?:.*/)?)(?P<stack>encoder|decoder)/layers_(?P<number>\d+)/(?P<rest>.+)")
+_PARAMS = "params/"
 LAYER_AXIS = 1
 """Of stacked parameters; what is derived from them may have it elsewhere."""
 
@@ -156,10 +157,62 @@ def _related(name: str, available: Mapping[str, Shape]) -> str:
     return name
 
 
+def only_state(lone: Collection[str], shared: Collection[str]) -> tuple[str, ...]:
+    """Returns the parameters whose optimizer state some arrays are; () if any is something else.
+
+    It must be state as other parameters have it, and all that these have: so it is the same
+    optimizer, and these parameters are trained on the one side and frozen on the other.
+
+    Args:
+        lone: names of arrays that only the checkpoint, or only the run, has.
+        shared: names of those that both have.
+    """
+    params = {name.removeprefix(_PARAMS) for name in shared if name.startswith(_PARAMS)}
+    common = [found for name in shared if (found := _owner(name, params)) is not None]
+    trained, kinds = {param for param, _ in common}, {kind for _, kind in common}
+    owners: dict[str, None] = {}
+    for name in lone:
+        found = _owner(name, params)
+        if found is None or found[0] in trained or found[1] not in kinds:
+            return ()
+        owners[found[0]] = None
+    return tuple(owners)
+
+
+def _owner(name: str, params: Collection[str]) -> tuple[str, str] | None:
+    """The parameter that an array of an optimizer's state is of, and which of its arrays it is."""
+    words = name.split("/")
+    if words[0] != "opt_state":
+        return None
+    for length in range(len(words) - 1, 0, -1):
+        for start in range(1, len(words) - length + 1):
+            if (param := "/".join(words[start:start + length])) in params:
+                return param, "/".join((*words[:start], "*", *words[start + length:]))
+    return None
+
+
+def leave_state_of_frozen(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+    """Returns the plan without what a checkpoint holds of parameters that are frozen since, and
+    these parameters: their optimizer state, if nothing else is over.
+    """
+    used = {source for recipe in plan.recipes.values() for source in recipe.sources}
+    frozen = only_state(plan.extra, used)
+    return (dataclasses.replace(plan, extra=()), frozen) if frozen else (plan, ())
+
+
 def refuse_other_model(place: object, plan: Plan) -> None:
     """Raises `UserError` with the first differences if a checkpoint and the model differ."""
     if not (plan.missing or plan.mismatched or plan.extra):
         return
+    if not plan.mismatched and not plan.extra and (
+            thawed := only_state(plan.missing, plan.recipes)):
+        # Not begun here: the optimizer's count of updates is far along, so that fresh moments would
+        # go uncorrected and make the first steps several times too large.
+        raise UserError(
+            f"the checkpoint {place} has no optimizer state of {len(thawed)} parameters that are "
+            "to learn: they were frozen", got="\n       ".join(thawed[:8]),
+            fix="freeze them again, or begin another MODEL_DIR with the parameters and a fresh "
+                f"optimizer: INITIAL_CHECKPOINT_PATH = '{place}'")
     lines = [f"{name}: {model} wanted, {found} in the checkpoint"
              for name, model, found in plan.mismatched[:8]]
     lines += [f"{name}: not in the checkpoint" for name in plan.missing[:8]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +16,12 @@ from etils import epath
 from vishwam_t5x.checkpointing import directory as directories
 from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.convert import names as t5x_names
-from vishwam_t5x.checkpointing.layers import Plan, make_plan, refuse_other_model
+from vishwam_t5x.checkpointing.layers import (
+    Plan,
+    leave_state_of_frozen,
+    make_plan,
+    refuse_other_model,
+)
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint, Leaf
 from vishwam_t5x.checkpointing.sources import (
     CheckpointSource,
@@ -27,6 +33,8 @@ from vishwam_t5x.checkpointing.sources import (
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.core.trees import flatten_names
+
+log = logging.getLogger(__name__)
 
 AssignmentMap = Sequence[tuple[str, str | None]]
 _SHOWN = 20  # names listed of each kind
@@ -224,6 +232,9 @@ def restore_params(path: str | os.PathLike, abstract_params: Any, *,
 def restore_state(place: epath.Path, abstract_state: Any, checksums: bool = True) -> Any:
     """Restores all of one checkpoint, which may be another's: nothing in its folder is touched.
 
+    The optimizer state of parameters that are frozen now is left unread, and said; parameters that
+    were frozen and are to learn now are refused.
+
     Args:
         place: MODEL_DIR/checkpoints/STEP.
         abstract_state: see `Checkpoints.restore`.
@@ -237,7 +248,12 @@ def restore_state(place: epath.Path, abstract_state: Any, checksums: bool = True
     wanted = flatten_names(abstract_state)
     plan = make_plan({name: tuple(leaf.shape) for name, leaf in wanted.items()},
                      {name: leaf.shape for name, leaf in manifest.leaves.items()})
+    plan, frozen = leave_state_of_frozen(plan)
     refuse_other_model(place, plan)
+    if frozen:
+        log.warning("%s has optimizer state of %d parameters that are frozen now (%s%s): it is "
+                    "left unread, and the next checkpoint has none", place, len(frozen),
+                    ", ".join(frozen[:3]), ", …" if len(frozen) > 3 else "")
     arrays = assemble(CheckpointSource(place, manifest), plan.recipes,
                       {name: request_of(leaf) for name, leaf in wanted.items()})
     return jax.tree.unflatten(jax.tree.structure(abstract_state),

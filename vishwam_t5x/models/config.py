@@ -280,10 +280,28 @@ class EncoderDecoderConfig:
                 if getattr(module, "codec", None) is not None}
 
     @property
-    def frozen_prefixes(self) -> tuple[str, ...]:
-        """What names of parameters begin with that are never trained: those of codecs."""
+    def codec_prefixes(self) -> tuple[str, ...]:
+        """What names of the parameters of codecs begin with."""
         return tuple(f"{self.target(modality).module_name}/discrete_vae/"
                      for modality in self.codecs)
+
+    @property
+    def frozen_transformers(self) -> tuple[str, ...]:
+        """Names of the transformers that no input teaches.
+
+        An input that freezes the one it shares takes nothing from another that teaches it.
+        """
+        taught = {module.transformer.name for module in self.inputs
+                  if module.transformer is not None and module.teaches_transformer}
+        return tuple(name for name in self.transformers if name not in taught)
+
+    @property
+    def frozen_prefixes(self) -> tuple[str, ...]:
+        """What names of parameters begin with that are never trained: those of codecs, and what
+        inputs freeze."""
+        parts = tuple(f"{module.module_name}/{part}/" for module in self.inputs
+                      for part in module.frozen_parts)
+        return (*self.codec_prefixes, *(f"{name}/" for name in self.frozen_transformers), *parts)
 
     @property
     def has_patterns(self) -> bool:

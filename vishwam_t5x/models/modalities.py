@@ -62,6 +62,15 @@ class InputConfig(Protocol):
     def transformer(self) -> Transformer | None:
         """The transformer its patches go through, or None; modalities that name one share it."""
 
+    @property
+    def teaches_transformer(self) -> bool:
+        """Whether that transformer learns by way of it; where no input teaches one, it is frozen.
+        """
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """Modules inside its own that never learn."""
+
     def check(self, config: EncoderDecoderConfig) -> None:
         """Raises `UserError` if it does not go with the sizes of the model."""
 

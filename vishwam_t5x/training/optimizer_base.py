@@ -115,6 +115,10 @@ class Optimizer(abc.ABC):
         """Whether the parameter of this name is left as it is, without state or gradient."""
         return False
 
+    def sparing(self, prefixes: tuple[str, ...]) -> Optimizer:
+        """Returns the optimizer without the parameters whose '/'-joined names begin so."""
+        return Sparing(self, prefixes) if prefixes else self
+
 
 @dataclasses.dataclass(frozen=True)
 class Sparing(Optimizer):

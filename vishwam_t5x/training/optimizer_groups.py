@@ -52,7 +52,8 @@ class OptimizerGroups(Optimizer):
 
     A group's `global_norm_clip` and `no_decay` are those of its optimizer, taken over its own
     parameters. A frozen parameter has no optimizer state and no gradient: the backward pass ends
-    where nothing trained is left below. (The log's MFU counts it as if all were trained.)
+    where nothing trained is left below. (The log's MFU counts what groups freeze as if it were
+    trained.)
 
     Attributes:
         groups: (regular expression, treatment) pairs. The first expression that is found in a
@@ -63,12 +64,15 @@ class OptimizerGroups(Optimizer):
             global norm first; None: never.
         disjoint: a parameter that two expressions are found in is refused, as T5X's MultiOptimizer
             refuses it; False: the order of the groups decides.
+        spared: what the names of parameters begin with that are frozen whatever their group; a
+            training run sets it to what the model itself freezes.
     """
 
     groups: Sequence[tuple[str, SingleOptimizer | float | None]]
     default: SingleOptimizer | None
     global_norm_clip: float | None = None
     disjoint: bool = False
+    spared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.groups, str) or not self.groups:
@@ -127,7 +131,12 @@ class OptimizerGroups(Optimizer):
                 return str(number)
         return DEFAULT
 
+    def sparing(self, prefixes: tuple[str, ...]) -> OptimizerGroups:
+        return dataclasses.replace(self, spared=(*self.spared, *prefixes))
+
     def frozen(self, name: str) -> bool:
+        if name.startswith(self.spared):
+            return True
         label = self.label(name)
         return (self.default if label == DEFAULT else self.groups[int(label)][1]) is None
 
@@ -138,11 +147,12 @@ class OptimizerGroups(Optimizer):
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises `UserError` if a pattern decides about none of these parameters, or two about one
-        where the groups are to be disjoint."""
+        where the groups are to be disjoint; or a group trains nothing but what is spared."""
         names = list(names)
         if self.disjoint:
             self._check_disjoint(names)
         taken = {self.label(name) for name in names}
+        self._check_spared(names)
         for number, (pattern, _) in enumerate(self.groups):
             if str(number) in taken:
                 continue
@@ -156,6 +166,18 @@ class OptimizerGroups(Optimizer):
             raise UserError(f"pattern '{pattern}' of OptimizerGroups matches no parameter",
                             got=f"{len(names)} parameters",
                             fix="nearest names: " + ", ".join(_nearest(pattern, names)))
+
+    def _check_spared(self, names: Sequence[str]) -> None:
+        trained = {self.label(name) for name in names if not self.frozen(name)}
+        for name in names:
+            label = self.label(name)
+            if label != DEFAULT and label not in trained:
+                pattern, treatment = self.groups[int(label)]
+                if treatment is not None:
+                    raise UserError(
+                        f"group '{pattern}' of OptimizerGroups trains what the model freezes",
+                        got=f"as '{name}'", fix="leave the group out, or let the model train it: "
+                        "freeze = False of the input that it belongs to")
 
     def _check_disjoint(self, names: Sequence[str]) -> None:
         patterns = [pattern for pattern, _ in self.groups]

@@ -33,7 +33,7 @@ from vishwam_t5x.objectives.metrics import drop_empty
 from vishwam_t5x.parallelism import sharding
 from vishwam_t5x.parallelism.axis_rules import LogicalAxisRules
 from vishwam_t5x.training import compilation, step
-from vishwam_t5x.training.optimizer_base import Optimizer, Sparing
+from vishwam_t5x.training.optimizer_base import Optimizer
 from vishwam_t5x.training.state import StateFactory, TrainState
 from vishwam_t5x.training.throughput import Throughput
 
@@ -61,8 +61,7 @@ class Parts:
     @property
     def _sparing(self) -> Optimizer:
         """The optimizer, kept from what the model never trains."""
-        prefixes = getattr(self.model.config, "frozen_prefixes", ())
-        return Sparing(self.optimizer, prefixes) if prefixes else self.optimizer
+        return self.optimizer.sparing(getattr(self.model.config, "frozen_prefixes", ()))
 
     def factory(self) -> StateFactory:
         """Shapes and shardings of the train state."""
@@ -190,16 +189,25 @@ def _check_history(module: Any, objective: Any, history: HistorySpec) -> None:
 
 
 def check_given(model: Any, made_up: Iterable[str]) -> None:
-    """Refuses to begin with random values where nothing would ever train them.
+    """Refuses to begin with random values where nothing would ever train them, or says so.
+
+    A codec of random numbers makes nothing that means anything. Of a frozen input random features
+    are still features, and small experiments make do with them: that is a line in the log.
 
     Args:
         model: Flax module.
-        made_up: names of parameters that no checkpoint gives.
+        made_up: names of parameters that no checkpoint gives, or what they begin with.
 
     Raises:
         UserError: one of them is a codec's.
     """
-    prefixes = getattr(model.config, "frozen_prefixes", ())
+    made_up = tuple(made_up)
+    prefixes = getattr(model.config, "codec_prefixes", ())
+    for prefix in getattr(model.config, "frozen_prefixes", ()):
+        if prefix not in prefixes and any(name.startswith(prefix) for name in made_up):
+            logging.warning(
+                "%s* is frozen and comes from no checkpoint: it stays as it was drawn. Start from "
+                "one that has it (INITIAL_CHECKPOINT_PATH), or train it: freeze = False", prefix)
     for name in made_up:
         if prefixes and name.startswith(prefixes):
             place = next(prefix for prefix in prefixes if name.startswith(prefix))
@@ -279,11 +287,13 @@ def _picture_flops(module: Any, emb_dim: int, spec: BatchSpec) -> float:
         frames = min(frames, module.frame_budget)
     patches = module.grid[0] * module.grid[1]
     reads = sum(resampler.reads(layer) for layer in range(resampler.num_layers))
+    first = 2 * patches * own.emb_dim * resampler.emb_dim
     learned = resampler_flops(_shape_of(resampler), resampler.num_latents, patches, reads)
     learned += 2 * resampler.num_latents * resampler.emb_dim * emb_dim
-    first = 2 * patches * own.emb_dim * resampler.emb_dim
-    return frames * (transformer_flops(shape, patches, own.patch_dim)
-                     + BACKWARD_AND_FORWARD * learned + 2 * first)
+    seen = transformer_flops(shape, patches, own.patch_dim)
+    if module.freeze:
+        return frames * (seen + first + learned)
+    return frames * (seen + 2 * first + BACKWARD_AND_FORWARD * learned)
 
 
 def describe_metrics(optimizer: Optimizer) -> Callable[[Mapping[str, Any], int], dict[str, float]]:
@@ -301,20 +311,20 @@ def describe_metrics(optimizer: Optimizer) -> Callable[[Mapping[str, Any], int],
 
 def first_state(factory: StateFactory, seed: int,
                 restore: Callable[[], TrainState | None],
-                initial_params: Callable[[], Any] | None) -> TrainState:
+                initial_params: Callable[[], Any]) -> TrainState:
     """Returns the state to go on from: the newest checkpoint, given parameters, or a fresh start.
 
     Args:
         factory: shapes and shardings.
         seed: of the initial parameters.
         restore: returns the run's own newest state, or None.
-        initial_params: returns parameters to start from (fine-tuning), or None.
+        initial_params: returns parameters to start from (fine-tuning), or None: draw them.
     """
     state = restore()
     if state is not None:
         return factory.adopt(state)
-    if initial_params is not None:
-        return factory.with_params(initial_params())
+    if (params := initial_params()) is not None:
+        return factory.with_params(params)
     state = factory.create(key_for(seed, "params"))
     compilation.return_freed_memory()
     return state

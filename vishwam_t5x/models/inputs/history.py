@@ -1,7 +1,8 @@
 """Frames of a video, further images, or segments of sound as encoder input: few latents for each.
 
 Each frame goes through the transformer of its kind, whose features a resampler reads into a fixed
-number of latents. No gradient reaches the transformer from here, as in Unified-IO 2.
+number of latents. No gradient reaches the transformer from here, as in Unified-IO 2: it learns if
+the image or audio input that shares it teaches it, and is frozen otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from vishwam_t5x.models.vision_transformer import Transformer
 if TYPE_CHECKING:
     from vishwam_t5x.models.config import EncoderDecoderConfig
 
+PRE_PROJECTION, RESAMPLER, POST_PROJECTION = "pre_projection", "resampler", "post_projection"
+"""Names of the modules between the transformer's features and the width of the model."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HistoryInput:
@@ -40,8 +44,9 @@ class HistoryInput:
         mean: subtracted from every number of a patch, in the units of the patches; or one a
             channel.
         std: every number is divided by it after that; or one a channel.
-        freeze: no gradient reaches the resampler and the projections around it either; only the
-            modality's own vector learns.
+        freeze: the resampler and the projections around it stay bit for bit as they are, without
+            gradient, update, weight decay or optimizer state; only the modality's own vector
+            learns.
         frame_budget: frames that are encoded for each row on average: the frames of several rows
             are gathered first, and absent ones cost nothing. What makes batches must keep to it:
             frames beyond it become NaN, which stops a run. None: all frames, present or not.
@@ -82,6 +87,14 @@ class HistoryInput:
     @property
     def patch_dim(self) -> int:
         return self.transformer.patch_dim
+
+    @property
+    def teaches_transformer(self) -> bool:
+        return False
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return (PRE_PROJECTION, RESAMPLER, POST_PROJECTION) if self.freeze else ()
 
     @property
     def rope_scale(self) -> float:
@@ -174,7 +187,7 @@ class HistoryInputEncoder(nn.Module):
 
         patches = modalities.normalize(patches, this.mean, this.std, jnp.float32)
         features = self.transformer(patches, pos_ids, mask.astype(jnp.int32), this.grid)
-        x = dense(this.resampler.emb_dim, "pre_projection")(jax.lax.stop_gradient(features.last))
-        x = PerceiverResampler(this.resampler, policy, name="resampler")(x, mask)
-        x = dense(cfg.emb_dim, "post_projection")(x)
+        x = dense(this.resampler.emb_dim, PRE_PROJECTION)(jax.lax.stop_gradient(features.last))
+        x = PerceiverResampler(this.resampler, policy, name=RESAMPLER)(x, mask)
+        x = dense(cfg.emb_dim, POST_PROJECTION)(x)
         return jax.lax.stop_gradient(x) if this.freeze else x

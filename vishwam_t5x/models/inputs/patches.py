@@ -67,6 +67,14 @@ class PatchInput:
     def transformer(self) -> None:
         return None
 
+    @property
+    def teaches_transformer(self) -> bool:
+        return False
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return ()
+
     def check(self, config: EncoderDecoderConfig) -> None:
         modalities.check_grid(self, config.head_dim)
 

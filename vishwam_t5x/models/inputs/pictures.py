@@ -33,8 +33,9 @@ class PictureInput:
         mean: subtracted from every number of a patch, in the units of the patches; or one a
             channel.
         std: every number is divided by it after that; or one a channel.
-        freeze: no gradient reaches the transformer from here. What decays weights still shrinks it:
-            leave it out of the optimizer, too (`optimizer_groups`).
+        freeze: the transformer does not learn from here. Unless another input teaches it, it stays
+            bit for bit as it is: no gradient, no update, no weight decay, no optimizer state. The
+            projector learns all the same.
         features: 'both': those of two layers side by side (Unified-IO 2), 'last': of the last one.
         projector: 'linear': one matmul to the width of the model, 'mlp': two layers with a GELU
             between (LLaVA-1.5, arXiv 2310.03744).
@@ -84,6 +85,14 @@ class PictureInput:
     @property
     def patch_dim(self) -> int:
         return self.transformer.patch_dim
+
+    @property
+    def teaches_transformer(self) -> bool:
+        return not self.freeze
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return ()
 
     def check(self, config: EncoderDecoderConfig) -> None:
         modalities.check_grid(self, config.head_dim)

@@ -53,6 +53,14 @@ class TextInput:
     def transformer(self) -> None:
         return None
 
+    @property
+    def teaches_transformer(self) -> bool:
+        return False
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return ()
+
     def check(self, config: EncoderDecoderConfig) -> None:
         """Text goes with any sizes."""
 
