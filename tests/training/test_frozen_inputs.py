@@ -73,15 +73,15 @@ class Run:
 
 
 @functools.cache
-def run(image=True, history=True, alone=False, data=1):
+def run(image=True, history=True, alone=False, devices=1):
     """A small run whose image and history share a transformer; `alone`: without the image."""
     inputs = (TextInput(vocab_size=16), dataclasses.replace(IMAGE, freeze=image),
               dataclasses.replace(HISTORY, freeze=history))
     config = EncoderDecoderConfig(
         emb_dim=8, num_heads=1, head_dim=8, mlp_dim=8, num_encoder_layers=1, num_decoder_layers=1,
         inputs=inputs[::2] if alone else inputs, targets=(TextOutput(vocab_size=16),))
-    return Run(setup.Parts(EncoderDecoder(config), ADAMW, make_mesh(MeshConfig(data=data)),
-                           LogicalAxisRules(), StepConfig(), SPEC))
+    return Run(setup.Parts(EncoderDecoder(config), ADAMW, make_mesh(
+        MeshConfig(fsdp=devices), jax.devices()[:devices]), LogicalAxisRules(), StepConfig(), SPEC))
 
 
 @functools.cache
@@ -224,7 +224,7 @@ def test_on_two_devices(run_python):
         from training import test_frozen_inputs as tiny
         from vishwam_t5x.core.trees import flatten_names
 
-        run, one = tiny.run(data=2), tiny.run()
+        run, one = tiny.run(devices=2), tiny.run()
         state, norm = run.after(run.first(), tiny.batches(3))
         alone, _ = one.after(one.first(), tiny.batches(3))
         frozen, before = tiny.beginning(*tiny.FROZEN), flatten_names(tiny.first_params())
