@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from vishwam_t5x.core.batch import BatchSpec, DataPosition, ModalityLengths
 from vishwam_t5x.data.assembly import PlacedExample, assemble
 from vishwam_t5x.data.mixture import Mixture
 from vishwam_t5x.data.packing_plan import Packer
-from vishwam_t5x.data.synthetic import CopyObjective, SyntheticFeature, SyntheticTask
+from vishwam_t5x.data.synthetic import CopyObjective, five_kinds
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.objectives.masking import PatchSpec
 from vishwam_t5x.parallelism import mesh as mesh_lib
@@ -29,33 +28,11 @@ ROW = Sizes(864, 1280)  # Unified-IO 2's, when it packs
 PACKINGS = ("packed", "pairs", "one_per_row")
 MIXTURES = {"text_33": (33, 17, 17, 17, 17), "text_60": (60, 20, 5, 10, 5),
             "text_80": (80, 10, 3, 5, 2)}
-"""Percentages of text to text, captions, drawing, transcription and editing."""
-
-
-def kinds(vocabulary: int, num_codes: int) -> dict[str, dict[str, SyntheticFeature]]:
-    """Returns the features of short and long examples, at Unified-IO 2's sizes.
-
-    Text to text: 16 to 512 tokens in (median 160), 4 to 256 out (median 60). The others: an image
-    of 576 patches or a spectrogram of 128, with a prompt of 4 to 128 tokens, to 4 to 128 tokens,
-    or to the 1,024 codes of an image.
-    """
-    text = functools.partial(SyntheticFeature, num_ids=vocabulary)
-    image = SyntheticFeature(384, 384, rest=(384, 3), dtype="uint8")
-    audio = SyntheticFeature(256, 256, rest=(128,), dtype="float32")
-    codes = SyntheticFeature(1024, 1024, num_ids=num_codes)
-    return {
-        "text": {"text_inputs": text(16, 512, 160, 0.8), "text_targets": text(4, 256, 60, 0.9)},
-        "caption": {"image_inputs": image, "text_inputs": text(4, 64, 16),
-                    "text_targets": text(4, 128, 24)},
-        "draw": {"text_inputs": text(8, 128, 32), "image_target_codes": codes},
-        "transcribe": {"audio_inputs": audio, "text_inputs": text(4, 32, 8),
-                       "text_targets": text(4, 128, 32)},
-        "edit": {"image_inputs": image, "text_inputs": text(4, 64, 16),
-                 "image_target_codes": codes}}
+"""Percentages of text to text, captions, drawing, transcription and editing (`five_kinds`)."""
 
 
 class Mix:
-    """A mixture of them.
+    """A mixture of short and long examples, at Unified-IO 2's sizes.
 
     Args:
         mixture: of `MIXTURES`.
@@ -65,8 +42,7 @@ class Mix:
     """
 
     def __init__(self, mixture: str, vocabulary: int, codes: int, seed: int = 0) -> None:
-        tasks = [SyntheticTask(name, features, 512, seed, PATCHES)
-                 for name, features in kinds(vocabulary, codes).items()]
+        tasks = five_kinds(PATCHES, 512, seed, vocabulary, codes, sound_patches=(16, 16))
         self.examples = Mixture(tasks, MIXTURES[mixture], seed)
         self.objective = CopyObjective(PATCHES)
 

@@ -21,8 +21,7 @@ import tensorflow as tf
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data.tf.features import text_feature
 from vishwam_t5x.evaluation.metrics.text import exact_match
-from vishwam_t5x_tasks import quickstart_fitted as fitted
-from vishwam_t5x_tasks.quickstart import VOCABULARY
+from vishwam_t5x_tasks.quickstart import VOCABULARY, remembered
 
 PACKAGES = {"asyncio": "asyncio", "decimal": "_pydecimal.py", "email": "email", "http": "http",
             "importlib": "importlib", "logging": "logging", "multiprocessing": "multiprocessing",
@@ -95,10 +94,4 @@ def task_metadata(task_name: str) -> dict[str, Any]:
     Raises:
         UserError: it is another Task.
     """
-    if task_name != "docstring_package":
-        raise UserError("this is not the Task of docstrings", got=task_name,
-                        fix="docstring_package")
-    task = seqio.TaskRegistry.get(task_name)
-    return {"vocabulary": fitted.describe(fitted.vocabulary_path()),
-            "metric_fns": [f"{fn.__module__}:{fn.__qualname__}" for fn in task.metric_fns],
-            "postprocess_fn": None}
+    return remembered(task_name, ("docstring_package",))

@@ -29,8 +29,7 @@ from vishwam_t5x.data.tf.image import PictureConfig, decode_picture
 from vishwam_t5x.data.tf.special_tokens import SpecialTokens, tokenize
 from vishwam_t5x.evaluation.metrics.text import exact_match
 from vishwam_t5x.evaluation.options import FEATURE as OPTIONS
-from vishwam_t5x_tasks import quickstart_fitted as fitted
-from vishwam_t5x_tasks.quickstart import VOCABULARY
+from vishwam_t5x_tasks.quickstart import VOCABULARY, remembered
 
 NAME = "multiple_choice"
 FOLDER_VARIABLE = "VISHWAM_MULTIPLE_CHOICE"
@@ -159,9 +158,5 @@ def task_metadata(task_name: str) -> dict[str, Any]:
     Raises:
         UserError: it is another Task.
     """
-    if task_name != NAME:
-        raise UserError("this is not the Task of multiple choice", got=task_name, fix=NAME)
-    return {"vocabulary": fitted.describe(fitted.vocabulary_path()),
-            "patch_sizes": {"image": (PATCH_SIZE, PATCH_SIZE)}, "folder": folder(),
-            "metric_fns": [f"{exact_match.__module__}:{exact_match.__qualname__}"],
-            "postprocess_fn": None}
+    return remembered(task_name, (NAME,)) | {
+        "folder": folder(), "patch_sizes": {"image": (PATCH_SIZE, PATCH_SIZE)}}

@@ -7,6 +7,7 @@ Importing this module registers them with SeqIO; nothing is read or fitted until
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -209,25 +210,42 @@ def task_metadata(task_name: str) -> dict[str, Any]:
     """Returns what a cache's manifest records of a Task of this module beside its examples.
 
     Returns:
-        'vocabulary' and, where codes occur, 'codebook': {'path', 'sha256', 'size'} (fitted now if
-        need be); 'patch_sizes': (rows, columns) of a patch by modality; 'metric_fns' and
-        'postprocess_fn' as 'module:name', importable without TensorFlow.
+        As `remembered`; 'patch_sizes': (rows, columns) of a patch by modality; and, where codes
+        occur, 'codebook': {'path', 'sha256', 'size', 'patch'} (fitted now if need be).
 
     Raises:
         UserError: the Task is not one of the quickstart's.
     """
-    if task_name not in (*RATES, *_OTHERS):
-        raise UserError("this is not a Task of the quickstart", got=task_name,
-                        fix="one of: " + ", ".join((*RATES, *_OTHERS)))
-    task = seqio.TaskRegistry.get(task_name)
-    out: dict[str, Any] = {"vocabulary": fitted.describe(fitted.vocabulary_path())}
-    modalities = {name.split("_")[0] for name in task.output_features}
-    if any(name.endswith("_codes") for name in task.output_features):
+    out = remembered(task_name, (*RATES, *_OTHERS))
+    names = seqio.TaskRegistry.get(task_name).output_features
+    if any(name.endswith("_codes") for name in names):
         out["codebook"] = {**fitted.describe(fitted.codebook_path()), "patch": fitted.PATCH}
+    modalities = {name.split("_")[0] for name in names}
     out["patch_sizes"] = {modality: size for modality, size in _PATCHES if modality in modalities}
-    out["metric_fns"] = [_address(fn) for fn in task.metric_fns]
-    out["postprocess_fn"] = _address(task.postprocessor) if task.postprocessor else None
     return out
+
+
+def remembered(task_name: str, own: Sequence[str]) -> dict[str, Any]:
+    """Returns what a manifest records of any Task that has the quickstart's vocabulary.
+
+    Args:
+        task_name: of the Task.
+        own: names of the Tasks of the module that is asked.
+
+    Returns:
+        'vocabulary': {'path', 'sha256', 'size'} (fitted now if need be); 'metric_fns' and
+        'postprocess_fn' as 'module:name', importable without TensorFlow.
+
+    Raises:
+        UserError: the Task is not the module's own.
+    """
+    if task_name not in own:
+        raise UserError("this is not a Task of the module", got=task_name,
+                        fix="one of: " + ", ".join(own))
+    task = seqio.TaskRegistry.get(task_name)
+    return {"vocabulary": fitted.describe(fitted.vocabulary_path()),
+            "metric_fns": [_address(fn) for fn in task.metric_fns],
+            "postprocess_fn": _address(task.postprocessor) if task.postprocessor else None}
 
 
 def _address(function: Any) -> str:

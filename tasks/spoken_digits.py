@@ -25,10 +25,9 @@ from vishwam_t5x.data.spectrogram import LogMelConfig, log_mel_spectrogram
 from vishwam_t5x.data.tf import refusals
 from vishwam_t5x.data.tf.features import audio_feature, text_feature
 from vishwam_t5x.evaluation.metrics.text import exact_match
-from vishwam_t5x_tasks import quickstart_fitted as fitted
 from vishwam_t5x_tasks import quickstart_metrics as metrics
 from vishwam_t5x_tasks import quickstart_sources as sources
-from vishwam_t5x_tasks.quickstart import VOCABULARY
+from vishwam_t5x_tasks.quickstart import VOCABULARY, remembered
 
 NAME = "spoken_digits"
 FOLDER_VARIABLE = "VISHWAM_SPOKEN_DIGITS"
@@ -187,9 +186,5 @@ def task_metadata(task_name: str) -> dict[str, Any]:
     Raises:
         UserError: it is another Task.
     """
-    if task_name != NAME:
-        raise UserError("this is not the Task of spoken digits", got=task_name, fix=NAME)
-    return {"vocabulary": fitted.describe(fitted.vocabulary_path()),
-            "patch_sizes": {"audio": PATCH}, "folder": folder(),
-            "metric_fns": [f"{exact_match.__module__}:{exact_match.__qualname__}"],
-            "postprocess_fn": f"{metrics.__name__}:caption_text"}
+    return remembered(task_name, (NAME,)) | {
+        "folder": folder(), "patch_sizes": {"audio": PATCH}}

@@ -146,12 +146,16 @@ def test_metadata_can_be_used_without_seqio(quickstart, seqio, run_python):
         quickstart.task_metadata("quickstart")
 
 
-def test_every_module_describes_its_own_tasks_only(quickstart, seqio):
+def test_every_module_describes_its_own_tasks_only(quickstart, seqio, monkeypatch):
     from vishwam_t5x.data.tf import examples
 
     modules = examples.import_task_modules(())
     found = examples.task_metadata(modules, "quickstart_text_to_image")
     assert found == quickstart.task_metadata("quickstart_text_to_image")
+    monkeypatch.setenv("VISHWAM_SPOKEN_DIGITS", "/here")
+    found = examples.task_metadata(modules, "spoken_digits")
+    assert found["folder"] == "/here" and found["patch_sizes"] == {"audio": (4, 40)}
+    assert found["postprocess_fn"] == "vishwam_t5x_tasks.quickstart_metrics:caption_text"
 
 
 def test_the_mixture_streams_all_tasks_at_their_rates(quickstart, seqio):

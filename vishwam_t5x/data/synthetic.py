@@ -180,30 +180,41 @@ FIVE_KIND_RATES = (2.0, 1.0, 1.0, 1.0, 1.0)
 """Rates that go with `five_kinds`: twice as much text as of each other kind."""
 
 
-def five_kinds(patch_specs: Mapping[str, PatchSpec], num_records: int = 2000, seed: int = 0
-               ) -> list[SyntheticTask]:
+def five_kinds(patch_specs: Mapping[str, PatchSpec], num_records: int = 2000, seed: int = 0,
+               num_ids: int = 256, num_codes: int = 16_384,
+               sound_patches: tuple[int, int] = (8, 32)) -> list[SyntheticTask]:
     """Returns five tasks in the proportions of Unified-IO 2's inputs, scaled by the patch sizes.
 
     Text to text, image and text to text, text to image, audio to text, image and text to image:
     with 16 x 16 patches an image of 384 x 384 has 576 slots, its 32 x 32 codes 1,024.
+
+    Args:
+        patch_specs: of 'image' and 'audio'.
+        num_records: of each task.
+        seed: of everything.
+        num_ids: of the text.
+        num_codes: of images.
+        sound_patches: shortest and longest spectrogram in patches of time, of 8 patches each;
+            Unified-IO 2's always have 16.
     """
+    text = functools.partial(SyntheticFeature, num_ids=num_ids)
     side = 24 * patch_specs["image"].height
     channels = patch_specs["image"].channels
     image = SyntheticFeature(side, side, rest=(24 * patch_specs["image"].width, channels),
                              dtype="float32")
     frames = patch_specs["audio"].height
-    audio = SyntheticFeature(8 * frames, 32 * frames, multiple_of=frames,
+    shortest, longest = sound_patches
+    audio = SyntheticFeature(shortest * frames, longest * frames, multiple_of=frames,
                              rest=(8 * patch_specs["audio"].width,), dtype="float32")
-    codes = SyntheticFeature(1024, 1024, num_ids=16_384)
+    codes = SyntheticFeature(1024, 1024, num_ids=num_codes)
     kinds: dict[str, dict[str, SyntheticFeature]] = {
-        "text": {"text_inputs": SyntheticFeature(16, 512, 160, 0.8),
-                 "text_targets": SyntheticFeature(4, 256, 60, 0.9)},
-        "caption": {"image_inputs": image, "text_inputs": SyntheticFeature(4, 64, 16),
-                    "text_targets": SyntheticFeature(4, 128, 24)},
-        "draw": {"text_inputs": SyntheticFeature(8, 128, 32), "image_target_codes": codes},
-        "transcribe": {"audio_inputs": audio, "text_inputs": SyntheticFeature(4, 32, 8),
-                       "text_targets": SyntheticFeature(4, 128, 32)},
-        "edit": {"image_inputs": image, "text_inputs": SyntheticFeature(4, 64, 16),
+        "text": {"text_inputs": text(16, 512, 160, 0.8), "text_targets": text(4, 256, 60, 0.9)},
+        "caption": {"image_inputs": image, "text_inputs": text(4, 64, 16),
+                    "text_targets": text(4, 128, 24)},
+        "draw": {"text_inputs": text(8, 128, 32), "image_target_codes": codes},
+        "transcribe": {"audio_inputs": audio, "text_inputs": text(4, 32, 8),
+                       "text_targets": text(4, 128, 32)},
+        "edit": {"image_inputs": image, "text_inputs": text(4, 64, 16),
                  "image_target_codes": codes},
     }
     return [SyntheticTask(name, features, num_records, seed, patch_specs)
