@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import sys
 import types
 
@@ -61,6 +62,18 @@ def test_broken_pictures_are_refused():
             decode_picture(data)
     with pytest.raises(UserError, match="no pixels"):
         place(np.zeros((0, 5, 3), np.uint8))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, IndexError, struct.error])
+def test_whatever_a_reader_says_of_a_damaged_file_refuses_it(monkeypatch, error):
+    """That of AVIF raises RuntimeError, for one."""
+    def read(file):
+        raise error("no such item")
+
+    monkeypatch.setattr(Image, "open", read)
+    with pytest.raises(UserError, match="cannot be read") as found:
+        decode_picture(b"damaged")
+    assert found.value.got == "no such item"
 
 
 def test_the_whole_picture_is_centred_on_black():

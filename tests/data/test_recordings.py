@@ -9,6 +9,7 @@ import wave
 import numpy as np
 import pytest
 
+import media
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import recordings
 from vishwam_t5x.data.recordings import RecordingConfig, decode_wave, resample, spectrograms
@@ -51,8 +52,34 @@ def test_files_without_sound_are_refused():
                 decode_wave(good[:at] + bytes([byte]) + good[at + 1:])
     wide = bytearray(good)
     wide[34:36] = (64).to_bytes(2, "little")  # bits of a sample, as its header says
-    with pytest.raises(UserError, match="more than 32 bits"):
+    with pytest.raises(UserError, match="another kind than PCM"):
         decode_wave(bytes(wide))
+
+
+@pytest.mark.parametrize("kind", ["<f4", "<f8"])
+def test_floats_are_read_if_they_are_sound(kind):
+    stereo = np.asarray([[0, 0], [0.5, 0], [-1.5, -0.5]], kind)
+    samples, rate = decode_wave(media.riff(stereo, 44100))
+    assert rate == 44100
+    np.testing.assert_array_equal(samples, [0, 0.25, -1.0])
+    for wrong, why in ((np.nan, "not finite"), (-np.inf, "not finite"), (3e4, "beyond 1.0")):
+        stereo[1, 1] = wrong
+        with pytest.raises(UserError, match=why):
+            decode_wave(media.riff(stereo, 44100))
+
+
+def test_the_longer_header_of_many_programs_is_read():
+    samples = np.asarray([[2**14, -2**14], [2**14, 2**14]], "<i2")
+    found, _ = decode_wave(media.riff(samples, 16000, extensible=True, before=b"odd"))
+    np.testing.assert_array_equal(found, [0, 0.5])
+    for data, why in ((media.riff(samples, 16000, tag=7), "another kind"),
+                      (media.riff(samples, 0), "no sample rate"),
+                      (media.riff(samples[:, :0], 16000), "no channels"),
+                      (media.riff(samples, 16000)[:-2], "cut off"),
+                      (b"OggS" + bytes(40), "not a WAV")):
+        with pytest.raises(UserError) as error:
+            decode_wave(data)
+        assert why in str(error.value)
 
 
 def test_a_rate_out_of_a_damaged_header_does_not_fill_the_memory():

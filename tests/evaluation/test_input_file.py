@@ -190,6 +190,33 @@ def test_pictures_and_recordings_of_other_kinds_are_converted(tmp_path):
     assert "16000 Hz, not 8000" in bad.why
 
 
+def test_files_are_read_as_tasks_read_them(tmp_path):
+    """Those of tests/tasks/test_mistakes.py; each line names what it refuses."""
+    wanted = media.unusual_pictures()
+    sound = media.hum(0.1, 8000, 1000)
+    sounds = media.unusual_sounds(sound, 8000)
+    files = {name: data for name, (data, _) in wanted.items()} | sounds | {
+        "wide": media.png(np.full((1, 10_000), 200, np.uint8)), "plain": media.wav(sound, 8000),
+        "fast": media.wav(media.hum(0.1, 44100, 1000), 44100),
+        "not a number": media.riff(np.full((800, 1), np.nan, "<f4"), 8000),
+        "logarithms": media.riff(np.ones((800, 1), "<i2"), 8000, tag=7)}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    found = dict(zip(files, lines(tmp_path, *(
+        {"image" if name in wanted or name == "wide" else "audio": name} for name in files)),
+        strict=True))
+    for name, (_, (red, green, blue)) in wanted.items():
+        grey = (0.299 * red + 0.587 * green + 0.114 * blue) / 255
+        np.testing.assert_allclose(found[name].example["inputs/image/input"][:8].mean(), grey,
+                                   atol=0.02, err_msg=name)
+    assert found["wide"].example["inputs/image/input"].max() > 0.5
+    heard = {name: found[name].example["inputs/audio/input"] for name in (*sounds, "plain", "fast")}
+    for name in heard:
+        assert np.abs(heard[name] - heard["plain"])[:2].mean() < 0.1, name
+    for name, why in (("not a number", "not finite"), ("logarithms", "another kind than PCM")):
+        assert why in found[name].why and name in found[name].why
+
+
 def test_padding_is_left_out_where_tasks_leave_it_out(tmp_path):
     Image.fromarray(np.full((8, 4), 200, np.uint8)).save(tmp_path / "tall.png")
     whole, = lines(tmp_path, {"image": "tall.png"})

@@ -38,18 +38,24 @@ RED = np.full((8, 8, 3), (200, 100, 0), np.uint8)
 PLAIN = {"image_inputs": media.png(RED), "image_history_inputs": [media.png(RED)],
          "audio_inputs": media.wav(media.hum(0.2, 8000), 8000), "text_inputs": b"say what it is",
          "text_targets": b"red"}
+PICTURES, SOUNDS = media.unusual_pictures(), media.unusual_sounds(media.hum(0.2, 8000), 8000)
 CONVERTED = {
-    "plain": {}, "grey": {"image_inputs": media.png(RED[..., 1])},
-    "transparent": {"image_inputs": media.png(np.dstack([RED, np.zeros((8, 8), np.uint8)]))},
-    "deep": {"image_inputs": media.png(np.full((8, 8), 100 * 256 + 9, np.uint16))},
-    "palette": {"image_inputs": media.png(RED, "P")},
+    "plain": {}, "palette": {"image_inputs": media.png(RED, "P")},
+    **{name: {"image_inputs": data} for name, (data, _) in PICTURES.items()},
+    **{name: {"audio_inputs": data} for name, data in SOUNDS.items()},
+    "wide": {"image_inputs": media.png(np.full((1, 10_000, 3), RED[0, 0], np.uint8))},
     "slow": {"audio_inputs": media.wav(media.hum(0.2, 11025), 11025)},
+    "fast": {"audio_inputs": media.wav(media.hum(0.2, 44100), 44100)},
     "long": {"audio_inputs": media.wav(media.hum(0.4, 8000), 8000)},
     "mixed frames": {"image_history_inputs": [media.png(RED[..., 1]), media.png(RED)]}}
 REFUSED = {
     "broken": ({"image_inputs": PLAIN["image_inputs"][:50]}, "image cannot be read"),
     "no image": ({"image_inputs": b""}, "empty file"),
     "silence of no length": ({"audio_inputs": media.wav(np.zeros(0), 8000)}, "no samples"),
+    "not a number": ({"audio_inputs": media.riff(np.full((1600, 1), np.nan, "<f4"), 8000)},
+                     "not finite"),
+    "logarithms": ({"audio_inputs": media.riff(np.ones((1600, 1), "<i2"), 8000, tag=7)},
+                   "another kind than PCM"),
     "cut off": ({"audio_inputs": PLAIN["audio_inputs"][:1000]}, "cut off"),
     "too long": ({"audio_inputs": media.wav(media.hum(0.6, 8000), 8000)}, "too long"),
     "no frames": ({"image_history_inputs": []}, "no frames"),
@@ -119,13 +125,17 @@ def test_what_is_converted_is_what_it_was(folder):
     task = records.TaskCache.open(folder / "tasks" / NAME / "train")
     found = {each["meta_id"].decode(): each for each in map(task.read, range(task.num_records))}
     assert list(found) == list(CONVERTED)
-    colours = {name: each["image_inputs"].reshape(-1, 3).mean(axis=0).tolist()
+    colours = {name: each["image_inputs"][:4].reshape(-1, 3).mean(axis=0)
                for name, each in found.items()}
-    assert colours["plain"] == [200, 100, 0] and colours["transparent"] == [255] * 3
-    assert colours["grey"] == colours["deep"] == [100] * 3
+    assert colours["plain"].tolist() == [200, 100, 0]
     np.testing.assert_allclose(colours["palette"], [200, 100, 0], atol=30)
+    for name, (_, colour) in PICTURES.items():
+        np.testing.assert_allclose(colours[name], colour, atol=4, err_msg=name)
+    wide = found["wide"]["image_inputs"].any(axis=(1, 2))
+    assert wide.sum() == 1 and wide[3:5].any(), "one row of pixels, in the middle"
     heard = {name: each["audio_inputs"] for name, each in found.items()}
-    assert np.abs(heard["slow"] - heard["plain"])[:8].mean() < 0.2, "resampled, not sped up"
+    for name in ("slow", "fast", *SOUNDS):  # resampled, not sped up
+        assert np.abs(heard[name] - heard["plain"])[:8, :2].mean() < 0.2, name  # where it is loud
     assert len(found["long"]["audio_history_inputs"]) == 1
     assert len(found["plain"]["audio_history_inputs"]) == 0
     assert found["mixed frames"]["image_history_inputs"].shape == (2, 8, 8, 3)
@@ -156,11 +166,12 @@ def test_what_is_left_is_packed(folder):
         NAME, {"inputs": 128, "targets": 24, "inputs/image_history": 9, "inputs/audio_history": 2},
         2, cache_dir=str(folder)), OBJECTIVE)
     position, seen, frames = DataPosition(), 0, 0
-    for _ in range(3):
+    for _ in range(5):
         batch = dataset.batches.batch(position)
         assert batch is not None and not batch.bad
         position, seen = batch.plan.end, seen + batch.plan.num_examples
         frames += (batch.arrays["inputs/image_history/segment_ids"] > 0).sum()
-        given = batch.arrays["inputs/image/input"][batch.arrays["inputs/image/mask"] > 0]
-        assert (given.max(axis=-1) > 0.3).all(), "no picture is black"
+        pixels, owners = (batch.arrays[f"inputs/image/{name}"] for name in ("input", "segment_ids"))
+        for row, owner in {*zip(*np.nonzero(owners), strict=True)}:
+            assert pixels[row][owners[row] == owners[row, owner]].max() > 75, "none is black"
     assert seen > len(CONVERTED) and frames > seen

@@ -147,6 +147,21 @@ def test_long_recordings_become_a_segment_and_its_history(tmp_path):
     assert "too long" in refused[0] and "none.wav" in refused[1]
 
 
+def test_pictures_resized_by_tensorflow_are_refused_and_converted_alike():
+    clear = png(np.dstack([np.zeros((4, 8, 3), np.uint8), np.zeros((4, 8), np.uint8)]))
+    dataset = tf.data.Dataset.from_tensor_slices({
+        "image_inputs": [png(np.full((4, 8, 3), 51, np.uint8)), clear, clear[:40], b""],
+        "meta_id": ["grey", "clear", "broken", "nothing"]})
+    kept, refused = kept_and_refused(image.decode_image(dataset, "image_inputs", 8, 8))
+    for example, value in zip(kept, (0.2, 1.0), strict=True):
+        pixels = example["image_inputs"]
+        assert pixels.shape == (8, 8, 3) and pixels.dtype == np.float32
+        np.testing.assert_allclose(pixels[2:6], value, atol=1e-6)
+        assert not pixels[:2].any() and not pixels[6:].any()
+    assert refused[0].startswith("broken: the image cannot be read")
+    assert refused[1] == "nothing: the image is an empty file"
+
+
 def test_videos_without_frames_are_refused():
     frame = png(np.zeros((4, 6, 3), np.uint8))
     dataset = tf.data.Dataset.from_generator(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import struct
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -63,8 +64,9 @@ def _opened(data: bytes, channels: int) -> Any:
             return image if image.mode == mode else image.convert(mode)
     except UserError:
         raise
-    # Pillow's readers raise these for damaged files, besides OSError.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    # Pillow's readers raise these for damaged files, besides OSError; which depends on the format.
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError,
+            ArithmeticError, struct.error, Image.DecompressionBombError) as error:
         why = "the format is not known" if isinstance(error, Image.UnidentifiedImageError) else (
             str(error))
         raise UserError("the image cannot be read", got=why) from error
@@ -80,7 +82,8 @@ def _flat(image: Any) -> Any:
         # and more would be white.
         if image.mode == "F" or (values.size and not 0 <= values.min() <= values.max() < 65536):
             raise UserError("the image has pixels that are not 8 or 16 bits", got=image.mode)
-        return Image.fromarray((values / 256).astype(np.uint8))
+        clear = image.info.get("transparency")  # one grey that is seen through
+        return Image.fromarray(np.where(values == clear, 255, values // 256).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import math
+import struct
 import wave
 from typing import NamedTuple
 
@@ -29,40 +30,83 @@ _MAX_WEIGHTS = 2**24
 _ROLL_OFF = 0.95
 """Of the lower of the two half rates: where the filter of `resample` has fallen by half."""
 
+_PCM, _FLOATS, _EXTENSIBLE = 1, 3, 0xFFFE
+_SAMPLES = {(_PCM, 8): "u1", (_PCM, 16): "<i2", (_PCM, 24): "<i4", (_PCM, 32): "<i4",
+            (_FLOATS, 32): "<f4", (_FLOATS, 64): "<f8"}
+"""How samples lie in a WAV file, by its format tag and their bits."""
+_LOUDEST = 16.0
+"""Of floats, 1.0 being full scale: what is beyond is in other units, or damaged."""
+
 
 def decode_wave(data: bytes) -> tuple[Float[np.ndarray, "samples"], int]:
-    """Reads a WAV file of 8, 16, 24 or 32 bit PCM; channels are averaged.
+    """Reads a WAV file of 8, 16, 24 or 32 bit PCM, or 32 or 64 bit floats; channels are averaged.
 
     Returns:
-        The waveform, float64 in [-1, 1], and the samples per second.
+        The waveform, float64, whole numbers scaled to [-1, 1], and the samples per second.
 
     Raises:
-        UserError: it is another format, is damaged, or has no samples.
+        UserError: it is another format, is damaged, has no samples, or floats that are not finite
+            or far beyond 1.0.
     """
+    layout, promised, raw = _wave_chunks(data)
     try:
-        with wave.open(io.BytesIO(data), "rb") as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            promised = file.getnframes()
-            if width > 4:
-                raise UserError("the recording has samples of more than 32 bits", got=8 * width)
-            raw = file.readframes(promised)
-    except (OSError, EOFError, RuntimeError, wave.Error) as error:  # RuntimeError: a chunk's size
-        raise UserError("the recording cannot be read",
-                        got=str(error) or "the file ends in its header") from error
+        tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", layout)
+        if tag == _EXTENSIBLE:  # how programs write more than 16 bits or two channels
+            tag, = struct.unpack_from("<H", layout, 24)
+    except struct.error as error:
+        raise UserError("the recording cannot be read", got="its header is too short") from error
     if rate < 1:
         raise UserError("the recording has no sample rate", got=rate)
-    if len(raw) != promised * width * channels:
+    if channels < 1:
+        raise UserError("the recording has no channels")
+    if (tag, bits) not in _SAMPLES:
+        raise UserError("the recording has samples of another kind than PCM of 8, 16, 24 or 32 "
+                        "bits or floats of 32 or 64", got=f"format {tag}, {bits} bits")
+    width = bits // 8
+    if len(raw) != promised or promised % (width * channels):
         raise UserError("the recording is cut off",
-                        got=f"{len(raw)} of {promised * width * channels} bytes")
+                        got=f"{len(raw)} of {promised} bytes, {width * channels} a sample")
     if not raw:
         raise UserError("the recording has no samples")
     if width == 3:  # A zero byte below each makes 32 bits of the same loudness.
         padded = np.zeros((len(raw) // 3, 4), np.uint8)
         padded[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
         raw, width = padded.tobytes(), 4
-    samples = np.frombuffer(raw, {1: "u1", 2: "<i2", 4: "<i4"}[width]).astype(np.float64)
-    samples = (samples - 128) / 128 if width == 1 else samples / 2.0**(8 * width - 1)
+    found = np.frombuffer(raw, _SAMPLES[tag, bits])
+    if tag == _FLOATS:
+        _check_floats(found)
+    samples = found.astype(np.float64)
+    if tag == _PCM:
+        samples = (samples - 128) / 128 if width == 1 else samples / 2.0**(8 * width - 1)
     return samples.reshape(-1, channels).mean(axis=1), rate
+
+
+def _check_floats(samples: Float[np.ndarray, "samples"]) -> None:
+    if not np.isfinite(samples).all():
+        raise UserError("the recording has samples that are not finite")
+    if (loudest := float(np.abs(samples).max())) > _LOUDEST:
+        raise UserError("the recording has samples far beyond 1.0",
+                        got=f"{loudest:.4g}, at most {_LOUDEST:g}")
+
+
+def _wave_chunks(data: bytes) -> tuple[bytes, int, bytes]:
+    """Returns the format chunk of a WAV file, how many bytes of samples it promises, and those
+    that there are (Microsoft's RIFF: chunks of a name, a size and as many bytes, padded to two)."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        raise UserError("the recording cannot be read",
+                        got="not a WAV file" if data else "the file is empty")
+    place, layout = 12, None
+    while place + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, place)
+        content = data[place + 8:place + 8 + size]
+        if name == b"fmt ":
+            layout = content
+        elif name == b"data" and layout is not None:
+            return layout, size, content
+        elif name == b"data":
+            raise UserError("the recording cannot be read", got="no format before its samples")
+        place += 8 + size + size % 2
+    raise UserError("the recording cannot be read", got="the file ends before its samples")
 
 
 def encode_wave(waveform: Float[np.ndarray, "samples"], rate: int) -> bytes:

@@ -375,13 +375,13 @@ def _decoded(path: storage.PathLike, decode: Callable[[bytes], Decoded], read_by
 
 def read_wave(path: storage.PathLike, read_bytes: ReadBytes = storage.read_bytes
               ) -> tuple[Float[np.ndarray, "samples"], int]:
-    """Reads a WAV file of 8, 16, 24 or 32 bit PCM; channels are averaged.
+    """Reads a WAV file: `data.recordings.decode_wave`, which says which file it refuses.
 
     Returns:
-        The waveform, float64 in [-1, 1], and the samples per second.
+        The waveform, float64, and the samples per second.
 
     Raises:
-        UserError: there is no such file, it is another format, or has no samples.
+        UserError: there is no such file, or what `decode_wave` says.
     """
     try:
         data = read_bytes(path)

@@ -1,7 +1,8 @@
 """Image preprocessing in tf.data: files to pixels of one size.
 
-`decode_picture` refuses what is broken and gives uint8, which keeps caches small; `decode_image`
-resizes in TensorFlow, as Unified-IO 2's evaluation does, for float32 pixels like the original's.
+`decode_picture` gives uint8, which keeps caches small; `decode_image` resizes in TensorFlow, as
+Unified-IO 2's evaluation does, for float32 pixels like the original's. Both read what
+`data.pictures` reads, and refuse what is broken.
 """
 
 from __future__ import annotations
@@ -18,18 +19,9 @@ from vishwam_t5x.data.pictures import PictureConfig as PictureConfig
 from vishwam_t5x.data.tf.refusals import ID, map_or_refuse
 
 
-def read_files(dataset: tf.data.Dataset, feature: str) -> tf.data.Dataset:
-    """Replaces the path in `feature` (scalar string) by the content of that file.
-
-    A file that is missing raises `tf.errors.NotFoundError`, with its name, when it is reached.
-    """
-    return dataset.map(lambda example: {**example, feature: tf.io.read_file(example[feature])},
-                       num_parallel_calls=tf.data.AUTOTUNE)
-
-
 def decode_image(dataset: tf.data.Dataset, feature: str, height: int, width: int,
                  channels: int = 3) -> tf.data.Dataset:
-    """Turns encoded JPEG, PNG, BMP or GIF (first frame) into pixels of one size.
+    """Turns files of pictures of any kind into pixels of one size; broken ones are refused.
 
     The image keeps its aspect ratio, is resized (bilinear, antialiased) to fit and centred on
     black: nothing is cropped away.
@@ -52,15 +44,21 @@ def decode_image(dataset: tf.data.Dataset, feature: str, height: int, width: int
                         got=f"{height} x {width} x {channels}")
     conversions.note("decode_image", feature, height=height, width=width, channels=channels)
 
-    def decode(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        pixels = tf.io.decode_image(example[feature], channels=channels, dtype=tf.float32,
-                                    expand_animations=False)
+    def decode(data: bytes) -> tuple[np.ndarray]:
+        return (pictures.decode_picture(data, channels),)
+
+    def resize(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        pixels = tf.image.convert_image_dtype(example[feature], tf.float32)
+        if_refused = tf.zeros((1, 1, channels))  # there is nothing to be resized
+        pixels = tf.cond(tf.size(pixels) > 0, lambda: pixels, lambda: if_refused)
         pixels = tf.image.resize_with_pad(pixels, height, width, antialias=True)
         # Antialiasing may overshoot by a rounding error.
         pixels = tf.clip_by_value(pixels, 0.0, 1.0)
         return {**example, feature: tf.ensure_shape(pixels, (height, width, channels))}
 
-    return dataset.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+    whole = map_or_refuse(dataset, decode, [feature],
+                          {feature: tf.TensorSpec((None, None, channels), tf.uint8)})
+    return whole.map(resize, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def decode_picture(dataset: tf.data.Dataset, feature: str, config: PictureConfig = PictureConfig(),
