@@ -49,7 +49,7 @@ class Generator:
                  encode: constraints.Encode | None = None,
                  option_scoring: OptionScoring = OptionScoring()) -> None:
         """Args:
-            model: Flax module with `encode`, `init_cache`, `decode_step` and `logits`.
+            model: Flax module with `encode`, `init_cache`, `decode_step`, `decode`, `logits_of`.
             mesh: devices.
             rules: logical axis rules; the standard ones by default.
             batch_size: examples decoded together.

@@ -28,8 +28,8 @@ class OptionScoring:
 
     Attributes:
         score: 'sum' over an option's tokens, or their 'mean', which does not favour short ones.
-        max_tokens: tokens of the options of an example that are scored at once, at most; what is
-            held is this times examples times the vocabulary. A longer option is scored alone.
+        max_tokens: tokens of the options of an example that are scored at once, at most; what the
+            decoder holds grows with it. A longer option is scored alone.
         tasks: examples of tasks with the feature `meta_options` are answered by the best of them;
             False: freely.
     """

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from vishwam_t5x.evaluation.decoding_config import DecodingConfig
 from vishwam_t5x.models import beam_search, decoding, guidance
+from vishwam_t5x.objectives.chunked_loss import num_chunks_for
+from vishwam_t5x.parallelism.sharding import batch_parts, current_partitioning, current_platform
 
 _NO_TOKEN = -1
 
@@ -96,33 +98,18 @@ def score(model: Any, params: Any, batch: Mapping[str, jax.Array], how: Writing 
         batch: inputs and targets.
         how: guided and constrained as this was written; None: the model's own.
     """
-    logits = model.apply({"params": params}, batch, method="logits")
+    encoded = model.apply({"params": params}, batch, method="encode")
     scores = {}
-    for modality, values in logits.items():
+    for modality, hidden in model.apply({"params": params}, batch, encoded,
+                                        method="decode").items():
         targets = batch[f"targets/{modality}/targets"]
         weights = batch[f"targets/{modality}/loss_mask"]
         if how is not None and how.config.guidance:
-            values = guidance.guide(*guidance.pairs(values), how.config.guidance)
             targets, weights = targets[::2], weights[::2]
-        if how is not None and how.allowed is not None:
-            values = _allowed_logits(values, targets, how.allowed)
-        log_probs = jax.nn.log_softmax(values.astype(jnp.float32))
-        gained = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        gained = _token_scores(model, params, modality, hidden, targets, how)
         counted = jnp.where(weights > 0, gained * weights, 0.0)
         scores[modality] = jnp.sum(counted, axis=-1), counted
     return scores
-
-
-def _allowed_logits(logits: Float[Array, "B M V"], targets: Int[Array, "B M"],
-                    allowed: decoding.AllowedFn) -> Float[Array, "B M V"]:
-    """Forbids at each place what was forbidden when the tokens before it had been written."""
-    places = jnp.arange(targets.shape[1])
-
-    def at(place: jax.Array) -> jax.Array:
-        before = jnp.where(places < place, targets, decoding.PAD_ID)
-        return jnp.where(allowed(before, place), logits[:, place], -jnp.inf)
-
-    return jax.lax.map(at, places).swapaxes(0, 1)
 
 
 def score_tokens(model: Any, params: Any, encoded: Any, targets: Mapping[str, jax.Array]
@@ -135,6 +122,49 @@ def score_tokens(model: Any, params: Any, encoded: Any, targets: Mapping[str, ja
         encoded: what the encoder made of the inputs of each row.
         targets: the arrays of 'targets/text/…'.
     """
-    logits = model.apply({"params": params}, targets, encoded, method="target_logits")["text"]
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return jnp.take_along_axis(log_probs, targets["targets/text/targets"][..., None], -1)[..., 0]
+    hidden = model.apply({"params": params}, targets, encoded, method="decode")["text"]
+    return _token_scores(model, params, "text", hidden, targets["targets/text/targets"], None)
+
+
+def _token_scores(model: Any, params: Any, modality: str, hidden: Float[Array, "H M D"],
+                  targets: Int[Array, "B M"], how: Writing | None) -> Float[Array, "B M"]:
+    """Returns the log-probability of each target; logits are taken, and dropped, in chunks of the
+    length as for the loss: all of 64 grids of 1,024 codes would be 4.3 GB."""
+    length, here = targets.shape[1], current_partitioning()
+    chunks = num_chunks_for(
+        hidden.shape[0], length, model.config.target(modality).vocab_size, None,
+        1 if here is None else batch_parts(here.mesh, here.rules), current_platform(),
+        hidden.shape[2])
+    width = -(-length // chunks)
+    padded = [jnp.pad(array, [(0, 0), (0, chunks * width - length)] + [(0, 0)] * (array.ndim - 2))
+              for array in (hidden, targets)]
+
+    def of_chunk(number: jax.Array | int) -> jax.Array:
+        first = number * width
+        some, wanted = (jax.lax.dynamic_slice_in_dim(array, first, width, axis=1)
+                        for array in padded)
+        logits = model.apply({"params": params}, some, modality, method="logits_of")
+        if how is not None and how.config.guidance:
+            logits = guidance.guide(*guidance.pairs(logits), how.config.guidance)
+        if how is not None and how.allowed is not None:
+            logits = _allowed_logits(logits, targets, first, how.allowed)
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+        return jnp.take_along_axis(log_probs, wanted[..., None], axis=-1)[..., 0]
+
+    if chunks == 1:
+        return of_chunk(0)
+    found = jax.lax.map(of_chunk, jnp.arange(chunks))
+    return found.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :length]
+
+
+def _allowed_logits(logits: Float[Array, "B C V"], targets: Int[Array, "B M"],
+                    first: jax.Array | int, allowed: decoding.AllowedFn) -> Float[Array, "B C V"]:
+    """Forbids at each place, from `first` on, what was forbidden when the tokens before it had been
+    written."""
+    places = jnp.arange(targets.shape[1])
+
+    def at(number: jax.Array) -> jax.Array:
+        before = jnp.where(places < first + number, targets, decoding.PAD_ID)
+        return jnp.where(allowed(before, first + number), logits[:, number], -jnp.inf)
+
+    return jax.lax.map(at, jnp.arange(logits.shape[1])).swapaxes(0, 1)

@@ -212,6 +212,10 @@ class EncoderDecoder(nn.Module):
         hidden = self.decode(batch, encoded, enable_dropout)
         return {name: self._logits(name, part) for name, part in hidden.items()}
 
+    def logits_of(self, hidden: Float[Array, "B M D"], modality: str) -> Float[Array, "B M V"]:
+        """Returns `logits` of some positions, given what `decode` made of them."""
+        return self._logits(modality, hidden)
+
     def loss_sums(self, batch: Batch, loss: LossConfig, enable_dropout: bool = False
                   ) -> dict[str, LossSums]:
         """Returns loss sums by target modality; big logits are taken in chunks, see `losses`."""
