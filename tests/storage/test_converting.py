@@ -2,7 +2,12 @@
 
 import pathlib
 
+import pytest
+
 import helpers
+from vishwam_t5x.checkpointing.convert import new_folder
+from vishwam_t5x.core import lease, storage
+from vishwam_t5x.core.errors import UserError
 
 FOLDERS = pathlib.Path(__file__).parent.parent / "checkpointing"
 
@@ -62,4 +67,40 @@ def test_to_a_bucket_and_back(bucket_here, tmp_path):
         assert storage.names(place("e")) == ["checkpoint_300"]
         assert set(storage.files_below(half)) == {{
             name.removeprefix("checkpoint_300/") for name in names}}
+
+        # Another one comes in the middle.
+        write, said = conversion.t5x.write_t5x, []
+        def twice(*arguments):
+            conversion.t5x.write_t5x = write
+            before = storage.files_below(place("f"))
+            try:
+                convert.main([f"--from={{here}}", f"--to={{place('f')}}", "--format=t5x"])
+            except UserError as error:
+                said.append(str(error))
+            assert storage.files_below(place("f")) == before
+            write(*arguments)
+        conversion.t5x.write_t5x = twice
+        convert.main([f"--from={{here}}", f"--to={{place('f')}}", "--format=t5x"])
+        assert len(said) == 1 and "another conversion is writing there" in said[0], said
+        assert "f/checkpoint_300, by process" in said[0], said
+        assert storage.names(place("f")) == ["checkpoint_300"]
         """)
+
+
+def test_where_nobody_can_be_kept_out_it_is_found_at_the_end(tmp_path):
+    target = f"memory://{tmp_path.name}/checkpoint_1"
+    mark = f"{target}{new_folder.TEMPORARY}/{lease.FILE_NAME}"
+    with new_folder.alone(target):
+        assert storage.exists(mark)
+    assert not storage.exists(mark)
+    for ended in (True, False):
+        with pytest.raises(UserError, match="may be of both"), new_folder.alone(target):
+            if ended:
+                with new_folder.alone(target):
+                    pass
+            else:
+                storage.write_text(mark, "another's")
+    with pytest.raises(ZeroDivisionError), new_folder.alone(target):
+        raise ZeroDivisionError
+    assert not storage.exists(mark)
+    storage.remove_tree(f"memory://{tmp_path.name}")

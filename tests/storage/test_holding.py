@@ -10,10 +10,9 @@ import time
 
 import pytest
 
-from vishwam_t5x.core import storage
+from vishwam_t5x.core import lease, storage
 from vishwam_t5x.core.errors import Resumable, UserError
 from vishwam_t5x.core.generations import Changed, GuardedObject
-from vishwam_t5x.training import lease
 from vishwam_t5x.training.mirror import Mirror
 from vishwam_t5x.training.run_dir import RunDir
 from vishwam_t5x.training.writers import JsonlWriter, read_records
@@ -65,7 +64,7 @@ def test_held_and_let_go(bucket_here):
 
 def test_held_elsewhere_can_be_tried_again(bucket_here, monkeypatch):
     with lease.held(bucket_here, renewed=0.05, expires=1000):
-        monkeypatch.setattr("vishwam_t5x.training.holder._boot", lambda: "another")
+        monkeypatch.setattr("vishwam_t5x.core.holder._boot", lambda: "another")
         with pytest.raises(Resumable, match=f"another process.*process {os.getpid()}"), \
                 lease.held(bucket_here, expires=1000, waits=0):
             pass

@@ -20,9 +20,9 @@ from typing import IO, Any
 from absl import logging
 from etils import epath
 
-from vishwam_t5x.core import storage
+from vishwam_t5x.core import holder, lease, storage
 from vishwam_t5x.core.errors import Resumable, UserError
-from vishwam_t5x.training import holder, lease, scratch
+from vishwam_t5x.training import scratch
 from vishwam_t5x.training.mirror import Mirror
 
 _ENDING = 5.0  # seconds for a process of this machine that is just ending

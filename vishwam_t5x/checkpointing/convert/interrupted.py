@@ -24,7 +24,7 @@ from vishwam_t5x.checkpointing.convert.conversion import (
     Opened,
     open_any,
 )
-from vishwam_t5x.checkpointing.convert.new_folder import TEMPORARY
+from vishwam_t5x.checkpointing.convert.new_folder import TEMPORARY, alone
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError
 
@@ -44,7 +44,7 @@ def same_again(opened: Opened, given: str | os.PathLike, kind: str, to: str | os
         to: what --to says.
 
     Raises:
-        UserError: the file that says it cannot be read.
+        UserError: the file that says it cannot be read, or it goes on in another process.
     """
     file = directories.absolute(to) / FILE
     if kind == HUGGINGFACE or not storage.exists(file):
@@ -87,11 +87,14 @@ def _remove_remains(to: epath.Path, target: epath.Path) -> None:
     """
     if to not in target.parents or not re.fullmatch(r"(checkpoint_)?\d+", target.name):
         return
-    if not storage.is_remote(target):
-        (target.parent / f"{target.name}{TEMPORARY}").rmtree(missing_ok=True)
-    elif storage.names(target):
-        log.warning("removing what an interrupted conversion had left: %s", target)
-        directories.remove(target)
+    with alone(target):  # or it is not interrupted, and another process goes on with it
+        if _is_finished(target):
+            return
+        if not storage.is_remote(target):
+            (target.parent / f"{target.name}{TEMPORARY}").rmtree(missing_ok=True)
+        elif storage.names(target):
+            log.warning("removing what an interrupted conversion had left: %s", target)
+            directories.remove(target)
 
 
 @contextlib.contextmanager

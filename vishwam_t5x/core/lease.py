@@ -1,4 +1,4 @@
-"""Who trains into a MODEL_DIR in a bucket: an object that its holder writes anew every few seconds.
+"""Who writes into a folder of a bucket: an object that its holder writes anew every few seconds.
 
 No two clocks are compared. Whoever finds the object watches it: if it is renewed, somebody holds
 it; if not for `EXPIRES` seconds, its holder is gone. A holder that died on this very machine is
@@ -18,11 +18,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vishwam_t5x.core import storage
+from vishwam_t5x.core import holder, storage
 from vishwam_t5x.core.errors import EXIT_ABORTED, Resumable, UserError
 from vishwam_t5x.core.generations import Changed, GuardedObject
 from vishwam_t5x.core.patience import patiently
-from vishwam_t5x.training import holder
 
 FILE_NAME = "holder.json"
 RENEWED, EXPIRES = 10.0, 45.0  # seconds
@@ -30,12 +29,14 @@ WAITS = 100.0  # seconds for a holder that is ending, as one that was just told 
 _REQUEST = 5.0  # seconds without a byte after which a request is lost
 _LOOK = 2.0  # seconds between looks, and between tries to renew while that fails
 
+Refusal = Callable[[dict[str, Any], str], Exception]
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def held(url: str, renewed: float = RENEWED, expires: float = EXPIRES, waits: float = WAITS,
-         lost: Callable[[], None] | None = None) -> Iterator[Lease]:
+         lost: Callable[[], None] | None = None, refusal: Refusal | None = None
+         ) -> Iterator[Lease]:
     """Holds a folder of a bucket for this process; yields what says whether it still does.
 
     Args:
@@ -45,13 +46,15 @@ def held(url: str, renewed: float = RENEWED, expires: float = EXPIRES, waits: fl
         waits: seconds to wait for a holder that is there.
         lost: called when another process has taken over; None: this one ends at once, since two
             would undo each other's work.
+        refusal: (what its holder has signed, the folder) -> what is raised while it is held.
+            None: as of a MODEL_DIR.
 
     Raises:
         UserError: another process of this machine holds it.
         Resumable: one of another machine does.
         StorageError: the object cannot be read or written.
     """
-    lease = Lease(url, renewed, expires, lost or _end)
+    lease = Lease(url, renewed, expires, lost or _end, refusal or _of_model_dir)
     lease.take(waits)
     ended = threading.Event()
     thread = threading.Thread(target=lease.keep_up, args=(ended,), name="vishwam-lease",
@@ -68,10 +71,12 @@ def held(url: str, renewed: float = RENEWED, expires: float = EXPIRES, waits: fl
 class Lease:
     """A folder of a bucket, as its holder knows it."""
 
-    def __init__(self, url: str, renewed: float, expires: float, lost: Callable[[], None]) -> None:
+    def __init__(self, url: str, renewed: float, expires: float, lost: Callable[[], None],
+                 refusal: Refusal) -> None:
         """Takes nothing yet; for the arguments see `held`."""
         self._url, self._path = url, storage.join(url, FILE_NAME)
         self._renewed, self._expires, self._lost = renewed, expires, lost
+        self._refusal = refusal
         self._object = GuardedObject(self._path, _REQUEST)
         self._mine, self._count = _self(), 0
         self._generation, self._confirmed = 0, 0.0
@@ -88,8 +93,8 @@ class Lease:
             if found is None or _died_here(found) or now - changed >= self._expires:
                 if self._took(generation):
                     return
-            elif live and now - begin >= waits:
-                raise _refusal(found, self._url)
+            elif (live or holder.lives_here(found)) and now - begin >= waits:
+                raise self._refusal(found, self._url)
             elif not said:
                 said = True
                 log.warning(
@@ -202,7 +207,7 @@ def _died_here(found: dict[str, Any]) -> bool:
     return holder.is_of_here(found) and not holder.lives_here(found)
 
 
-def _refusal(found: dict[str, Any], url: str) -> Exception:
+def _of_model_dir(found: dict[str, Any], url: str) -> Exception:
     who = f"{url}, held by {holder.name(found)}"
     if holder.is_of_here(found):
         return UserError("another process is training into this MODEL_DIR", got=who,
