@@ -131,14 +131,26 @@ def drawer(config: Any, params: Any, mesh: Mesh, modalities: Collection[str],
         for render in renders.values():
             getattr(render, "renderer", None)  # now, not when much has been written
 
-    evaluation_setup.on_all("codecs", load if distributed.is_primary() else lambda: None)
+    # Process 0 alone draws, but a checkpoint is read by all together.
+    evaluation_setup.on_all("codecs", load)
     return Drawer(renders, sound)
 
 
 def described(decode_image: Render | None, sound: SoundConfig) -> dict[str, Any]:
-    """What files depend on beside the model; JSON values."""
+    """Returns what files depend on beside the model; JSON values. Every process must call it.
+
+    Raises:
+        UserError: a codec's checkpoint is not there, or not the same on all processes.
+    """
     found: dict[str, Any] = {}
-    for modality, render in (("image", decode_image), ("audio", sound.decode)):
+    bound = (("image", decode_image), ("audio", sound.decode))
+    # First what each sees for itself: one that sees nothing would leave the others waiting.
+    kinds = evaluation_setup.on_all("codecs found", lambda: {
+        f"{modality} codec": f"{render.checkpoint}: {restoring.kind_of(render.checkpoint)}"
+        for modality, render in bound if isinstance(render, rendering.CodecFile)})
+    distributed.compare("the codecs", kinds, fix="a checkpoint on a disk that all hosts share, or "
+                        "in a bucket")
+    for modality, render in bound:
         if render is not None:
             found[_KINDS[modality] + "s"] = evaluation_setup.code_of(render)
         if isinstance(render, rendering.CodecFile):

@@ -2,23 +2,90 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import process_groups
 import pytest
 from evaluation import small_model, small_run
+from flax.core import meta
+from models import test_codecs_in_model as codecs
 
 import helpers
 import media
+from vishwam_t5x.checkpointing.manager import Checkpoints
+from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.evaluation.predictions import read_lines
+from vishwam_t5x.models.encoder_decoder import EncoderDecoder
 
 pytestmark = pytest.mark.slow
 # On four devices and on two alike: rows are split over all of them.
 GIN = f"{small_run.GIN}\nBATCH_SIZE = 4\n"
+
+
+CODECS = """
+from __gin__ import dynamic_registration
+from vishwam_t5x.data import spectrogram
+from vishwam_t5x.data import waveform
+from vishwam_t5x.evaluation import rendering
+from vishwam_t5x.models import config
+from vishwam_t5x.models.codecs import audio_vqgan
+from vishwam_t5x.models.codecs import image_vqgan
+from vishwam_t5x.objectives import denoisers
+
+include '{tiny}'
+
+MODEL_DIR = '{model_dir}'
+config.EncoderDecoderConfig.targets = (
+    @config.TextOutput(), @config.CodeOutput(), @sound/config.CodeOutput())
+config.CodeOutput.codec = @image_vqgan.ImageVQGANConfig()
+sound/config.CodeOutput:
+  modality = 'audio'
+  grid = (2, 4)
+  layout = (4, 2)
+  codec = @audio_vqgan.AudioVQGANConfig()
+denoisers.MixtureOfDenoisers.target_modalities = ('text', 'image', 'audio')
+image_vqgan.ImageVQGANConfig:
+  num_codes = 16
+  resolution = 4
+  channels = 1
+  width = 4
+  width_factors = (1, 1)
+  blocks = 1
+  attention_resolutions = ()
+  norm_groups = 2
+audio_vqgan.AudioVQGANConfig:
+  num_codes = 16
+  code_dim = 4
+  frames = 16
+  mels = 8
+  patch = 4
+  encoder = @audio_vqgan.StackConfig()
+  decoder = @audio_vqgan.StackConfig()
+audio_vqgan.StackConfig:
+  emb_dim = 8
+  num_layers = 1
+  num_heads = 2
+  head_dim = 4
+  mlp_dim = 8
+rendering.SoundConfig:
+  log_mel = @spectrogram.LogMelConfig()
+  griffin_lim = @waveform.GriffinLimConfig()
+spectrogram.LogMelConfig:
+  sample_rate = 1000
+  fft_size = 64
+  hop = 16
+  num_mels = 8
+  max_hertz = 500.0
+waveform.GriffinLimConfig:
+  iterations = 2
+  filter_iterations = 5
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +97,27 @@ def run(tmp_path_factory):
     gin_file = folder / "tiny.gin"
     gin_file.write_text(f"{GIN}CACHE_DIR = '{cache_dir}'\nMODEL_DIR = '{model_dir}'\n")
     return str(gin_file), cache_dir, folder
+
+
+@pytest.fixture(scope="module")
+def drawing(run, tmp_path_factory):
+    """The same of a model that holds the codecs of its image and its sound."""
+    gin_file, cache_dir, _ = run
+    folder = tmp_path_factory.mktemp("drawing")
+    made = small_model.model().config
+    module = EncoderDecoder(dataclasses.replace(made, targets=(
+        made.targets[0], dataclasses.replace(made.targets[1], codec=codecs.IMAGE),
+        codecs.CONFIG.targets[2])))
+    rng = np.random.default_rng(0)
+    shapes = meta.unbox(jax.eval_shape(module.init, jax.random.key(0)))["params"]
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.5).astype(leaf.dtype),
+                          shapes)
+    saver = Checkpoints(folder / "run" / "checkpoints", CheckpointConfig())
+    saver.save(7, {"params": params})
+    saver.close()
+    path = folder / "drawing.gin"
+    path.write_text(CODECS.format(tiny=gin_file, model_dir=folder / "run"))
+    return str(path), cache_dir, folder
 
 
 def job(run, count, *arguments, odd=(), homes=()):
@@ -130,3 +218,37 @@ def test_hosts_with_other_pictures_of_the_same_name_are_refused(run, tmp_path):
     assert codes == [2, 2], "\n".join(said)
     assert all("different files of one name" in text and "a.png" in text for text in said)
     assert not (tmp_path / "d.jsonl").exists()
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*")
+            if path.suffix in (".png", ".wav")}
+
+
+APART = ("--gin.DECODE_IMAGE=@rendering.CodecFile()",
+         "--gin.rendering.CodecFile.codec=@image_vqgan.ImageVQGANConfig()",
+         "--gin.rendering.CodecFile.checkpoint='{place}'")
+
+
+@pytest.mark.parametrize(("what", "ending", "number"), [
+    (("--tasks=drawings",), ".png", 5), (("--input_file={lines}", "--target=audio"), ".wav", 3),
+    (("--input_file={lines}", "--target=image", *APART), ".png", 3)])
+def test_what_two_processes_draw_is_written_once_and_is_what_one_draws(drawing, tmp_path, what,
+                                                                       ending, number):
+    """Each has a home of its own: what the second one wrote would lie in its."""
+    lines = tmp_path / "in.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"draw a {word}"}) + "\n"
+                             for word in ("one", "two", "three")))
+    flags = [flag.format(lines=lines, place=drawing[2] / "run") for flag in what]
+    homes = [tmp_path / name for name in ("alone", "first", "second")]
+    for home in homes:
+        home.mkdir()
+    codes, said = job(drawing, 1, "infer", *flags, "--output_file=~/a.jsonl", homes=homes[:1])
+    assert codes == [0], "\n".join(said)
+    codes, said = job(drawing, 2, "infer", *flags, "--output_file=~/a.jsonl", homes=homes[1:])
+    assert codes == [0, 0], "\n".join(said)
+    equal(homes[0] / "a.jsonl", homes[1] / "a.jsonl")
+    alone, together, rest = map(files, homes)
+    assert len(alone) == number and all(name.endswith(ending) for name in alone)
+    assert together == alone and not rest
+    assert not [path for path in homes[2].rglob("*") if path.is_file()]
