@@ -182,7 +182,8 @@ def test_resume_with_another_switch(tmp_path, caplog):
         checkpoints.save(1, free.first())
         checkpoints.wait()
         state = checkpoints.restore(frozen.factory.abstract)
-        assert f"optimizer state of {len(beginning(*FROZEN))} parameters" in caplog.text
+        assert (f"frozen now: {VISION} ({len(beginning(VISION))}), {OWN} "
+                f"({len(beginning(OWN)) - 1}).") in caplog.text
         for name, leaf in flatten_names(state.params).items():
             np.testing.assert_array_equal(leaf, flatten_names(first_params())[name], err_msg=name)
         checkpoints.save(2, state)

@@ -6,6 +6,7 @@ An unrolled model names its layers 'encoder/layers_3/mlp/wi/kernel'; one scanned
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
@@ -191,6 +192,12 @@ def _owner(name: str, params: Collection[str]) -> tuple[str, str] | None:
     return None
 
 
+def by_branch(names: Collection[str]) -> str:
+    """Returns the first parts of names with how many begin so: 'encoder/ (12), decoder/ (18)'."""
+    counted = collections.Counter(name.split("/")[0] for name in names)
+    return ", ".join(f"{branch}/ ({count})" for branch, count in counted.items())
+
+
 def leave_state_of_frozen(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
     """Returns the plan without what a checkpoint holds of parameters that are frozen since, and
     these parameters: their optimizer state, if nothing else is over.
@@ -210,7 +217,7 @@ def refuse_other_model(place: object, plan: Plan) -> None:
         # go uncorrected and make the first steps several times too large.
         raise UserError(
             f"the checkpoint {place} has no optimizer state of {len(thawed)} parameters that are "
-            "to learn: they were frozen", got="\n       ".join(thawed[:8]),
+            "to learn: they were frozen", got=by_branch(thawed),
             fix="freeze them again, or begin another MODEL_DIR with the parameters and a fresh "
                 f"optimizer: INITIAL_CHECKPOINT_PATH = '{place}'")
     lines = [f"{name}: {model} wanted, {found} in the checkpoint"

@@ -18,6 +18,7 @@ from vishwam_t5x.checkpointing import manifest as manifests
 from vishwam_t5x.checkpointing.convert import names as t5x_names
 from vishwam_t5x.checkpointing.layers import (
     Plan,
+    by_branch,
     leave_state_of_frozen,
     make_plan,
     refuse_other_model,
@@ -251,9 +252,8 @@ def restore_state(place: epath.Path, abstract_state: Any, checksums: bool = True
     plan, frozen = leave_state_of_frozen(plan)
     refuse_other_model(place, plan)
     if frozen:
-        log.warning("%s has optimizer state of %d parameters that are frozen now (%s%s): it is "
-                    "left unread, and the next checkpoint has none", place, len(frozen),
-                    ", ".join(frozen[:3]), ", …" if len(frozen) > 3 else "")
+        log.warning("%s has optimizer state of parameters that are frozen now: %s. It is left "
+                    "unread, and the next checkpoint has none", place, by_branch(frozen))
     arrays = assemble(CheckpointSource(place, manifest), plan.recipes,
                       {name: request_of(leaf) for name, leaf in wanted.items()})
     return jax.tree.unflatten(jax.tree.structure(abstract_state),
