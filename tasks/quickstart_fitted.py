@@ -20,8 +20,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
+from vishwam_t5x.core.batch import SignalSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import copies, source
 from vishwam_t5x_tasks import quickstart_sources as sources
@@ -102,6 +103,27 @@ class PatchCodebook:
 def decode_image(codes: Int[np.ndarray, "patches"]) -> Float[np.ndarray, "height width channels"]:
     """Returns the picture of one image's codes, float32 in [0, 1]; for `vishwam infer`."""
     return codebook().decode(np.asarray(codes)[None])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The codebook as `vishwam infer` takes a codec: for what is drawn, and for what is read."""
+
+    @property
+    def signal(self) -> SignalSpec:
+        """What `encode` codes."""
+        fitted = codebook()
+        return SignalSpec("pixels", fitted.image_shape, "uint8", fitted.grid)
+
+    def __call__(self, codes: Int[np.ndarray, "patches"]
+                 ) -> Float[np.ndarray, "height width channels"]:
+        """See `decode_image`."""
+        return decode_image(codes)
+
+    def encode(self, pixels: UInt8[np.ndarray, "images height width channels"]
+               ) -> Int[np.ndarray, "images patches"]:
+        """Returns the codes of pictures, 255 for 1.0; see `PatchCodebook.encode`."""
+        return codebook().encode(pixels.astype(np.float32) / 255)
 
 
 def to_patches(images: Float[np.ndarray, "images height width channels"],

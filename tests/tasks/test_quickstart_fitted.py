@@ -5,12 +5,16 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import helpers
+import media
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.evaluation.input_codes import coded_inputs
+from vishwam_t5x.models.config import CodeInput
 from vishwam_t5x_tasks import quickstart_fitted as fitted
 from vishwam_t5x_tasks import quickstart_metrics as metrics
 from vishwam_t5x_tasks import quickstart_sources as sources
@@ -136,3 +140,17 @@ def test_codebook_mistakes_are_named(cache):
         book.encode(np.zeros((1, 16, 16, 1), np.float32))
     with pytest.raises(UserError, match="divide"):
         fitted.PatchCodebook(book.centres, 3, (8, 8, 1))
+
+
+def test_a_picture_file_of_a_digit_has_the_codes_of_the_task(cache):
+    """That of the early fusion recipe: `vishwam infer` reads files by what draws its pictures."""
+    images, _ = sources.digits("test")
+    pictures, wanted = fitted.Pictures(), fitted.codebook().encode(images[:50])
+    found = coded_inputs(SimpleNamespace(codecs={}, inputs=(
+        CodeInput(modality="image", vocab_size=66, grid=(4, 4)),)), {"image": pictures}, None)
+    pixels = np.rint(images[:50] * 255).astype(np.uint8)
+    signals = [found["image"].picture(media.png(each[..., 0])) for each in pixels]
+    np.testing.assert_array_equal(signals, pixels)
+    # Files hold 255ths, the task's pictures 16ths: a patch between two codes may fall to either.
+    assert (pictures.encode(np.stack(signals)) == wanted).mean() > 0.99
+    np.testing.assert_array_equal(pictures(wanted[0]), fitted.decode_image(wanted[0]))
