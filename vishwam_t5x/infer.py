@@ -12,8 +12,7 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
 --input_file=F    lines {"text": "what is this?", "image": "a.png", "audio": "b.wav"}, each with one
                   or more of the three or of "frames" (a list of pictures: a video); besides
                   "target": the text to score, or a prompt (DecodingConfig.prompt_with_targets); and
-                  "options": ["a cat", "a dog"], of which to choose; paths are relative to F. What
-                  the model reads as codes its codec codes, or that of DECODE_IMAGE, DECODE_AUDIO
+                  "options": ["a cat", "a dog"], of which to choose; paths are relative to F
 --target=M        text (the default), image or audio: what to write for the lines of --input_file
 --output_file=F   default: MODEL_DIR/inference/STEP/NAME.jsonl; NAME-MODE.jsonl unless predicting
 --checkpoint=C    latest (the default) or a step of MODEL_DIR's checkpoints; or a path
@@ -26,10 +25,10 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
                   command has begun goes on
 
 Each output line has the task (or file), example (or line), inputs, prediction and its score.
-Records and lines that are damaged or too long, and those for which DecodingConfig.allowed leaves
-nothing to write, are named, counted and left out, never cut. Pictures
-are PNG files and sounds WAV files beside the output, by the model's codecs, or DECODE_IMAGE and
-DECODE_AUDIO. Lines are written in chunks to FILE.jsonl.parts: killed, it goes on by itself.
+Records and lines that are damaged or too long, or for which DecodingConfig.allowed leaves nothing,
+are named, counted and left out, never cut. PNG and WAV files lie beside the output, drawn by the
+model's codecs, or DECODE_IMAGE and DECODE_AUDIO; the same code what the model reads as codes.
+Lines are written in chunks to FILE.jsonl.parts: killed, it goes on by itself.
 On several hosts run it on each, as `vishwam train`; jobs of --num_shards are commands of their own.
 """
 
