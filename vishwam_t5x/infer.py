@@ -21,14 +21,13 @@ usage: vishwam infer --gin_file=RECIPE [--gin.NAME=VALUE ...] [--checkpoint=late
 --return_all_decodes   write all of them, by rising score, and not the best alone
 --shard_id=I --num_shards=N   this is job I (from 0) of N that share the work; the last puts the
                   file together, which is the same however many jobs there were
---overwrite       begin anew what other settings have begun, or what is finished; what the same
-                  command has begun goes on
+--overwrite       begin anew what other settings have begun, or what is finished
 
 Each output line has the task (or file), example (or line), inputs, prediction and its score.
 Records and lines that are damaged or too long, or for which DecodingConfig.allowed leaves nothing,
 are named, counted and left out, never cut. PNG and WAV files lie beside the output, drawn by the
 model's codecs, or DECODE_IMAGE and DECODE_AUDIO; the same code what the model reads as codes.
-Lines are written in chunks to FILE.jsonl.parts: killed, it goes on by itself.
+Lines are written in chunks to FILE.jsonl.parts: the same command goes on with what was begun.
 On several hosts run it on each, as `vishwam train`; jobs of --num_shards are commands of their own.
 """
 
