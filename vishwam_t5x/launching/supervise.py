@@ -39,7 +39,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 RESTART_ON = "75,76,SIGKILL,SIGTERM"
 USER_ERROR = 2
@@ -113,7 +113,8 @@ class Progress:
             return [int(entry.name) for entry in (self.model_dir / "checkpoints").iterdir()
                     if entry.name.isdigit() and (entry / whole).exists()]
         except Exception as error:  # noqa: BLE001 - a bucket's library has errors of its own
-            return _unseen(error) or []
+            _unseen(error)
+            return []
 
     def _metrics_step(self) -> int | None:
         if self.model_dir is None:
@@ -121,7 +122,8 @@ class Progress:
         try:
             lines = _last_bytes(self.model_dir / "metrics.jsonl").splitlines()
         except Exception as error:  # noqa: BLE001 - as above
-            return _unseen(error)
+            _unseen(error)
+            return None
         for line in reversed(lines):
             try:
                 return int(json.loads(line)["step"])
@@ -193,7 +195,7 @@ def exit_code(returncode: int) -> int:
 class Tail:
     """Copies a child's stderr to ours as it comes and remembers its last lines."""
 
-    def __init__(self, source: BinaryIO) -> None:
+    def __init__(self, source: IO[bytes]) -> None:
         self._source = source
         self._kept: collections.deque[bytes] = collections.deque()
         self._size = 0

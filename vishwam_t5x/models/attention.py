@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vishwam_t5x.models import positions
-from vishwam_t5x.models.layers import ATTENTION_KERNEL, Dense, Initializer, RMSNorm
+from vishwam_t5x.models.layers import ATTENTION_KERNEL, Dense, Initializer, RMSNorm, named
 from vishwam_t5x.parallelism.remat import ATTENTION_CONTEXT, ATTENTION_OUT, QKV
 from vishwam_t5x.parallelism.sharding import constrain
 
@@ -150,8 +151,8 @@ class Attention(nn.Module):
     float32_logits: bool = True
     scale_logits: bool = True
     dropout_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     scaled_cosine: bool = False
     use_bias: bool = False
 
@@ -173,8 +174,8 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm("kv", dtype=self.dtype, param_dtype=self.param_dtype)
         if self.scaled_cosine:
             self.logit_scale = self.param(
-                "logit_scale", nn.with_logical_partitioning(
-                    nn.initializers.constant(math.log(10)), ("heads",)),
+                "logit_scale", named(
+                    nn.initializers.constant(math.log(10)), "heads"),
                 (self.num_heads,), self.param_dtype)
         self.key_dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-1,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class DecodeCache:
         else:
             layers = tuple(layer._replace(own=jax.tree.map(write, layer.own, token))
                            for layer, token in zip(self.layers, new, strict=True))
-        return self.replace(layers=layers, index=self.index + 1)
+        return dataclasses.replace(self, layers=layers, index=self.index + 1)
 
     def reorder(self, rows: Int[Array, "R"]) -> DecodeCache:
         """Returns the cache whose row r continues what row `rows[r]` decoded.
@@ -96,7 +97,7 @@ class DecodeCache:
                 lambda array: jnp.take(array, rows, axis=axis), layer.own))
 
         layers = move(self.layers) if self.stacked else tuple(map(move, self.layers))
-        return self.replace(layers=layers)
+        return dataclasses.replace(self, layers=layers)
 
 
 def write_token(cached: Float[Array, "*batch T D"], token: Float[Array, "*batch 1 D"],

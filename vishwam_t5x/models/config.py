@@ -201,7 +201,8 @@ class EncoderDecoderConfig:
                 if not name or "/" in name or name == "row":
                     raise UserError(f"not a name for a modality of {side}", got=repr(name),
                                     fix="e.g. 'text', 'image', 'audio'")
-        for module in (*self.inputs, *self.targets):
+        everything: tuple[InputConfig | TargetConfig, ...] = (*self.inputs, *self.targets)
+        for module in everything:
             module.check(self)
         tables.of(self)
         placement.check(self)
@@ -247,7 +248,7 @@ class EncoderDecoderConfig:
     @property
     def tables(self) -> dict[str, int]:
         """Rows of each embedding table by name."""
-        return {name: table.num_embeddings for name, table in tables.of(self).items()}
+        return {name: table.rows for name, table in tables.of(self).items()}
 
     def shared_rows(self, table: str) -> dict[str, tuple[int, int]]:
         """Rows (first, end) of a table that other modalities have, by modality."""
@@ -276,8 +277,8 @@ class EncoderDecoderConfig:
     @property
     def codecs(self) -> dict[str, Any]:
         """Configs of the codecs that the model holds, by target modality."""
-        return {module.modality: module.codec for module in self.targets
-                if getattr(module, "codec", None) is not None}
+        found = ((module.modality, getattr(module, "codec", None)) for module in self.targets)
+        return {modality: codec for modality, codec in found if codec is not None}
 
     @property
     def codec_prefixes(self) -> tuple[str, ...]:

@@ -76,6 +76,7 @@ class DecoderLayer(nn.Module):
         y = self.self_attention(y, y, rope, rope, self_bias, relative, enable_dropout)
         x = x + self.dropout(y, deterministic=not enable_dropout)
         if encoded is not None:
+            assert cross_bias is not None
             y = self.pre_cross_attention_layer_norm(x)
             y = self.encoder_decoder_attention(y, encoded, rope, encoded_rope, cross_bias, None,
                                                enable_dropout)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vishwam_t5x.core.sequence import InputSequence
@@ -55,7 +56,7 @@ def make_relative_bias(config: EncoderDecoderConfig, *, bidirectional: bool, in_
         logits_dtype(config), config.policy.param_dtype)
 
 
-def logits_dtype(config: EncoderDecoderConfig) -> jnp.dtype:
+def logits_dtype(config: EncoderDecoderConfig) -> DTypeLike:
     """Returns the dtype of attention logits, and so of the masks added to them."""
     return jnp.dtype(jnp.float32) if config.float32_attention_logits \
         else config.policy.compute_dtype

@@ -67,13 +67,13 @@ class EncoderDecoder(nn.Module):
     def setup(self) -> None:
         cfg, policy = self.config, self.config.policy
         self.embedders = {
-            name: Embed(table.num_embeddings, table.features or cfg.emb_dim,
+            name: Embed(table.rows, table.features or cfg.emb_dim,
                         cfg.one_hot_embeddings, policy.compute_dtype, policy.param_dtype,
                         "unmodeled" if table.features else "embed",
                         name=f"{name}_token_embedder")
             for name, table in tables.of(cfg).items()}
 
-        def embedder(module: Any) -> Embed | None:
+        def embedder(module: Any) -> Any:
             return None if module.table is None else self.embedders[module.table.name]
 
         self.transformers = {name: transformer.build(policy, cfg.remat_policy)
@@ -93,7 +93,8 @@ class EncoderDecoder(nn.Module):
         self.decoder = Decoder(cfg)
 
     @nn.nowrap
-    def init(self, rngs: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
+    def init(self, rngs: Any, batch: Batch | None = None,  # type: ignore[override]
+             **kwargs: Any) -> Any:
         """Returns freshly initialized variables, boxed with their logical axes.
 
         The numbers depend on `rngs` alone, and are the same with and without `scan_layers`: a
@@ -189,7 +190,7 @@ class EncoderDecoder(nn.Module):
         joined = prefix.join(encoded.hidden, encoded.segment_ids, sequence, self._bos_leads)
         row = joined.sequence
         if cfg.rope_theta is not None:
-            row = row.replace(angles=positions.text_angles(
+            row = dataclasses.replace(row, angles=positions.text_angles(
                 prefix.positions_of(row), cfg.head_dim, cfg.rope_theta))
         return joined.read(self.decoder(row, None, enable_dropout))
 
@@ -254,8 +255,9 @@ class EncoderDecoder(nn.Module):
             sequence = prefix.align_right(bos, encoded.hidden, encoded.segment_ids)
             angles = prefix.column_angles(0, sequence.segment_ids.shape[1], cfg.head_dim,
                                           cfg.rope_theta)
-            return self.decoder.prefill(sequence.replace(angles=angles), max_length, num_decodes,
-                                        last_predicts=self._bos_leads)
+            return self.decoder.prefill(
+                dataclasses.replace(sequence, angles=angles), max_length, num_decodes,
+                last_predicts=self._bos_leads)
         return self.decoder.init_cache(encoded, max_length, num_decodes)
 
     def decode_step(self, tokens: Int[Array, "R"], cache: DecodeCache, modality: str
@@ -338,7 +340,7 @@ def _fields(batch: Batch, side: str, known: tuple[str, ...]) -> dict[str, dict[s
     return {name: found[name] for name in known if name in found}
 
 
-def _to_row(sequence: Any, index: Int[Array, "B L"]) -> list[jax.Array]:
+def _to_row(sequence: Any, index: Int[Array, "B L"]) -> list[Any]:
     """The fields of a sequence gathered into row order; embeddings come first."""
     embeddings, *others = (getattr(sequence, field.name)
                            for field in dataclasses.fields(sequence))

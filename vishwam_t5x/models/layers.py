@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from vishwam_t5x.parallelism.remat import MLP_HIDDEN, MLP_OUT
@@ -30,6 +31,14 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def named(init: Initializer, *axes: str) -> Initializer:
+    """Returns the initializer whose parameters are boxed with their logical axes.
+
+    `nn.Module.param` takes them out of the box, so a module sees arrays.
+    """
+    return nn.with_logical_partitioning(init, axes)  # type: ignore[return-value]
+
+
 class Dense(nn.Module):
     """x·W, perhaps with a bias; the one matmul with a kernel: LoRA and quantization take hold.
 
@@ -48,21 +57,21 @@ class Dense(nn.Module):
     features: int
     kernel_axes: tuple[str, str]
     kernel_init: Initializer = MLP_KERNEL
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         kernel = self.param(
-            "kernel", nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
+            "kernel", named(self.kernel_init, *self.kernel_axes),
             (x.shape[-1], self.features), self.param_dtype)
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         y = jax.lax.dot_general(rows, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
         if self.use_bias:
-            bias = self.param("bias", nn.with_logical_partitioning(
-                nn.initializers.zeros_init(), self.kernel_axes[1:]), (self.features,),
-                self.param_dtype)
+            bias = self.param(
+                "bias", named(nn.initializers.zeros_init(), *self.kernel_axes[1:]),
+                (self.features,), self.param_dtype)
             y = y + bias.astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
@@ -115,13 +124,13 @@ class RMSNorm(nn.Module):
 
     axis: str = "embed"
     epsilon: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,)),
+            "scale", named(nn.initializers.ones_init(), self.axis),
             (x.shape[-1],), self.param_dtype)
         return rms_norm(x.astype(self.dtype), scale, self.epsilon)
 
@@ -143,14 +152,14 @@ class Embed(nn.Module):
     num_embeddings: int
     features: int
     one_hot: bool = False
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     axis: str = "embed"
 
     def setup(self) -> None:
         self.embedding = self.param(
             "embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", self.axis)),
+            named(nn.initializers.normal(1.0), "vocab", self.axis),
             (self.num_embeddings, self.features), self.param_dtype)
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
@@ -184,8 +193,8 @@ class MlpBlock(nn.Module):
     mlp_dim: int
     activations: tuple[str, ...]
     dropout_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], enable_dropout: bool = False
@@ -217,8 +226,8 @@ class MlpAdaptor(nn.Module):
 
     features: int
     axis: str
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
@@ -232,7 +241,7 @@ def modality_embedding(module: nn.Module, features: int, policy: Policy) -> Floa
     """Returns the vector that `module` adds to every slot of its modality, creating it at init."""
     vector = module.param(
         "modality_embedding",
-        nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)),
+        named(nn.initializers.normal(0.02), "embed"),
         (features,), policy.param_dtype)
     return vector.astype(policy.compute_dtype)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from vishwam_t5x.core.errors import UserError
 
@@ -38,13 +39,21 @@ class Table(NamedTuple):
     num_embeddings: int | None
     features: int | None = None
 
+    @property
+    def rows(self) -> int:
+        """Its rows, of a table of which that is known; see `tables.of`."""
+        assert self.num_embeddings is not None
+        return self.num_embeddings
+
 
 class InputConfig(Protocol):
     """Config of an input modality; keys 'inputs/<modality>/…' of a batch."""
 
-    modality: str
-    placeholders: tuple[int, ...]
-    """Text tokens that give way to picture 0, 1, … of an example; see `placement`."""
+    @property
+    def modality(self) -> str: ...
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Text tokens that give way to picture 0, 1, … of an example; see `placement`."""
 
     @property
     def module_name(self) -> str:
@@ -85,15 +94,23 @@ class InputConfig(Protocol):
 class TargetConfig(Protocol):
     """Config of a target modality; keys 'targets/<modality>/…' of a batch."""
 
-    modality: str
-    vocab_size: int
-    offset: int
-    """Row of token 0 in the table; all tokens outside the model count from there."""
-    modality_embedding: bool
-    logits_via_embedding: bool
-    adaptor: str
-    head: str
-    dynamic_mask: bool
+    @property
+    def modality(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def offset(self) -> int:
+        """Row of token 0 in the table; all tokens outside the model count from there."""
+    @property
+    def modality_embedding(self) -> bool: ...
+    @property
+    def logits_via_embedding(self) -> bool: ...
+    @property
+    def adaptor(self) -> str: ...
+    @property
+    def head(self) -> str: ...
+    @property
+    def dynamic_mask(self) -> bool: ...
 
     @property
     def module_name(self) -> str:
@@ -177,7 +194,7 @@ def check_patches(owner: Any, patches: jax.Array, axes: int) -> None:
 
 
 def normalize(patches: jax.Array, mean: float | tuple[float, ...],
-              std: float | tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
+              std: float | tuple[float, ...], dtype: DTypeLike) -> jax.Array:
     """Returns (patches - mean) / std in `dtype`; uint8 patches stand for shares of 255.
 
     Args:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models import masks
 from vishwam_t5x.models.attention import Attention
-from vishwam_t5x.models.layers import MlpBlock, RMSNorm
+from vishwam_t5x.models.layers import MlpBlock, RMSNorm, named
 from vishwam_t5x.models.modalities import check_positive
 from vishwam_t5x.precision.policy import Policy
 
@@ -111,7 +111,7 @@ class PerceiverResampler(nn.Module):
         cfg, dtypes = self.config, (self.policy.compute_dtype, self.policy.param_dtype)
         latents = self.param(
             "resampler_latents",
-            nn.with_logical_partitioning(_LATENTS, ("latents", "embed")),
+            named(_LATENTS, "latents", "embed"),
             (cfg.num_latents, cfg.emb_dim), dtypes[1])
         x = jnp.broadcast_to(latents.astype(dtypes[0]), (features.shape[0], *latents.shape))
         context = RMSNorm(dtype=dtypes[0], param_dtype=dtypes[1], name="context_norm")(features)

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from vishwam_t5x.models.layers import named
 from vishwam_t5x.parallelism.sharding import constrain
 
 
@@ -61,15 +63,15 @@ class RelativePositionBias(nn.Module):
     bidirectional: bool
     num_buckets: int = 32
     max_distance: int = 128
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         self.rel_embedding = self.param(
             "rel_embedding",
-            nn.with_logical_partitioning(
+            named(
                 nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-                ("heads", "relpos_buckets")),
+                "heads", "relpos_buckets"),
             (self.num_heads, self.num_buckets), self.param_dtype)
 
     def __call__(self, num_queries: int, num_keys: int) -> Float[Array, "1 H Q K"]:

@@ -22,7 +22,7 @@ LAYER_AXIS = 1
 
 STACKS = ("encoder", "decoder")
 
-Body = Callable[[nn.Module, Any, Any], tuple[Any, Any]]
+Body = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 def apply_layers(layers: nn.Module | Sequence[nn.Module], body: Body, carry: Any, xs: Any = None, *,
@@ -47,7 +47,7 @@ def apply_layers(layers: nn.Module | Sequence[nn.Module], body: Body, carry: Any
         # Inside a scan nothing can be merged with the forward pass, so the costly barrier that
         # prevents it can be left out.
         body = nn.remat(body, policy=policy_fn, prevent_cse=not scanned)
-    if not scanned:
+    if not isinstance(layers, nn.Module):
         ys = []
         for number, layer in enumerate(layers):
             carry, y = body(layer, carry, None if xs is None else xs[number])

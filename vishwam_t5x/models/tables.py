@@ -96,11 +96,12 @@ def rows_of_others(config: EncoderDecoderConfig, target: Any) -> list[tuple[int,
 
 
 def _with_tables(config: EncoderDecoderConfig) -> list[Any]:
-    return [module for module in (*config.inputs, *config.targets) if module.table is not None]
+    modules: list[Any] = [*config.inputs, *config.targets]
+    return [module for module in modules if module.table is not None]
 
 
 def _check_claims(found: Mapping[str, tuple[int, int]], table: Table) -> None:
-    size = table.num_embeddings
+    size = table.rows
     before: tuple[str, tuple[int, int]] | None = None
     for modality, rows in sorted(found.items(), key=lambda item: item[1]):
         if rows[1] > size:

@@ -11,6 +11,7 @@ and attends to itself alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.models import masks
 from vishwam_t5x.models.attention import Attention
-from vishwam_t5x.models.layers import ACTIVATIONS, Dense
+from vishwam_t5x.models.layers import ACTIVATIONS, Dense, named
 from vishwam_t5x.models.modalities import check_positive
 from vishwam_t5x.models.scan import apply_layers
 from vishwam_t5x.precision.policy import Policy
@@ -166,8 +167,8 @@ def _layer_norm(epsilon: float, policy: Policy, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(
         epsilon, dtype=policy.compute_dtype, param_dtype=policy.param_dtype,
         use_fast_variance=False, name=name,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",)))
+        scale_init=named(nn.initializers.ones_init(), "embed"),
+        bias_init=named(nn.initializers.zeros_init(), "embed"))
 
 
 class _Mlp(nn.Module):
@@ -177,11 +178,12 @@ class _Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtypes = {"dtype": self.policy.compute_dtype, "param_dtype": self.policy.param_dtype}
+        dense = functools.partial(Dense, use_bias=True, dtype=self.policy.compute_dtype,
+                                  param_dtype=self.policy.param_dtype)
         up, down = self.style.mlp
-        x = Dense(self.config.mlp_dim, ("embed", "mlp"), use_bias=True, name=up, **dtypes)(x)
+        x = dense(self.config.mlp_dim, ("embed", "mlp"), name=up)(x)
         x = ACTIVATIONS[self.style.activation](x)
-        return Dense(self.config.emb_dim, ("mlp", "embed"), use_bias=True, name=down, **dtypes)(x)
+        return dense(self.config.emb_dim, ("mlp", "embed"), name=down)(x)
 
 
 class _Block(nn.Module):
@@ -333,13 +335,13 @@ def _pictures(segment_ids: Int[Array, "B N"], pictures: int
 
 def _vector(module: nn.Module, name: str, features: int, policy: Policy) -> jax.Array:
     vector = module.param(
-        name, nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)), (features,),
+        name, named(nn.initializers.normal(0.02), "embed"), (features,),
         policy.param_dtype)
     return vector.astype(policy.compute_dtype)
 
 
 def _table(module: nn.Module, name: str, rows: int, features: int, policy: Policy) -> jax.Array:
     table = module.param(
-        name, nn.with_logical_partitioning(nn.initializers.normal(0.02), ("axis_0", "embed")),
+        name, named(nn.initializers.normal(0.02), "axis_0", "embed"),
         (rows, features), policy.param_dtype)
     return table.astype(policy.compute_dtype)

@@ -37,7 +37,10 @@ def rate(objective: MixtureOfDenoisers, roles: FeatureRoles,
     if denoiser is not None:
         generates = denoiser.paradigm == "S" and denoiser.modality != "text"
         return objective.no_text_rates.get(denoiser.modality, 0.0) if generates else 0.0
-    return objective.no_text_rates.get(*roles.targets, 0.0) if len(roles.targets) == 1 else 0.0
+    if len(roles.targets) != 1:
+        return 0.0
+    (target,) = roles.targets
+    return objective.no_text_rates.get(target, 0.0)
 
 
 def ids(objective: MixtureOfDenoisers, modality: str) -> Int[np.ndarray, "n"]:

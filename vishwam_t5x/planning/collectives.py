@@ -161,8 +161,9 @@ def _mesh_groups(axes: str, order: str | None, names: str) -> np.ndarray | None:
     if ":" in names or not set(wanted) <= set(sizes):
         return None  # a part of an axis
     kept = [*(name for name in sizes if name not in wanted), *wanted]
-    ids = ids.reshape(tuple(sizes.values())).transpose([list(sizes).index(name) for name in kept])
-    return ids.reshape(-1, math.prod(sizes[name] for name in wanted))
+    moved = [list(sizes).index(name) for name in kept]
+    grid = ids.reshape(tuple(sizes.values())).transpose(moved)
+    return grid.reshape(-1, math.prod(sizes[name] for name in wanted))
 
 
 def _ints(text: str) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ class Recipe:
         """Returns the recipe with what was chosen."""
         changed: Recipe = self
         if choice.mesh is not None:
-            sizes = dict(zip(MESH_AXES, choice.mesh, strict=True))
+            sizes: dict[str, Any] = dict(zip(MESH_AXES, choice.mesh, strict=True))
             base = self.mesh or mesh_lib.MeshConfig()
             changed = dataclasses.replace(changed, mesh=dataclasses.replace(base, **sizes))
         if choice.remat is not None:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from vishwam_t5x.core.errors import UserError
-from vishwam_t5x.models.layers import MLP_KERNEL, Initializer
+from vishwam_t5x.models.layers import MLP_KERNEL, Initializer, named
 from vishwam_t5x.parallelism.remat import remat_policy
 from vishwam_t5x.precision.policy import Policy, resolve_policy
 
@@ -36,11 +36,6 @@ class CodecOutput:
     codes: Int[Array, "b n"]
     vectors: Float[Array, "b n d"]
     quantized: Float[Array, "b n d"]
-
-
-def named(init: Initializer, *axes: str) -> Initializer:
-    """Returns the initializer whose parameters are boxed with their logical axes."""
-    return nn.with_logical_partitioning(init, axes)
 
 
 def convolution(features: int, kernel: int, policy: Policy, stride: int = 1, *, name: str

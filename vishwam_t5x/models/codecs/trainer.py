@@ -165,7 +165,8 @@ class CodecTrainer(nn.Module):
         return ImageVQGAN(codec) if isinstance(codec, ImageVQGANConfig) else AudioVQGAN(codec)
 
     @nn.nowrap
-    def init(self, rngs: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
+    def init(self, rngs: Any, batch: Batch | None = None,  # type: ignore[override]
+             **kwargs: Any) -> Any:
         """Returns freshly initialized variables, boxed with their logical axes."""
         if batch is None:
             cfg = self.config

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from vishwam_t5x.core.sequence import InputSequence
 from vishwam_t5x.models import modalities
-from vishwam_t5x.models.layers import Dense, Embed, modality_embedding
+from vishwam_t5x.models.layers import Dense, Embed, modality_embedding, named
 from vishwam_t5x.models.positions import grid_angles
 
 if TYPE_CHECKING:
@@ -128,6 +128,6 @@ class PatchInputEncoder(nn.Module):
         policy, (height, width) = self.config.policy, self.input.grid
         table = self.param(
             "position_embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("image_patch", "embed")),
+            named(nn.initializers.normal(0.02), "image_patch", "embed"),
             (height * width, self.config.emb_dim), policy.param_dtype)
         return jnp.take(table.astype(policy.compute_dtype), pos_ids, axis=0, mode="clip")

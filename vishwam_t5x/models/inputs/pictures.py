@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -140,11 +141,11 @@ class PictureInputEncoder(nn.Module):
         features = found.joined() if this.features == "both" else found.last
         if this.freeze:
             features = jax.lax.stop_gradient(features)
-        dtypes = {"dtype": policy.compute_dtype, "param_dtype": policy.param_dtype}
-        project = (MlpAdaptor(cfg.emb_dim, "image_patch", name="projection", **dtypes)
-                   if this.projector == "mlp" else
-                   Dense(cfg.emb_dim, ("image_patch", "embed"), name="projection", **dtypes))
-        x = project(features)
+        projection = (functools.partial(MlpAdaptor, axis="image_patch")
+                      if this.projector == "mlp" else
+                      functools.partial(Dense, kernel_axes=("image_patch", "embed")))
+        x = projection(cfg.emb_dim, dtype=policy.compute_dtype, param_dtype=policy.param_dtype,
+                       name="projection")(features)
         x = x + modality_embedding(self, cfg.emb_dim, policy)
         angles = None if cfg.rope_theta is None else grid_angles(
             pos_ids, this.grid[1], cfg.head_dim, cfg.rope_theta, this.rope_scale)

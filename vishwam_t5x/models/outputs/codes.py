@@ -196,7 +196,7 @@ class CodeOutput:
 class CodeEncoder(TargetEncoder):
     """A target encoder with the codec, if its config has one."""
 
-    target: CodeOutput
+    target: CodeOutput  # type: ignore[assignment]
 
     def setup(self) -> None:
         super().setup()

@@ -18,6 +18,7 @@ from vishwam_t5x.models.layers import (
     Embed,
     MlpAdaptor,
     modality_embedding,
+    named,
 )
 from vishwam_t5x.parallelism.sharding import constrain
 
@@ -41,14 +42,16 @@ class TargetEncoder(nn.Module):
         cfg = self.config
         if self.target.modality_embedding:
             self.modality_embedding = modality_embedding(self, cfg.emb_dim, cfg.policy)
-        dtypes = {"dtype": cfg.policy.compute_dtype, "param_dtype": cfg.policy.param_dtype}
+        dtype, param_dtype = cfg.policy.compute_dtype, cfg.policy.param_dtype
         if self.target.adaptor == "mlp":
-            self.adaptor = MlpAdaptor(cfg.emb_dim, self.embedder.axis, **dtypes)
+            self.adaptor = MlpAdaptor(cfg.emb_dim, self.embedder.axis, dtype=dtype,
+                                      param_dtype=param_dtype)
         if self.target.head == "mlp":
-            self.head = Dense(cfg.emb_dim, ("embed", "mlp"), use_bias=True, **dtypes)
+            self.head = Dense(cfg.emb_dim, ("embed", "mlp"), use_bias=True, dtype=dtype,
+                              param_dtype=param_dtype)
         if not self.target.logits_via_embedding:
             self.logits_kernel = self.param(
-                "logits_kernel", nn.with_logical_partitioning(MLP_KERNEL, ("embed", "vocab")),
+                "logits_kernel", named(MLP_KERNEL, "embed", "vocab"),
                 (cfg.emb_dim, self.target.vocab_size), cfg.policy.param_dtype)
 
     def __call__(self, inputs: Int[Array, "B M"], pos_ids: Int[Array, "B M"]
