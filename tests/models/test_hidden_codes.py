@@ -104,6 +104,44 @@ def test_patterns_hold_token_by_token(drawing):
                                atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [
+    {"dynamic_mask": True, "mask_token": True, "pattern_mask": True, "layout": (6, 2)},
+    pytest.param({"dynamic_mask": True}, marks=pytest.mark.slow),
+    pytest.param({"mask_token": True}, marks=pytest.mark.slow),
+    pytest.param({"dynamic_mask": True, "scan": True}, marks=pytest.mark.slow)])
+def test_what_is_written_is_masked_as_in_training(drawing, options):
+    """Token by token, two decodes of each example, as the whole grid is with the same mask."""
+    _, variables, batch, _ = drawing
+    options = dict(options)
+    if scan := options.pop("scan", False):
+        variables = {"params": stack_layers(variables["params"])}
+    model = model_fixtures.EncoderDecoder(model_fixtures.config(
+        num_decoder_layers=3, inputs=(TextInput(vocab_size=64),), targets=(codes(**options),),
+        scan_layers=scan))
+    hidden = np.asarray([[0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 1], [1, 0] * 6], np.int32)
+    whole = jax.jit(functools.partial(model.apply, method="logits"))
+    expected = whole(variables, {**batch, "targets/image/task_mask": hidden})["image"]
+
+    @jax.jit
+    def decode(variables, inputs):
+        encoded = model.apply(variables, {"inputs/text/tokens": batch["inputs/text/tokens"]},
+                              method="encode")
+        cache = model.apply(variables, encoded, 12, 2, hidden, method="init_cache")
+
+        def step(cache, tokens):
+            logits, cache = model.apply(variables, jnp.repeat(tokens, 2), cache, "image",
+                                        method="decode_step")
+            return cache, logits
+
+        return jax.lax.scan(step, cache, inputs.T)[1].swapaxes(0, 1)
+
+    found = decode(variables, batch["targets/image/inputs"])
+    for each in (found[0::2], found[1::2]):
+        np.testing.assert_allclose(each, expected, atol=1e-5)
+    nothing = whole(variables, {**batch, "targets/image/task_mask": np.zeros_like(hidden)})["image"]
+    assert np.abs(nothing - expected).max() > 1e-2
+
+
 @pytest.mark.slow
 def test_patterns_hold_in_a_scan_and_narrow_attention(drawing):
     _, variables, batch, expected = drawing

@@ -158,6 +158,10 @@ class Generator:
             return options.misfit(request.options, self._max_text_length)
         if self._configs[modality].guidance and not request.slots().get("text"):
             return "its inputs have no text to be guided by"
+        if getattr(self._model.config.target(modality), "shift_back", False) and np.any(
+                request.targets.get(f"targets/{modality}/task_mask", 0)):
+            return (f"the task hid a part of its {modality}, and CodeOutput.shift_back reads the "
+                    "rest of it: it can be scored, but not written")
         if not self.is_prompted(modality):
             return None
         size, most = len(_prompt(request, modality)), self._length(modality)
@@ -192,6 +196,9 @@ class Generator:
                 continue
             key = key_for(config.seed, modality, stream, number)
             arrays = self._shapes.arrays(rows, prompted)
+            if self._model.config.target(modality).reads_task_mask:
+                arrays[f"targets/{modality}/task_mask"] = self._shapes.task_mask(
+                    rows, modality, self._num_codes(modality))
             with self._placement.context():
                 found = self._decode(params, self._placement.put(arrays), key, modality)
             found = jax.device_get(found)

@@ -53,14 +53,15 @@ def write(model: Any, params: Any, batch: Mapping[str, jax.Array], key: jax.Arra
     Args:
         model: Flax module.
         params: of it.
-        batch: inputs, and targets if they are prompts; guided, of each example with its text and
-            then without.
+        batch: inputs, targets if they are prompts, and what the task hid, 'task_mask', where the
+            model reads that; guided, of each example with its text and then without.
         key: of sampling.
         how: what is written.
     """
     config, variables, modality = how.config, {"params": params}, how.modality
     encoded = model.apply(variables, batch, method="encode")
-    cache = model.apply(variables, encoded, how.length, config.num_decodes, method="init_cache")
+    cache = model.apply(variables, encoded, how.length, config.num_decodes,
+                        batch.get(f"targets/{modality}/task_mask"), method="init_cache")
 
     def step(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         return model.apply(variables, tokens, cache, modality, method="decode_step")

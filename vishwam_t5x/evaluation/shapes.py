@@ -90,6 +90,16 @@ class Shapes:
         frames = 1 << (size // latents - 1).bit_length()
         return max(size, min(frames * latents, most or frames * latents))
 
+    def task_mask(self, rows: Sequence[Request], modality: str, length: int) -> np.ndarray:
+        """Returns what the tasks of requests hid of a modality, int32 [rows of `arrays`, length]:
+        1 for each slot that they did."""
+        found = np.zeros((self.batch_size, length), np.int32)
+        for index in range(self.batch_size):
+            request = rows[min(index, len(rows) - 1)]
+            hidden = request.targets.get(f"targets/{modality}/task_mask", ())
+            found[index, :len(hidden)] = hidden
+        return found if rows[0].bare is None else np.repeat(found, 2, axis=0)
+
     def arrays(self, rows: Sequence[Request], with_targets: bool,
                targets: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
         """Returns the arrays of requests of one shape; of those with a bare text twice as many

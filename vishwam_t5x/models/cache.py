@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vishwam_t5x.models.attention import KeysValues
 
@@ -42,12 +42,15 @@ class DecodeCache:
         cross_bias: [B, 1, 1, L] additive mask of the encoder's slots (of those of the prefix).
         first: [B, 1, D], of a decoder-only model that writes one modality: the last slot of the
             prefix, which predicts the first token in the place of BOS; None for others.
+        hidden: [B, T], which of the tokens to be decoded the task hid from the encoder; None: it
+            hid nothing.
     """
 
     index: Int[Array, ""]
     layers: Any
     cross_bias: Float[Array, "B 1 1 L"]
     first: Float[Array, "B 1 D"] | None = None
+    hidden: Bool[Array, "B T"] | None = None
 
     @property
     def stacked(self) -> bool:

@@ -105,7 +105,7 @@ class DecoderLayer(nn.Module):
     def step(self, x: Float[Array, "R 1 D"], cache: LayerCache, index: Int[Array, ""],
              rope: positions.Rope | None, cross_bias: Float[Array, "B 1 1 L"],
              relative: Float[Array, "1 H 1 T"] | None = None,
-             pattern: Bool[Array, " T"] | None = None
+             pattern: Bool[Array, "#R T"] | None = None
              ) -> tuple[Float[Array, "R 1 D"], KeysValues]:
         """Runs one token; returns its output and its self-attention keys and values.
 
@@ -121,10 +121,10 @@ class DecoderLayer(nn.Module):
                                            relative)
         if self.relpos_bias is not None:
             relative = self.relpos_bias.at(index, max_length)
-        seen = jnp.arange(max_length) <= index
+        seen = (jnp.arange(max_length) <= index)[None]
         if pattern is not None:
             seen = seen & pattern
-        bias = masks.to_bias(seen[None, None, :], logits_dtype(self.config))
+        bias = masks.to_bias(seen[:, None, :], logits_dtype(self.config))
         queries = self.self_attention.queries(y, rope)
         x = x + self.self_attention.attend_to(queries, own, bias, relative)
         # The decodes of an example stand in the place of query positions: they share its keys.
@@ -258,11 +258,17 @@ class Decoder(nn.Module):
                            sequence.embeddings[:, -1:] if last_predicts else None)
 
     def step(self, x: Float[Array, "R 1 D"], angles: Float[Array, "1 1 P"] | None,
-             cache: DecodeCache, pattern_width: int = 0
+             cache: DecodeCache, pattern_width: int = 0,
+             visible: Bool[Array, "R T"] | None = None
              ) -> tuple[Float[Array, "R 1 D"], DecodeCache]:
         """Returns the hidden state of one more token, after the final norm, and the cache.
 
-        `pattern_width`: columns of the grid whose patterns narrow the attention; 0: none do.
+        Args:
+            x: its input.
+            angles: its rotary angles.
+            cache: of the step before.
+            pattern_width: columns of the grid whose patterns narrow the attention; 0: none do.
+            visible: inputs that others may see; None: all.
         """
         cfg = self.config
         rope = positions.rope(angles)
@@ -281,10 +287,11 @@ class Decoder(nn.Module):
         def body(layer: DecoderLayer, x: jax.Array, own: tuple[LayerCache, Any]
                  ) -> tuple[jax.Array, KeysValues]:
             layer_cache, plane = own
-            pattern = None
+            pattern = None if visible is None else patterns.visible_at(visible, cache.index)
             if pattern_width:
-                pattern = patterns.in_pattern(plane, cache.index, jnp.arange(cache.max_length),
-                                              jnp.full(cache.max_length, pattern_width))
+                own_plane = patterns.in_pattern(plane, cache.index, jnp.arange(cache.max_length),
+                                                jnp.full(cache.max_length, pattern_width))[None]
+                pattern = own_plane if pattern is None else own_plane & pattern
             return layer.step(x, layer_cache, cache.index, rope, bias, relative, pattern)
 
         planes = self._planes()

@@ -241,11 +241,23 @@ class EncoderDecoder(nn.Module):
                 platform=current_platform())
         return sums
 
-    def init_cache(self, encoded: Encoded, max_length: int, num_decodes: int = 1) -> DecodeCache:
+    def init_cache(self, encoded: Encoded, max_length: int, num_decodes: int = 1,
+                   task_mask: Int[Array, "B T"] | None = None) -> DecodeCache:
         """Returns an empty cache for decoding one modality; see `Decoder.init_cache`.
 
         A decoder-only model reads its prefix here, once for all decodes of an example.
+
+        Args:
+            encoded: the inputs.
+            max_length: most tokens T to be decoded.
+            num_decodes: rows to decode for each example (beams or samples).
+            task_mask: 1 where the task hides from the encoder what is to be written, for
+                `CodeOutput.mask_token` and `dynamic_mask`; None: nowhere.
         """
+        cache = self._empty_cache(encoded, max_length, num_decodes)
+        return cache if task_mask is None else cache.replace(hidden=task_mask > 0)
+
+    def _empty_cache(self, encoded: Encoded, max_length: int, num_decodes: int) -> DecodeCache:
         cfg = self.config
         if cfg.decoder_only:
             bos = None
@@ -273,14 +285,19 @@ class EncoderDecoder(nn.Module):
         Returns:
             Logits [R, V] of the next token in the policy's output dtype, and the new cache.
         """
-        width = self.config.target(modality).pattern_width
+        target, visible = self.config.target(modality), None
+        if cache.hidden is not None:
+            hidden = jnp.repeat(cache.hidden, cache.num_decodes, axis=0)
+            tokens = target.next_inputs(tokens, hidden, cache.index)
+            if target.dynamic_mask:
+                visible = patterns.visible_inputs(hidden, jnp.arange(hidden.shape[1])[None])
         position = cache.index.reshape(1, 1)
         x, angles = self.target_encoders[modality](tokens[:, None], position)
         if self.config.decoder_only:
             angles = prefix.column_angles(cache.cross_bias.shape[-1] + cache.index, 1,
                                           self.config.head_dim, self.config.rope_theta)
-        hidden, cache = self.decoder.step(x, angles, cache, width)
-        return self._logits(modality, hidden)[:, 0], cache
+        x, cache = self.decoder.step(x, angles, cache, target.pattern_width, visible)
+        return self._logits(modality, x)[:, 0], cache
 
     def _embed_target(self, name: str, fields: modalities.Fields) -> TargetSequence:
         target, where = self.config.target(name), f"targets/{name}"

@@ -127,6 +127,10 @@ class TargetConfig(Protocol):
     def reads_task_mask(self) -> bool:
         """Whether it makes something of 'task_mask' in a batch."""
 
+    def next_inputs(self, tokens: jax.Array, hidden: jax.Array, index: jax.Array) -> jax.Array:
+        """Returns the ids [R] that the decoder reads at place `index` while it writes, given those
+        written before it [R] and which places the task hid [R, T]."""
+
     @property
     def pattern_width(self) -> int:
         """Columns of the grid whose patterns narrow its attention, 0 for none; see `patterns`."""

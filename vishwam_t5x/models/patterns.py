@@ -3,7 +3,8 @@
 DALL-E (arXiv 2102.12092) lets most layers see a row, every fourth a column and the last a
 neighbourhood of the grid. Dynamic masking (Unified-IO 2, arXiv 2312.17172) lets no slot see the
 input of a token that was hidden from the encoder: else the decoder could copy what it is to
-reconstruct. The code released with Unified-IO 2's weights computes both and applies neither.
+reconstruct. The code released with Unified-IO 2's weights computes both and applies neither, and
+when it writes it is told of nothing hidden. Here what is written follows the masks of training.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ def visible_mask(visible: Bool[Array, "B M"]) -> Bool[Array, "B M M"]:
     """Returns the dynamic mask: slots with visible inputs see each other, others themselves."""
     itself = jnp.eye(visible.shape[1], dtype=jnp.bool_)
     return (visible[:, :, None] & visible[:, None, :]) | itself
+
+
+def visible_at(visible: Bool[Array, "R T"], index: Int[Array, ""]) -> Bool[Array, "R T"]:
+    """Returns the row of `visible_mask` of one slot, the same in all rows."""
+    return (visible & jnp.take(visible, index, axis=1)[:, None]) | (
+        jnp.arange(visible.shape[1]) == index)
 
 
 def visible_inputs(task_mask: Int[Array, "B M"], pos_ids: Int[Array, "B M"]

@@ -55,8 +55,9 @@ class CodeOutput:
         pattern_mask: layers see rows, columns or neighbourhoods of the layout, see
             `models.patterns`; False: all earlier codes, as the code released with Unified-IO 2.
         dynamic_mask: inputs that the task hid from the encoder are seen by no other slot: those
-            with 'task_mask' 1 in the batch. False: all are seen, as in the released code.
-        mask_token: inputs that the task hid are [MASK].
+            with 'task_mask' 1 in the batch. False: all are seen, as in the released code. What is
+            written is masked as in training; the released code hides nothing while it writes.
+        mask_token: inputs that the task hid are [MASK], while it is written too.
         codec: sizes of the codec whose codes they are, to have it in the model: batches may hold
             pixels or spectrograms instead of codes, and what is written can be drawn or sounded. It
             is never trained with the model. None: the codec is kept apart.
@@ -185,6 +186,12 @@ class CodeOutput:
         own = jnp.where(hidden, MASK, modalities.require(fields, "targets", where))
         segments = fields.get("segment_ids", jnp.ones_like(inputs))
         return jnp.where(_in_segments_with(hidden, segments), own, shifted)
+
+    def next_inputs(self, tokens: jax.Array, hidden: jax.Array, index: jax.Array) -> jax.Array:
+        if not self.mask_token:
+            return tokens
+        before = jnp.take(hidden, jnp.maximum(index - 1, 0), axis=1) & (index > 0)
+        return jnp.where(before, MASK, tokens)
 
     def angles(self, pos_ids: jax.Array, head_dim: int, theta: float) -> jax.Array:
         return grid_angles(pos_ids, self.grid[1], head_dim, theta, self.rope_scale)

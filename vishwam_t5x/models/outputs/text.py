@@ -58,6 +58,9 @@ class TextOutput:
     def decoder_inputs(self, fields: modalities.Fields) -> jax.Array:
         return modalities.require(fields, "inputs", f"targets/{self.modality}")
 
+    def next_inputs(self, tokens: jax.Array, hidden: jax.Array, index: jax.Array) -> jax.Array:
+        return tokens
+
     def angles(self, pos_ids: jax.Array, head_dim: int, theta: float) -> jax.Array:
         return text_angles(pos_ids, head_dim, theta)
 
