@@ -45,6 +45,7 @@ from vishwam_t5x.evaluation.generator import DecodingConfig
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator, SplitSums
 from vishwam_t5x.evaluation.metrics.text import unigram_loss
 from vishwam_t5x.evaluation.options import OptionReader, OptionScoring
+from vishwam_t5x.evaluation.rendering import SoundConfig
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.objectives.losses import LossConfig
 from vishwam_t5x.parallelism import mesh as mesh_lib
@@ -88,7 +89,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
              split: str | None = None, tasks: Sequence[str] = (),
              loss: LossConfig = LossConfig(),
              decoding: Mapping[str, DecodingConfig] | None = None, decode_batch_size: int = 64,
-             options: OptionScoring = OptionScoring(),
+             options: OptionScoring = OptionScoring(), sound: SoundConfig = SoundConfig(),
              max_examples: int | None = None, baseline_examples: int = 20_000,
              page: report.PageConfig | None = None, poll_seconds: float = 10.0,
              watch_timeout: float | None = None, mesh: mesh_lib.MeshConfig | None = None,
@@ -111,6 +112,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         decoding: how each modality is written; greedily those not named.
         decode_batch_size: examples written together.
         options: how the best of an example's options is found.
+        sound: how codes become waveforms.
         max_examples: at most so many of each task, the first ones; None: all.
         baseline_examples: training examples a task's unigram model counts at most; 0 for none.
         page: what to show on a PNG page in MODEL_DIR, when all tasks are evaluated; None: no page.
@@ -146,7 +148,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         at = config.split if config.split != dataset_cfg.split else ""
         return _OneCheckpoint(ready, caches, judges, codec, read_options, losses, loss,
                               max_examples, _Baseline(losses, ready, baseline_examples),
-                              baseline_examples, shown, model_dir, directory, at)
+                              baseline_examples, shown, model_dir, directory, at, sound)
 
     one = evaluation_setup.on_all("evaluation", set_up)
     evaluation_setup.check_same_data(one.caches)
@@ -181,6 +183,7 @@ class _OneCheckpoint:
     model_dir: str
     directory: pathlib.PurePath
     subfolder: str
+    sound: SoundConfig
 
     def __post_init__(self) -> None:
         self._bar = evaluation_setup.Progress()
@@ -246,7 +249,8 @@ class _OneCheckpoint:
         directory = self.folder(evaluation_setup.checkpoint_name(restored))
         found = Evaluation(restored.step, results, directory)
         config = self.ready.model.config
-        drawn = drawing.drawer(config, params, self.ready.devices, config.target_modalities)
+        drawn = drawing.drawer(config, params, self.ready.devices, config.target_modalities,
+                               sound=self.sound)
         distributed.refuse_together("evaluation written",
                                     lambda: self._write(found, weights, drawn))
         return found
@@ -274,7 +278,8 @@ class _OneCheckpoint:
                 *judge.metric_fns, *filter(None, [judge.postprocess_fn]), *judge.metric_objs)]
             for name, judge in self.judges.items()}
         config = self.ready.config
-        return {"weights": weights, "metrics": metrics, "seed": config.seed,
+        return {**drawing.described(None, self.sound), "weights": weights, "metrics": metrics,
+                "seed": config.seed,
                 "baseline_examples": self.baseline_examples, "page": described(self.page),
                 "batch_sizes": [config.batch_size, self.ready.generator.batch_size],
                 "split": config.split, "tasks": [task.name for task in self.caches],

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from evaluation import test_evaluator
+from evaluation import small_run, test_evaluator
+from evaluation.test_drawing import SOUND as SOUNDED
+from evaluation.test_drawing import save
 from models import test_codecs_in_model as tiny
 
-from vishwam_t5x.data.synthetic import SyntheticFeature, SyntheticTask
+from vishwam_t5x.data import records_writer
+from vishwam_t5x.data.source import DatasetConfig
+from vishwam_t5x.data.synthetic import SyntheticFeature, SyntheticTask, write_cache
+from vishwam_t5x.evaluate import evaluate
 from vishwam_t5x.evaluation.evaluator import Evaluator
 from vishwam_t5x.evaluation.generator import Generator
+from vishwam_t5x.evaluation.predictions import read_lines
 from vishwam_t5x.evaluation.rendering import Renderer
+from vishwam_t5x.evaluation.report import PageConfig
 from vishwam_t5x.evaluation.task_metrics import TaskMetrics
 from vishwam_t5x.objectives.masking import PatchSpec
+from vishwam_t5x.objectives.vocabulary import VocabularyLayout
 from vishwam_t5x.parallelism.mesh import MeshConfig, make_mesh
 
 TEXT = SyntheticFeature(2, 5, num_ids=16)
@@ -91,3 +99,34 @@ def test_a_reference_that_the_task_keeps_goes_first(judge):
 
     found = judge.evaluate(tiny.model()[1], Named(), TaskMetrics("drawing", (named,)))
     assert found.metrics == {"named": 5, "pictures": 4, "num_examples": 5}
+
+
+@pytest.mark.slow
+def test_evaluate_of_a_cached_task_with_pixels(tmp_path, monkeypatch):
+    """The verb itself: loss, predictions with pictures and sounds, the task's metric, the page."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("VISHWAM_CACHE_DIR", str(cache))
+    words = small_run.vocabulary(cache / "text.model")
+    address = {"metric_fns": [f"{__name__}:distance"], "vocabulary": words}
+    for split in ("train", "test"):
+        write_cache(DRAWING, cache, split, address)
+        write_cache(BOTH, cache, split, {"metric_fns": [], "vocabulary": words})
+    records_writer.write_mixture(cache, "pixels", {"drawing": 1.0, "both": 1.0})
+    save(tmp_path / "run", tiny.model()[1], 3)
+    layout = VocabularyLayout(base_size=64, num_sentinels=4, num_location_bins=0)
+    found = evaluate(
+        tiny.model()[0], str(tmp_path / "run"), tiny.objective(vocabulary=layout), DatasetConfig(
+            "pixels", {"inputs": 32, "targets": 32, "targets/image": 8, "targets/audio": 16}, 2,
+            split="test", cache_dir=str(cache), shuffle=False),
+        sound=SOUNDED, decode_batch_size=2, page=PageConfig(num_samples=2),
+        compilation_cache_dir="")
+    rows = {row["task"]: row for row in read_lines(found.directory / "metrics.jsonl")}
+    assert 0 < rows["drawing"]["distance"] < 255 and rows["drawing"]["num_examples"] == 5
+    assert {"loss/image", "loss/audio"} <= rows["both"].keys()
+    assert "unigram/image" not in rows["both"], "there are no codes to count"
+    lines = list(read_lines(found.directory / "predictions-drawing.jsonl"))
+    assert len(lines) == 5 and all((found.directory / line["picture"]).exists() for line in lines)
+    both = list(read_lines(found.directory / "predictions-both.jsonl"))
+    assert len(both) == 2 and all((found.directory / line["sound"]).exists() for line in both)
+    assert found.page is not None and found.page.exists()

@@ -255,7 +255,7 @@ class EncoderDecoder(nn.Module):
                 `CodeOutput.mask_token` and `dynamic_mask`; None: nowhere.
         """
         cache = self._empty_cache(encoded, max_length, num_decodes)
-        return cache if task_mask is None else cache.replace(hidden=task_mask > 0)
+        return cache if task_mask is None else dataclasses.replace(cache, hidden=task_mask > 0)
 
     def _empty_cache(self, encoded: Encoded, max_length: int, num_decodes: int) -> DecodeCache:
         cfg = self.config
