@@ -114,7 +114,7 @@ class Progress:
                     if entry.name.isdigit() and (entry / whole).exists()]
         except Exception as error:  # noqa: BLE001 - a bucket's library has errors of its own
             _unseen(error)
-            return []
+        return []
 
     def _metrics_step(self) -> int | None:
         if self.model_dir is None:
@@ -122,8 +122,7 @@ class Progress:
         try:
             lines = _last_bytes(self.model_dir / "metrics.jsonl").splitlines()
         except Exception as error:  # noqa: BLE001 - as above
-            _unseen(error)
-            return None
+            return _unseen(error)  # type: ignore[func-returns-value]
         for line in reversed(lines):
             try:
                 return int(json.loads(line)["step"])
@@ -133,7 +132,7 @@ class Progress:
 
 
 def _unseen(error: Exception) -> None:
-    """Says why MODEL_DIR cannot be looked into, unless it is only that nothing is there yet."""
+    """Says why MODEL_DIR cannot be looked into, unless nothing is there yet."""
     if not isinstance(error, FileNotFoundError):
         _say(f"no progress can be seen: {type(error).__name__}: {error}")
 
