@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from evaluation import small_run
+from models import model_fixtures
 
 import helpers
 import media
+from vishwam_t5x import gin_config
+from vishwam_t5x.checkpointing.manager import Checkpoints
+from vishwam_t5x.checkpointing.policy import CheckpointConfig
 from vishwam_t5x.data import records_writer, synthetic
 from vishwam_t5x.data.synthetic import SyntheticFeature, SyntheticTask
+from vishwam_t5x.evaluate import evaluate
 from vishwam_t5x.objectives.masking import PatchSpec
 from vishwam_t5x_tasks import quickstart_fitted
 
@@ -169,3 +176,31 @@ def test_all_inputs_train_packed_are_looked_at_and_scored(recipe, tmp_path, monk
     assert out[0]["frames"] == ["0.png", "1.png", "0.png"]
     assert out[3]["input_slots"] == {"text": 6, "audio": 8, "audio_history": 2}
     assert len({line["score"] for line in out}) == 4 and np.isfinite(out[0]["score"])
+
+
+@pytest.mark.slow
+def test_histories_are_evaluated(tmp_path, monkeypatch):
+    """Videos and sounds that were cached, by the verb: losses, and answers that a task judges."""
+    words = small_run.vocabulary(tmp_path / "text.model")
+    for name, features in TASKS.items():
+        features = {key: dataclasses.replace(feature, num_ids=64) if key.startswith("text")
+                    else feature for key, feature in features.items()}
+        metrics = ["vishwam_t5x.evaluation.metrics.text:exact_match"] if name == "videos" else []
+        for split in ("train", "test"):
+            synthetic.write_cache(SyntheticTask(name, features, 4, patch_specs=PATCHES), tmp_path,
+                                  split, {"vocabulary": words, "metric_fns": metrics})
+    records_writer.write_mixture(tmp_path, "everything", dict.fromkeys(TASKS, 1.0))
+    (tmp_path / "recipe.gin").write_text(RECIPE.replace("base_size = 1024", "base_size = 64"))
+    monkeypatch.setenv("VISHWAM_CACHE_DIR", str(tmp_path))
+    config = gin_config.parse(
+        [f"--gin_file={tmp_path / 'recipe.gin'}", f"--gin.MODEL_DIR='{tmp_path / 'run'}'",
+         f"--gin.CACHE_DIR='{tmp_path}'", "--gin.TEXT_VOCAB_SIZE=128", "--gin.BATCH_SIZE=4",
+         "--gin.DECODE_BATCH_SIZE=4"], "evaluate")
+    params = model_fixtures.draw_variables(config.macro("MODEL"))["params"]
+    saver = Checkpoints(tmp_path / "run" / "checkpoints", CheckpointConfig())
+    saver.save(1, {"params": params})
+    saver.close()
+    rows = {result.task: result.metrics for result in config.call(evaluate).results}
+    assert rows["videos"]["exact_match"] == 0 and rows["videos"]["num_examples"] == 4
+    assert {"loss/text", "loss/image", "loss/audio"} <= rows["everything_in"].keys()
+    assert all(np.isfinite(row["loss"]) for row in rows.values()) and "loss/audio" in rows["sounds"]
