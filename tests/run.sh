@@ -15,4 +15,5 @@ prepare_environment "$PWD" "$@"
 "$PYTHON" -m mypy
 # A process for each core, at most four; tests of one file share fixtures and stay together.
 exec "$PYTHON" -m pytest -m 'not slow and not gpu' -n auto --maxprocesses=4 --dist=loadfile \
+  --no-loadscope-reorder \
   ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}

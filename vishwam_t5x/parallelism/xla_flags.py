@@ -87,7 +87,8 @@ SETTINGS: Mapping[str, tuple[Setting, ...]] = {
     ),
 }
 # Read by every version: no need to ask.
-_KNOWN = ("--xla_force_host_platform_device_count", "--xla_dump_to")
+_KNOWN = ("--xla_force_host_platform_device_count", "--xla_dump_to",
+          "--xla_backend_optimization_level")
 _PROBE = "import jax; jax.devices('cpu')"
 _PROBE_SECONDS = 120
 _UNKNOWN = re.compile(r"Unknown flags? in XLA_FLAGS: *(.+)")
