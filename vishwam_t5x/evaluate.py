@@ -129,6 +129,8 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
     Raises:
         UserError: the parts do not fit together, or a task's metric failed.
     """
+    codecs = drawing.described(None, sound)
+
     def set_up() -> _OneCheckpoint:
         ready = evaluation_setup.prepare(model, objective, dataset_cfg, split, decoding,
                                          decode_batch_size, mesh, logical_axis_rules,
@@ -148,7 +150,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         at = config.split if config.split != dataset_cfg.split else ""
         return _OneCheckpoint(ready, caches, judges, codec, read_options, losses, loss,
                               max_examples, _Baseline(losses, ready, baseline_examples),
-                              baseline_examples, shown, model_dir, directory, at, sound)
+                              baseline_examples, shown, model_dir, directory, at, sound, codecs)
 
     one = evaluation_setup.on_all("evaluation", set_up)
     evaluation_setup.check_same_data(one.caches)
@@ -184,6 +186,7 @@ class _OneCheckpoint:
     directory: pathlib.PurePath
     subfolder: str
     sound: SoundConfig
+    codecs: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         self._bar = evaluation_setup.Progress()
@@ -271,14 +274,15 @@ class _OneCheckpoint:
                            json.dumps(self._settings(weights), indent=1))
 
     def _settings(self, weights: str) -> dict[str, Any]:
-        """What the files depend on; JSON values."""
+        """What the files depend on; JSON values. Process 0 alone asks: nothing is agreed on here.
+        """
         described, code_of = evaluation_setup.described, evaluation_setup.code_of
         metrics = {
             name: [code_of(function) for function in (
                 *judge.metric_fns, *filter(None, [judge.postprocess_fn]), *judge.metric_objs)]
             for name, judge in self.judges.items()}
         config = self.ready.config
-        return {**drawing.described(None, self.sound), "weights": weights, "metrics": metrics,
+        return {**self.codecs, "weights": weights, "metrics": metrics,
                 "seed": config.seed,
                 "baseline_examples": self.baseline_examples, "page": described(self.page),
                 "batch_sizes": [config.batch_size, self.ready.generator.batch_size],

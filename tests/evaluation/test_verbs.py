@@ -13,6 +13,7 @@ from evaluation import small_model, small_run
 from PIL import Image
 
 from helpers import ROOT, vishwam
+from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import EXIT_USER_ERROR, UserError
 from vishwam_t5x.evaluate import evaluate
 from vishwam_t5x.evaluation.generator import DecodingConfig
@@ -59,8 +60,22 @@ def settings(run, compiled, monkeypatch):
             "decoding": SHORT, "decode_batch_size": 4, "compilation_cache_dir": compiled}
 
 
-def test_evaluate_writes_metrics_predictions_and_a_page(run, settings):
+def alone_where_process_0_writes(monkeypatch):
+    """Fails where what process 0 does alone would wait for the others."""
+    agree, inside = distributed.refuse_together, []
+
+    def refuse_together(name, *arguments):
+        assert "evaluation written" not in inside, f"only process 0 would come to {name!r}"
+        inside.append(name)
+        agree(name, *arguments)
+        inside.pop()
+
+    monkeypatch.setattr(distributed, "refuse_together", refuse_together)
+
+
+def test_evaluate_writes_metrics_predictions_and_a_page(run, settings, monkeypatch):
     module, params, cache_dir, model_dir = run
+    alone_where_process_0_writes(monkeypatch)
     found = evaluate(**settings, page=PageConfig(num_samples=4, tasks=("drawings", "captions")))
     assert found.directory == pathlib.Path(model_dir) / "evaluation" / "7"
     rows = {row["task"]: row for row in read_lines(found.directory / "metrics.jsonl")}
