@@ -12,6 +12,7 @@ from etils import epath
 
 from vishwam_t5x import __main__ as program
 from vishwam_t5x.checkpointing.convert import conversion, native
+from vishwam_t5x.checkpointing.convert.stores import Renamed
 from vishwam_t5x.checkpointing.convert.unrolled import Unrolled
 from vishwam_t5x.checkpointing.layers import make_plan
 from vishwam_t5x.checkpointing.sources import Request, assemble
@@ -164,7 +165,7 @@ def test_each_stack_is_read_once():
     assert read == [name]
 
 
-def test_a_moment_whose_axes_cannot_be_told_is_refused():
+def test_a_moment_whose_axes_cannot_be_told_is_refused(tmp_path):
     own = "encoder/encoder/mlp/wi/kernel"
     state = {f"params/{own}": np.zeros((3, 3, 3)),
              **{f"opt_state/param_states/{own}/{name}": np.zeros((3, 3))
@@ -172,6 +173,15 @@ def test_a_moment_whose_axes_cannot_be_told_is_refused():
     with pytest.raises(UserError, match="cannot be told"):
         Unrolled(t5x_folders.Arrays(state))
     assert len(Unrolled(t5x_folders.Arrays(state), moments=False).leaves) == 5
+    # What the message says to do goes through: as stacks they need not be told apart.
+    arrays = t5x_folders.Arrays({**state, "step": np.zeros((), np.int32)})
+    same = {name: name for name in arrays.leaves}
+    opened = conversion.Opened(conversion.OURS, epath.Path(tmp_path), Renamed(arrays, same), same)
+    with pytest.raises(UserError, match="cannot be told") as error:
+        conversion.plan(opened, "t5x", tmp_path / "to")
+    assert "--layers=stacked" in error.value.fix
+    names = conversion.plan(opened, "t5x", tmp_path / "to", layers="stacked").names
+    assert f"target/{own}" in names and len(names) == 4
     # A column first, as rules by logical axis may have it.
     state = {f"params/{own}": np.zeros((5, 3, 4)),
              f"opt_state/0/param_states/{own}/v_row": np.zeros((3, 4)),

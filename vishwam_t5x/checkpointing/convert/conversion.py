@@ -34,7 +34,7 @@ from vishwam_t5x.checkpointing.convert.report import (
 )
 from vishwam_t5x.checkpointing.convert.stores import Renamed, dtype_named, is_floating, scalar
 from vishwam_t5x.checkpointing.convert.t5_network import T5Network
-from vishwam_t5x.checkpointing.convert.unrolled import Unrolled
+from vishwam_t5x.checkpointing.convert.unrolled import Unrolled, has_stacks
 from vishwam_t5x.checkpointing.layers import make_plan
 from vishwam_t5x.checkpointing.manifest import DamagedCheckpoint
 from vishwam_t5x.checkpointing.sources import Request, Source, assemble
@@ -228,15 +228,17 @@ def _with_layers(opened: Opened, kind: str, layers: str | None, dropped: Sequenc
     as_it_is = opened.kind in (t5x.LEGACY, t5x.ORBAX) and layers is None
     if not theirs and kind != TORCH or theirs and as_it_is:
         return rest, ""
-    single = Unrolled(Renamed(opened.source, {name: name for name in own}), moments=theirs)
-    if layers is not None and not single.stacks:
+    named_so = Renamed(opened.source, {name: name for name in own})
+    stacks = has_stacks(named_so.leaves)
+    if layers is not None and not stacks:
         raise UserError("this checkpoint has no stacked layers", got=str(opened.place),
                         fix="leave --layers out")
     if layers == STACKED:
         return rest, ""
+    single = Unrolled(named_so, moments=theirs)
     note = ("stacked layers are written one by one, as T5X's t5.network and the published "
             "checkpoints have them; --layers=stacked keeps the stacks, as scalable_t5 has them"
-            ) if theirs and single.stacks and layers is None else ""
+            ) if theirs and stacks and layers is None else ""
     return dataclasses.replace(rest, own=single.own(own), source=Renamed(
         single, {name: name for name in single.leaves})), note
 

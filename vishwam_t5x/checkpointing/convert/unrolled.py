@@ -19,9 +19,16 @@ from vishwam_t5x.core.errors import UserError
 _STACKED = re.compile(
     r"(?P<tree>params/|opt_state/(?:\d+/)*param_states/)"
     r"(?P<stack>encoder|decoder)/(?P=stack)/(?P<rest>.+)")
+_PARAMS = "params/"
 _MOMENTS = ("m", "v", "v_row", "v_col")
 _UNUSED = (1,)  # shape of a moment that Adafactor does not keep of a parameter
 _HELD_BYTES = 4 * 2**30  # of a stack that is read once for all of its layers
+
+
+def has_stacks(leaves: Mapping[str, Leaf]) -> bool:
+    """Whether there are parameters of stacked layers among these arrays."""
+    return any((match := _STACKED.fullmatch(name)) and match["tree"] == _PARAMS
+               and len(leaf.shape) > LAYER_AXIS for name, leaf in leaves.items())
 
 
 class Unrolled:
@@ -53,7 +60,7 @@ class Unrolled:
         self._held: tuple[str, np.ndarray] | None = None
         for name, leaf in source.leaves.items():
             match = _STACKED.fullmatch(name)
-            found = match and (moments or match["tree"] == "params/") and _layers_of(
+            found = match and (moments or match["tree"] == _PARAMS) and _layers_of(
                 match, name, source.leaves)
             if not match or not found:
                 self.made[name], self._leaves[name] = (name, None), leaf
@@ -64,11 +71,6 @@ class Unrolled:
             for number in range(count):
                 layer = f"{match['tree']}{match['stack']}/layers_{number}/{match['rest']}"
                 self.made[layer], self._leaves[layer] = (name, number), Leaf(single, leaf.dtype)
-
-    @property
-    def stacks(self) -> tuple[str, ...]:
-        """Names in `source` of the arrays that are taken apart."""
-        return tuple(self._axes)
 
     @property
     def leaves(self) -> Mapping[str, Leaf]:
@@ -113,14 +115,15 @@ def _layers_of(match: re.Match, name: str, leaves: Mapping[str, Leaf]
     an array that has none.
     """
     shape = leaves[name].shape
-    if match["tree"] == "params/":
+    if match["tree"] == _PARAMS:
         return (shape[LAYER_AXIS], LAYER_AXIS) if len(shape) > LAYER_AXIS else None
     rest, _, moment = match["rest"].rpartition("/")
     param = leaves.get(f"params/{match['stack']}/{match['stack']}/{rest}")
     if moment not in _MOMENTS:
         return None
     if param is None or len(param.shape) <= LAYER_AXIS:
-        raise UserError("this moment is of a stack of layers that is not there", got=name)
+        raise UserError("this moment is of a stack of layers that is not there", got=name,
+                        fix="--drop the moments of what is dropped, too: --drop='opt_state/.*'")
     count = param.shape[LAYER_AXIS]
     if shape == _UNUSED:
         return count, None
