@@ -130,7 +130,6 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         UserError: the parts do not fit together, or a task's metric failed.
     """
     codecs = drawing.described(None, sound)
-
     def set_up() -> _OneCheckpoint:
         ready = evaluation_setup.prepare(model, objective, dataset_cfg, split, decoding,
                                          decode_batch_size, mesh, logical_axis_rules,
@@ -147,10 +146,10 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         losses = LossEvaluator(model, loss, ready.objective, config, ready.devices, ready.rules,
                                max_examples, caches)
         directory = storage.place(output_dir or storage.join(model_dir, "evaluation"))
-        at = config.split if config.split != dataset_cfg.split else ""
         return _OneCheckpoint(ready, caches, judges, codec, read_options, losses, loss,
                               max_examples, _Baseline(losses, ready, baseline_examples),
-                              baseline_examples, shown, model_dir, directory, at, sound, codecs)
+                              baseline_examples, shown, model_dir, directory, sound, codecs,
+                              config.split if config.split != dataset_cfg.split else "")
 
     one = evaluation_setup.on_all("evaluation", set_up)
     evaluation_setup.check_same_data(one.caches)
@@ -184,9 +183,9 @@ class _OneCheckpoint:
     page: report.PageConfig | None
     model_dir: str
     directory: pathlib.PurePath
-    subfolder: str
     sound: SoundConfig
     codecs: Mapping[str, Any]
+    subfolder: str
 
     def __post_init__(self) -> None:
         self._bar = evaluation_setup.Progress()
@@ -231,7 +230,7 @@ class _OneCheckpoint:
 
     def evaluate(self, params: Any, restored: RestoreReport, weights: str) -> Evaluation:
         """Evaluates what was restored, of that identity, and writes what was found."""
-        distributed.refuse_together("vocabulary", lambda: task_lookup.check_vocabulary(
+        distributed.refuse_together("vocabulary", lambda: task_lookup.check_learned(
             self.caches, restored.path))
         results, splits = [], []
         for task in self.caches:

@@ -114,7 +114,7 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         mode: 'predict', 'score' (the target, teacher-forced), or 'predict_with_aux'.
         split: instead of that of `dataset_cfg`.
         tasks: only these; (): all.
-        input_file: lines of inputs; None: the split is read.
+        input_file: lines of inputs, pictures as the run has read its own; None: the split is read.
         output_file: where the lines go; None: a file in MODEL_DIR/inference/STEP.
         target: modality written for the lines of `input_file`.
         decoding: how each modality is written; greedily those not named.
@@ -151,13 +151,13 @@ def infer(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetConfig
         ready.generator.read_text(codec.encode)
         if input_file is None:
             return ready, caches, _sources(ready, caches, codec, max_examples, options)
-        drawing.check(model.config, target, decode_image, sound)
-        reader = _reader(ready, codec, target, log_mel, mode, caches, decode_image, sound)
+        reader = _reader(ready, codec, target, log_mel, mode, caches, decode_image, sound,
+                         restoring.checkpoint_place(checkpoint_path, model_dir))
         return ready, caches, [LinesSource(ready.generator, reader, codec.decode, str(input_file))]
     ready, caches, sources = evaluation_setup.on_all("inference", set_up)
     evaluation_setup.check_same_data(caches, () if input_file is None else sources, vocabulary)
     params, restored = ready.load(checkpoint_path, model_dir)
-    distributed.refuse_together("vocabulary", lambda: task_lookup.check_vocabulary(
+    distributed.refuse_together("vocabulary", lambda: task_lookup.check_learned(
         caches, restored.path, vocabulary))
     path = _output(output_file, model_dir, restored, input_file, ready.config.split, mode)
     settings = _settings(ready, restored, decoding, options, sources, log_mel, vocabulary) | {
@@ -259,10 +259,12 @@ def _checked(file: ChunkedFile, summary: Summary | None, sources: Sequence[infer
 
 def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, target: str,
             log_mel: Any, mode: str, caches: Sequence[Any], decode_image: Render | None,
-            sound: SoundConfig) -> input_files.InputReader:
+            sound: SoundConfig, checkpoint: str) -> input_files.InputReader:
     config = ready.model.config
+    drawing.check(config, target, decode_image, sound)
+    resize = task_lookup.how_resized(caches, checkpoint)
     coded = input_codes.coded_inputs(config, {"image": decode_image, "audio": sound.decode},
-                                     sound.log_mel)
+                                     sound.log_mel, resize)
     ready.generator.read_codes({modality: one.encode for modality, one in coded.items()
                                 if one.encode is not None})
     one_of(target, config.target_modalities, "target modality of this model")
@@ -272,7 +274,7 @@ def _reader(ready: evaluation_setup.Prepared, codec: task_lookup.TextCodec, targ
                                    ready.generator.is_prompted(target),
                                    task_lookup.text_ends(caches, ready.objective),
                                    {name for task in caches for name in task.features
-                                    if name in INPUT_PATCHES}, coded)
+                                    if name in INPUT_PATCHES}, coded, resize=resize)
 
 
 def _hear(config: Any) -> input_files.Hear | None:

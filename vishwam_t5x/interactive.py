@@ -381,7 +381,8 @@ class InteractiveModel:
     def _requests(self, examples: Sequence[Example], target: str, needs_target: bool = False
                   ) -> list[Request]:
         return interactive_examples.requests(examples, self._ready, self._codec, self._ends,
-                                             target, needs_target)
+                                             target, needs_target,
+                                             task_lookup.how_resized(self._tasks))
 
 
 def _refuse(number: int, why: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from vishwam_t5x.core.errors import UserError, one_of
 from vishwam_t5x.evaluation import input_codes, options
@@ -49,7 +49,8 @@ def options_of(example: Example) -> tuple[str, ...]:
 
 
 def requests(examples: Sequence[Example], ready: Prepared, codec: TextCodec, ends: Sequence[str],
-             target: str, needs_target: bool) -> list[Request]:
+             target: str, needs_target: bool, resize: Literal["exact", "fast"] = "exact"
+             ) -> list[Request]:
     """Returns what is asked of a generator, one an example, tagged with their numbers.
 
     Args:
@@ -59,6 +60,7 @@ def requests(examples: Sequence[Example], ready: Prepared, codec: TextCodec, end
         ends: which of 'inputs' and 'targets' get an end, where the objective adds none.
         target: modality to be written.
         needs_target: whether an example without a target cannot be used.
+        resize: how pictures are read, see `pictures.PictureConfig`.
 
     Raises:
         UserError: an example cannot be used: which, and why.
@@ -70,7 +72,7 @@ def requests(examples: Sequence[Example], ready: Prepared, codec: TextCodec, end
     grids = {module.modality: module.grid for module in config.inputs if hasattr(module, "grid")}
     reader = InputReader(ready.objective, target, codec.encode, ready.spec, grids, None,
                          needs_target, ready.generator.is_prompted(target), ends,
-                         coded=input_codes.coded_inputs(config, {}, None))
+                         coded=input_codes.coded_inputs(config, {}, None, resize), resize=resize)
     found = []
     for number, example in enumerate(examples):
         try:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from absl import logging
@@ -18,7 +18,7 @@ from absl import logging
 from vishwam_t5x import screen
 from vishwam_t5x.core import storage
 from vishwam_t5x.core.errors import UserError, did_you_mean
-from vishwam_t5x.data import fit, source
+from vishwam_t5x.data import conversions, fit, pictures, source
 from vishwam_t5x.data.records import DamagedRecord, TaskCache, TaskRecords
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.evaluation.options import OptionReader, OptionScoring
@@ -186,6 +186,43 @@ def _ends(task: TaskRecords, record: int, side: str) -> bool:
     return len(ids) > 0 and int(ids[-1]) == EOS_ID
 
 
+def how_resized(tasks: Sequence[TaskRecords], checkpoint: str | None = None
+                ) -> Literal["exact", "fast"]:
+    """Returns how pictures are to be read for a model: as those were that it has learned from.
+
+    The data.json of the run says so, or else the tasks' caches; where they read some 'fast' and
+    others not, or nobody knows, it is 'exact'. 'fast' only where this machine can.
+
+    Args:
+        tasks: cached tasks.
+        checkpoint: its path, or that of its MODEL_DIR.
+    """
+    known, _ = _data_of(checkpoint) if checkpoint else ({}, "")
+    cached = [getattr(task, "metadata", {}) for task in tasks]
+    found = next(filter(None, (conversions.resized(
+        facts.get(conversions.METADATA_KEY) for facts in records)
+        for records in (known.values(), cached))), set())
+    if len(found) > 1:
+        logging.warning("some tasks have read their pictures 'fast', others exactly: those that "
+                        "are given are read exactly")
+    if found != {"fast"}:
+        return "exact"
+    return pictures.as_done(pictures.PictureConfig(resize="fast")).resize
+
+
+def check_learned(tasks: Sequence[Any], checkpoint: str, given: str | None = None) -> None:
+    """`check_vocabulary`; and says of tasks that the run has read if they were cached with other
+    settings than then: other pixels, say."""
+    check_vocabulary(tasks, checkpoint, given)
+    known, where = _data_of(checkpoint)
+    for task in tasks:
+        for line in conversions.differences(
+                known.get(task.name, {}).get(conversions.METADATA_KEY),
+                getattr(task, "metadata", {}).get(conversions.METADATA_KEY)):
+            logging.warning("task '%s' was cached with other settings than the run has read (%s): "
+                            "%s", task.name, where, line)
+
+
 def check_vocabulary(tasks: Sequence[Any], checkpoint: str, given: str | None = None) -> None:
     """Refuses a checkpoint that has learned another vocabulary than that of the tasks.
 
@@ -238,11 +275,16 @@ def _vocabulary_of(checkpoint: str) -> tuple[set[str], str | None, str]:
     for name in ("spiece.model", "tokenizer.model"):
         if storage.is_file(model := storage.join(folder, name)):
             return {hashlib.sha256(storage.read_bytes(model)).hexdigest()}, model, model
-    run = _run_of(folder)
+    known, data = _data_of(checkpoint)
+    return {facts["vocabulary"] for facts in known.values() if facts.get("vocabulary")}, None, data
+
+
+def _data_of(checkpoint: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """What the run whose checkpoint it is has read, by task, and where it says so."""
+    run = _run_of(storage.expanded(checkpoint))
     if run is not None and storage.is_file(data := storage.join(run, "data.json")):
-        known = json.loads(storage.read_text(data)).values()
-        return {facts["vocabulary"] for facts in known if facts.get("vocabulary")}, None, data
-    return set(), None, ""
+        return json.loads(storage.read_text(data)), data
+    return {}, ""
 
 
 def _run_of(checkpoint: str) -> str | None:

@@ -13,6 +13,7 @@ from PIL import Image
 import media
 from vishwam_t5x.core.batch import ROW_ORDER, BatchSpec
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import pictures
 from vishwam_t5x.data.recordings import RecordingConfig
 from vishwam_t5x.data.source import DatasetConfig, batch_spec
 from vishwam_t5x.data.spectrogram import LogMelConfig, SegmentConfig, log_mel_spectrogram
@@ -79,6 +80,20 @@ def test_a_picture_is_fitted_to_the_grid(tmp_path):
     assert colour.shape == (8, 8, 3)
     line, = lines(tmp_path, {"image": "a.png"})
     assert np.array_equal(line.example["inputs/image/input"], patchify(exact, OBJECTIVE.image))
+
+
+def test_pictures_are_resized_as_it_is_told(tmp_path):
+    for package in ("cv2", "simplejpeg"):
+        pytest.importorskip(package, reason="the extra 'images' is not installed")
+    data = media.jpeg(np.random.default_rng(0).integers(0, 256, (20, 24, 3)).astype(np.uint8))
+    (tmp_path / "a.jpg").write_bytes(data)
+    found = []
+    for resize in ("exact", "fast"):
+        line, = lines(tmp_path, {"image": "a.jpg"}, resize=resize)
+        found.append(line.example["inputs/image/input"])
+        pixels = pictures.read_picture(data, 1, pictures.PictureConfig(8, 8, resize=resize)).pixels
+        assert np.array_equal(found[-1], patchify(pictures.scaled(pixels), OBJECTIVE.image))
+    assert not np.array_equal(*found)
 
 
 def test_t5_s_text_gets_the_end_that_its_tasks_append_and_is_never_cut(tmp_path):

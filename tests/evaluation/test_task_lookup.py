@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import types
+
 import numpy as np
 import pytest
 
 from vishwam_t5x import task_lookup
 from vishwam_t5x.core.errors import UserError
+from vishwam_t5x.data import fast_pictures
 from vishwam_t5x.data.records import DamagedRecord
 from vishwam_t5x.data.source import DatasetConfig
 from vishwam_t5x.objectives.text_to_text import TextToText
@@ -112,3 +116,43 @@ def test_different_vocabularies_are_refused():
     config = DatasetConfig("both", {"inputs": 8, "targets": 8}, 2)
     with pytest.raises(UserError, match="different vocabularies"):
         task_lookup.text_codec([Task("a", "1"), Task("b", "2")], config, None)
+
+
+def read(resize, feature="image_inputs", step="decode_picture"):
+    """What is kept of how a task's files were read."""
+    return {"conversions": {f"{feature}: {step}": {"config": {"height": 8, "resize": resize}}}}
+
+
+def cached(name, **metadata):
+    return types.SimpleNamespace(name=name, metadata=metadata)
+
+
+def test_pictures_are_read_as_the_run_has_read_them(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fast_pictures, "codecs", lambda: object())
+    place = tmp_path / "run" / "checkpoints" / "7"
+    place.mkdir(parents=True)
+    fast, exact = cached("a", **read("fast")), cached("b", **read("exact"))
+    assert task_lookup.how_resized([fast], str(place)) == "fast", "the run says nothing"
+    assert task_lookup.how_resized([]) == task_lookup.how_resized([cached("old")]) == "exact"
+    assert task_lookup.how_resized([fast, cached("c", **read("exact", "image_targets"))]) == "fast"
+    assert not caplog.text
+    assert task_lookup.how_resized([fast, exact]) == "exact"
+    assert "are read exactly" in caplog.text
+    (tmp_path / "run" / "data.json").write_text(json.dumps({
+        "old": {"rate": 1.0}, "b": read("fast", "image_history_inputs", "decode_frames")}))
+    for checkpoint in (place, tmp_path / "run"):
+        assert task_lookup.how_resized([exact], str(checkpoint)) == "fast", "the run goes first"
+    monkeypatch.setattr(fast_pictures, "codecs", lambda: None)
+    assert task_lookup.how_resized([], str(place)) == "exact"
+
+
+def test_tasks_cached_with_other_settings_than_the_run_has_read_are_named(tmp_path, caplog):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "data.json").write_text(json.dumps({"a": read("fast"), "old": {}}))
+    task_lookup.check_learned([cached("a", **read("fast")), cached("a"), cached("other"),
+                               cached("old", **read("exact"))], str(run))
+    assert not caplog.text
+    task_lookup.check_learned([cached("a", **read("exact"))], str(run))
+    assert "'a' was cached with other settings" in caplog.text
+    assert "decode_picture.config.resize = 'fast', now 'exact'" in caplog.text

@@ -15,6 +15,7 @@ from PIL import Image
 from helpers import ROOT, vishwam
 from vishwam_t5x.core import distributed
 from vishwam_t5x.core.errors import EXIT_USER_ERROR, UserError
+from vishwam_t5x.data import fast_pictures
 from vishwam_t5x.evaluate import evaluate
 from vishwam_t5x.evaluation.generator import DecodingConfig
 from vishwam_t5x.evaluation.loss_evaluator import LossEvaluator
@@ -243,6 +244,22 @@ def test_infer_draws_for_a_file(run, settings, tmp_path):
         infer(**settings, input_file=str(tmp_path / "bad.jsonl"))
     with pytest.raises(UserError, match="file of inputs cannot be read"):
         infer(**settings, input_file=str(tmp_path / "none.jsonl"))
+
+
+def test_infer_reads_pictures_as_the_run_has_read_them(settings, tmp_path, monkeypatch):
+    def stop(generator, reader, decode, path):
+        raise UserError(f"read {reader.resize}")
+
+    monkeypatch.setattr(fast_pictures, "codecs", lambda: object())
+    monkeypatch.setattr("vishwam_t5x.infer.LinesSource", stop)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    given = {**settings, "model_dir": str(tmp_path / "run"), "input_file": "lines.jsonl"}
+    with pytest.raises(UserError, match="read exact"):
+        infer(**given)
+    (tmp_path / "run" / "data.json").write_text(json.dumps({"captions": {"conversions": {
+        "image_inputs: decode_picture": {"config": {"resize": "fast"}}}}}))
+    with pytest.raises(UserError, match="read fast"):
+        infer(**given)
 
 
 @pytest.fixture(scope="module")

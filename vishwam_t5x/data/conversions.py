@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 METADATA_KEY = "conversions"
@@ -55,6 +55,14 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     raise TypeError(f"{type(value).__name__} cannot be kept in a manifest")
+
+
+def resized(records: Iterable[Mapping[str, Any] | None]) -> set[str]:
+    """Returns in which ways pictures were read (`pictures.PictureConfig.resize`), by records of
+    settings; but for those that are targets."""
+    return {note["config"]["resize"] for record in records for key, note in (record or {}).items()
+            if "target" not in key.partition(":")[0]
+            and isinstance(note.get("config"), dict) and "resize" in note["config"]}
 
 
 def differences(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:

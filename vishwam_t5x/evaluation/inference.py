@@ -121,8 +121,11 @@ class LinesSource:
 
     def facts(self) -> dict[str, Any]:
         """See `Source.facts`."""
-        return {"file": self.name, "lines": self.size, "sha256": self._sha256[:16],
-                "ends": list(self._reader.ends)}
+        found = {"file": self.name, "lines": self.size, "sha256": self._sha256[:16],
+                 "ends": list(self._reader.ends)}
+        # Left out as it was before there was a choice: what was begun then goes on.
+        return found if self._reader.resize == "exact" else {
+            **found, "resize": self._reader.resize}
 
     def answer(self, params: Any, chunk: Chunk, how: How) -> tuple[list[Prediction], list[Any]]:
         """See `Source.answer`; what could not be used are [number of the line, why]."""

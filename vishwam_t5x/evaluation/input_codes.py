@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -29,11 +29,13 @@ class CodedInput:
         signal: what that is.
         log_mel: how the codec's spectrograms are made; None: recordings cannot be read.
         encode: the codec, where it is not the model's own.
+        resize: of `pictures.PictureConfig`.
     """
 
     signal: SignalSpec
     log_mel: LogMelConfig | None = None
     encode: Encode | None = None
+    resize: Literal["exact", "fast"] = "exact"
 
     def picture(self, data: bytes) -> Shaped[np.ndarray, "height width channels"]:
         """Returns the pixels of a picture file, fitted and centred on black, as tasks fit them.
@@ -42,9 +44,8 @@ class CodedInput:
             UserError: it cannot be decoded.
         """
         height, width, channels = self.signal.shape
-        pixels = pictures.decode_picture(data, channels)
-        placed = pictures.place(pixels, pictures.PictureConfig(height, width)).pixels
-        return as_signal(placed, self.signal, "image")
+        config = pictures.PictureConfig(height, width, resize=self.resize)
+        return as_signal(pictures.read_picture(data, channels, config).pixels, self.signal, "image")
 
     def spectrogram(self, waveform: np.ndarray, rate: int) -> Shaped[np.ndarray, "frames mels"]:
         """Returns the spectrogram of a recording, filled up with silence.
@@ -61,8 +62,8 @@ class CodedInput:
         return as_signal(found.segments[0], self.signal, "audio")
 
 
-def coded_inputs(config: Any, bound: Mapping[str, Any], log_mel: LogMelConfig | None
-                 ) -> dict[str, CodedInput]:
+def coded_inputs(config: Any, bound: Mapping[str, Any], log_mel: LogMelConfig | None,
+                 resize: Literal["exact", "fast"] = "exact") -> dict[str, CodedInput]:
     """Returns how the files are read of those input modalities that have a codec to code them.
 
     Args:
@@ -70,6 +71,7 @@ def coded_inputs(config: Any, bound: Mapping[str, Any], log_mel: LogMelConfig | 
         bound: codecs that go before the model's own, by modality: what has `encode` and `signal`,
             as `rendering.CodecFile`; others are for drawing alone.
         log_mel: how spectrograms of the codec of sound are made.
+        resize: how pictures are read, see `pictures.PictureConfig`.
 
     Raises:
         UserError: a codec makes other codes than the model reads.
@@ -93,5 +95,5 @@ def coded_inputs(config: Any, bound: Mapping[str, Any], log_mel: LogMelConfig | 
             raise UserError("SoundConfig.log_mel makes other spectrograms than the codec codes",
                             got=f"{log_mel.num_mels} mel bins, not {mels}",
                             fix="the LogMelConfig of the codec's training data")
-        found[name] = CodedInput(signal, log_mel, encode)
+        found[name] = CodedInput(signal, log_mel, encode, resize)
     return found

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -87,6 +87,7 @@ class InputReader:
         coded: how files become what is coded, of inputs that are read as codes; the others of
             those cannot be read.
         read_bytes: returns the content of a picture or a recording.
+        resize: how pictures are read, see `pictures.PictureConfig`.
     """
 
     objective: Any
@@ -101,6 +102,7 @@ class InputReader:
     chosen: Collection[str] = ()
     coded: Mapping[str, CodedInput] = dataclasses.field(default_factory=dict)
     read_bytes: ReadBytes = storage.read_bytes
+    resize: Literal["exact", "fast"] = "exact"
 
     def __post_init__(self) -> None:
         if getattr(self.objective, "codecs", None):
@@ -153,7 +155,7 @@ class InputReader:
                 clean[f"{name}_input_codes"] = np.zeros(self.coded[name].signal.num_codes, np.int32)
             elif name == "image":
                 picture = read_picture(storage.join(folder, value), self.objective.image,
-                                       self.grids["image"], self.read_bytes)
+                                       self.grids["image"], self.read_bytes, self.resize)
                 clean["image_inputs"] = pictures.scaled(picture.pixels)
                 clean |= self._choose("image", _patches_inside, [picture], self.objective.image)
             elif name == "frames":
@@ -213,7 +215,8 @@ class InputReader:
     def _frames(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
         spec: FrameSpec = self.objective.histories["image_history"]
         spec.slots(len(paths))  # before files are read: there may be too many
-        frames = [read_picture(path, spec.patch, spec.grid, self.read_bytes) for path in paths]
+        frames = [read_picture(path, spec.patch, spec.grid, self.read_bytes, self.resize)
+                  for path in paths]
         return {"image_history_inputs": np.stack([pictures.scaled(each.pixels) for each in frames]),
                 **self._choose("image_history", _patches_inside, frames, spec.patch)}
 
@@ -352,11 +355,12 @@ def _patches_inside(found: Sequence[pictures.Picture], spec: PatchSpec) -> np.nd
 
 
 def read_picture(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int],
-                 read_bytes: ReadBytes = storage.read_bytes) -> pictures.Picture:
+                 read_bytes: ReadBytes = storage.read_bytes,
+                 resize: Literal["exact", "fast"] = "exact") -> pictures.Picture:
     """`read_image`, uint8, and where in it the picture is."""
-    config = pictures.PictureConfig(grid[0] * spec.height, grid[1] * spec.width)
-    return _decoded(path, lambda data: pictures.place(
-        pictures.decode_picture(data, spec.channels), config), read_bytes)
+    config = pictures.PictureConfig(grid[0] * spec.height, grid[1] * spec.width, resize=resize)
+    return _decoded(path, lambda data: pictures.read_picture(data, spec.channels, config),
+                    read_bytes)
 
 
 def _decoded(path: storage.PathLike, decode: Callable[[bytes], Decoded], read_bytes: ReadBytes
