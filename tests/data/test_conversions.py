@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 
+import numpy as np
 import pytest
 from evaluation import small_model
 
@@ -29,6 +30,9 @@ def test_what_is_noted_is_kept_as_json_and_compared():
         "image_inputs: decode_picture.config.resize = 'exact', now 'fast'"]
     assert conversions.differences(exact, {}) == ["image_inputs: decode_picture, now not done"]
     conversions.note("nobody", "listens")
+    with conversions.recorded() as found:
+        conversions.note("crop", "image", side=np.int64(8), share=np.float32(0.5))
+    assert json.dumps(found) == '{"image: crop": {"side": 8, "share": 0.5}}'
 
 
 def test_what_an_older_cache_does_not_say_differs_in_nothing():
@@ -91,7 +95,8 @@ def test_a_changed_task_is_asked_before_its_cache_is_read(cached, caplog):
         open_it(mistake)
     caplog.clear()
     open_it({**mistake, "problem": "no module"})  # that it cannot be asked is no reason to refuse
-    assert any("could not be asked" in record.message for record in caplog.records)
+    said, = (message for message in caplog.messages if "could not be asked" in message)
+    assert said.endswith("no module (resize)")
 
 
 def test_a_task_that_converts_nothing_is_not_asked(cached, tmp_path):

@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import fast_pictures, pictures
@@ -62,6 +62,13 @@ def test_broken_pictures_are_refused():
             decode_picture(data)
     with pytest.raises(UserError, match="no pixels"):
         place(np.zeros((0, 5, 3), np.uint8))
+
+
+def test_a_program_is_not_run_for_its_picture(monkeypatch):
+    """PostScript, whatever the file is called: Pillow would start Ghostscript."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", pytest.fail)
+    with pytest.raises(UserError, match="PostScript"):
+        decode_picture(encoded(Image.new("RGB", (4, 4)), "EPS"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, TypeError, IndexError, struct.error])

@@ -72,10 +72,13 @@ def test_the_longer_header_of_many_programs_is_read():
     samples = np.asarray([[2**14, -2**14], [2**14, 2**14]], "<i2")
     found, _ = decode_wave(media.riff(samples, 16000, extensible=True, before=b"odd"))
     np.testing.assert_array_equal(found, [0, 0.5])
+    wider = bytearray(media.riff(samples, 16000))
+    wider[34] = 8  # bits, of samples that lie two bytes apart
     for data, why in ((media.riff(samples, 16000, tag=7), "another kind"),
                       (media.riff(samples, 0), "no sample rate"),
                       (media.riff(samples[:, :0], 16000), "no channels"),
                       (media.riff(samples, 16000)[:-2], "cut off"),
+                      (wider, "4 bytes a sample for 2 x 8 bits"),
                       (b"OggS" + bytes(40), "not a WAV")):
         with pytest.raises(UserError) as error:
             decode_wave(data)
@@ -85,6 +88,10 @@ def test_the_longer_header_of_many_programs_is_read():
 def test_a_rate_out_of_a_damaged_header_does_not_fill_the_memory():
     with pytest.raises(UserError, match="cannot be brought"):
         resample(np.ones((100,)), 3_999_999_999, 16000)
+    for number, rate in ((20_000, 1), (2**27, 7999)):
+        with pytest.raises(UserError, match="too long at the sample rate"):
+            resample(np.broadcast_to(np.float64(1), (number,)), rate, 16000)
+    assert len(resample(np.ones((10,)), 160, 16000)) == 1000
 
 
 @pytest.mark.parametrize(("rate", "wanted"), [(8000, 16000), (44100, 16000), (16000, 11025)])

@@ -141,11 +141,20 @@ def test_what_is_converted_is_what_it_was(folder):
     assert found["mixed frames"]["image_history_inputs"].shape == (2, 8, 8, 3)
 
 
-def test_a_cache_of_other_settings_is_not_taken_for_this_one(folder, tmp_path, monkeypatch):
+def _gone(*args, **kwargs):
+    raise FileNotFoundError("data.jsonl")
+
+
+def test_a_cache_of_other_settings_is_not_taken_for_this_one(folder, tmp_path, monkeypatch,
+                                                             caplog):
     place = shutil.copytree(folder, tmp_path / "cache")
     monkeypatch.setattr(fast_pictures, "codecs", lambda: fast_pictures.Codecs(tf, tf))
     with registered():
         assert not write(place)["written"]
+        with monkeypatch.context() as changed:  # its source is gone: the cache is whole
+            changed.setattr(seqio.FunctionDataSource, "get_dataset", _gone)
+            assert not write(place)["written"]
+        assert "not known: FileNotFoundError" in caplog.text
     with registered(dataclasses.replace(PICTURE, resize="fast")):
         with pytest.raises(UserError, match="other settings") as found:
             write(place)

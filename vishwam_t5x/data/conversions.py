@@ -13,6 +13,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 METADATA_KEY = "conversions"
 """Of a manifest's metadata: {'FEATURE: STEP': settings}; caches of before this was kept lack it."""
 DIFFERS = "was written with other settings than its preprocessors have now"
@@ -39,7 +41,7 @@ def note(step: str, feature: str, **settings: Any) -> None:
     Args:
         step: what is done, e.g. the preprocessor's name.
         feature: what becomes of it.
-        settings: JSON values, or dataclasses of them.
+        settings: JSON values, NumPy's numbers, or dataclasses of them.
     """
     found = _noted.get()
     if found is None:
@@ -54,6 +56,8 @@ def note(step: str, feature: str, **settings: Any) -> None:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
+    if isinstance(value, np.generic):
+        return value.item()
     raise TypeError(f"{type(value).__name__} cannot be kept in a manifest")
 
 

@@ -10,11 +10,17 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import struct
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError,
+           ArithmeticError, struct.error)
+"""What Pillow's readers raise for damaged files, besides DecompressionBombError; which depends on
+the format."""
 
 _logger = logging.getLogger(__name__)
 _ORIENTATION = 274  # the EXIF entry that says how a camera was held
@@ -53,7 +59,7 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
         with Image.open(io.BytesIO(data)) as file:
             plain = file.format == "JPEG" and file.mode in ("RGB", "L") and is_upright(file)
             return (file.height, file.width) if plain else None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+    except (*DAMAGED, Image.DecompressionBombError):
         return None  # the exact way says what it is
 
 

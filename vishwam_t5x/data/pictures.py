@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import struct
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,11 +29,11 @@ def decode_picture(data: bytes, channels: int = 3) -> UInt8[np.ndarray, "height 
     upper 8 bits, and a camera's note of how it was held (EXIF) is followed.
 
     Args:
-        data: content of a file of any format that Pillow reads.
+        data: content of a file of any format that Pillow reads by itself.
         channels: 3 for RGB, 1 for grey.
 
     Raises:
-        UserError: it cannot be read whole, or is too large.
+        UserError: it cannot be read whole, is too large, or is PostScript, which is never run.
     """
     return _array(_opened(data, channels))
 
@@ -53,6 +52,8 @@ def _opened(data: bytes, channels: int) -> Any:
         raise UserError("the image is an empty file")
     try:
         with Image.open(io.BytesIO(data)) as file:
+            if file.format == "EPS":  # a program: Pillow would let Ghostscript run it
+                raise UserError("the image is a PostScript program, not a picture")
             if file.width * file.height > MAX_PIXELS:
                 raise UserError("the image is too large",
                                 got=f"{file.width} x {file.height}, at most {MAX_PIXELS} pixels")
@@ -64,9 +65,7 @@ def _opened(data: bytes, channels: int) -> Any:
             return image if image.mode == mode else image.convert(mode)
     except UserError:
         raise
-    # Pillow's readers raise these for damaged files, besides OSError; which depends on the format.
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError,
-            ArithmeticError, struct.error, Image.DecompressionBombError) as error:
+    except (*fast_pictures.DAMAGED, Image.DecompressionBombError) as error:
         why = "the format is not known" if isinstance(error, Image.UnidentifiedImageError) else (
             str(error))
         raise UserError("the image cannot be read", got=why) from error

@@ -59,8 +59,7 @@ def ensure_cached(config: DatasetConfig) -> None:
     command = _command(config, config.place, () if config.split == "train" else (config.split,))
     done = _run(command)
     if done.returncode == EXIT_USER_ERROR:
-        mistake = json.loads(done.stdout.strip().splitlines()[-1])
-        raise UserError(mistake["problem"], mistake["got"], mistake["fix"])
+        raise _mistake(done)
     if done.returncode == EXIT_ABORTED:
         raise Resumable("vishwam cache could not go on: see above")
     if done.returncode != EXIT_OK:
@@ -93,12 +92,20 @@ def check_conversions(config: DatasetConfig, metadatas: Iterable[Mapping[str, An
 def _ask(command: tuple[str, ...]) -> None:
     _logger.info("asking the changed tasks whether they read files as they did")
     done = _run(command)
+    why = "see above"
     if done.returncode == EXIT_USER_ERROR:
-        mistake = json.loads(done.stdout.strip().splitlines()[-1])
-        if conversions.DIFFERS in mistake["problem"]:
-            raise UserError(mistake["problem"], mistake["got"], mistake["fix"])
+        mistake = _mistake(done)
+        if conversions.DIFFERS in mistake.problem:
+            raise mistake
+        why = mistake.problem if mistake.got is None else f"{mistake.problem} ({mistake.got})"
     if done.returncode != EXIT_OK:
-        _logger.warning("the changed tasks could not be asked how they read files: see above")
+        _logger.warning("the changed tasks could not be asked how they read files: %s", why)
+
+
+def _mistake(done: subprocess.CompletedProcess[str]) -> UserError:
+    """What `vishwam cache --json` says that the user did wrong: its last line."""
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    return UserError(said["problem"], said["got"], said["fix"])
 
 
 def _command(config: DatasetConfig, place: str, splits: tuple[str, ...]) -> list[str]:

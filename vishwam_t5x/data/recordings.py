@@ -27,6 +27,9 @@ _ZERO_CROSSINGS = 32
 _KAISER_BETA = 9.0
 _MAX_WEIGHTS = 2**24
 """Of the filters from one rate to another: a damaged file may claim any rate."""
+_MOST_TIMES, _MOST_SAMPLES = 100, 2**28
+"""More samples that a recording becomes at another rate, and how many at all: nothing that is heard
+has 160 a second, and a small file that claims so must not fill the memory."""
 _ROLL_OFF = 0.95
 """Of the lower of the two half rates: where the filter of `resample` has fallen by half."""
 
@@ -46,11 +49,11 @@ def decode_wave(data: bytes) -> tuple[Float[np.ndarray, "samples"], int]:
 
     Raises:
         UserError: it is another format, is damaged, has no samples, or floats that are not finite
-            or far beyond 1.0.
+            or far beyond 1.0; or its header contradicts itself.
     """
     layout, promised, raw = _wave_chunks(data)
     try:
-        tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", layout)
+        tag, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", layout)
         if tag == _EXTENSIBLE:  # how programs write more than 16 bits or two channels
             tag, = struct.unpack_from("<H", layout, 24)
     except struct.error as error:
@@ -63,6 +66,9 @@ def decode_wave(data: bytes) -> tuple[Float[np.ndarray, "samples"], int]:
         raise UserError("the recording has samples of another kind than PCM of 8, 16, 24 or 32 "
                         "bits or floats of 32 or 64", got=f"format {tag}, {bits} bits")
     width = bits // 8
+    if block != width * channels:  # bits of another container: read so, it would be noise
+        raise UserError("the recording's header contradicts itself",
+                        got=f"{block} bytes a sample for {channels} x {bits} bits")
     if len(raw) != promised or promised % (width * channels):
         raise UserError("the recording is cut off",
                         got=f"{len(raw)} of {promised} bytes, {width * channels} a sample")
@@ -142,7 +148,8 @@ def resample(waveform: Float[np.ndarray, "samples"], rate: int, wanted: int
 
     Raises:
         UserError: a rate is not positive, the two have so little in common that their filters would
-            fill the memory, or the waveform is not mono or has no samples.
+            fill the memory, the result would (2**28 samples, or 100 times as many as there are), or
+            the waveform is not mono or has no samples.
     """
     if rate < 1 or wanted < 1:
         raise UserError("a sample rate must be positive", got=f"{rate} and {wanted} Hz")
@@ -153,9 +160,12 @@ def resample(waveform: Float[np.ndarray, "samples"], rate: int, wanted: int
         return waveform.astype(np.float64)
     common = math.gcd(rate, wanted)
     up, down = wanted // common, rate // common
+    count = -(-len(waveform) * up // down)
+    if up > _MOST_TIMES * down or count > _MOST_SAMPLES:
+        raise UserError("the recording would become too long at the sample rate wanted",
+                        got=f"{len(waveform)} samples at {rate} Hz, {count} at {wanted}")
     filters = _filters(up, down)
     half = filters.shape[1] // 2
-    count = -(-len(waveform) * up // down)
     padded = np.pad(waveform.astype(np.float64), (half - 1, half + down + 1))
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half)
     out = np.empty((count,), np.float64)

@@ -152,9 +152,11 @@ def _check_conversions(task: seqio.Task, split: str, manifest: records.Manifest)
     try:
         with conversions.recorded() as now:
             _dataset(task, split, 1, manifest.metadata.get(LENGTHS_KEY) or None, 0)
-    except UserError as error:
-        _logger.info("%s %s: whether its preprocessors have the settings of the cache is not "
-                     "known: %s", task.name, split, error.problem)
+    # Whatever the task raises, its source perhaps gone by now: the cache is whole all the same.
+    except Exception as error:  # noqa: BLE001
+        why = error.problem if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        _logger.warning("%s %s: whether its preprocessors have the settings of the cache is not "
+                        "known: %s", task.name, split, why)
         return
     if found := conversions.differences(before, now):
         raise UserError(
