@@ -44,6 +44,14 @@ def test_a_value_that_cannot_be_read_is_the_users_mistake():
     assert "banana" in caught.value.got
 
 
+def test_no_value_is_taken_on_trust(environment):
+    asked = []
+    environment.setattr(xla_flags, "unknown_flags", lambda flags: asked.append(flags) or [])
+    environment.setenv("XLA_FLAGS", "--xla_backend_optimization_level=banana")
+    xla_flags.mend_environment()
+    assert asked == [["--xla_backend_optimization_level=banana"]]
+
+
 def test_the_unknown_goes_and_the_rest_stays(environment, capsys, tmp_path):
     environment.setenv("XLA_FLAGS", f"{KNOWN} {GONE} {GOOD}")
     assert xla_flags.mend_environment() == [GONE]
@@ -58,7 +66,8 @@ def test_the_unknown_goes_and_the_rest_stays(environment, capsys, tmp_path):
     assert GONE in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["", KNOWN, "/a/file/of/flags", "--xla_dump_to='a"])
+@pytest.mark.parametrize("flags", ["", f"{KNOWN} --xla_backend_optimization_level=1",
+                                   "/a/file/of/flags", "--xla_dump_to='a"])
 def test_nothing_is_tried_where_nothing_can_be_wrong(no_probe, flags):
     no_probe.setenv("XLA_FLAGS", flags)
     assert xla_flags.mend_environment() == [] and xla_flags.os.environ["XLA_FLAGS"] == flags

@@ -87,8 +87,8 @@ SETTINGS: Mapping[str, tuple[Setting, ...]] = {
     ),
 }
 # Read by every version: no need to ask.
-_KNOWN = ("--xla_force_host_platform_device_count", "--xla_dump_to",
-          "--xla_backend_optimization_level")
+_KNOWN = re.compile(r"--xla_(force_host_platform_device_count|backend_optimization_level)=\d+"
+                    r"|--xla_dump_to=.+")
 _PROBE = "import jax; jax.devices('cpu')"
 _PROBE_SECONDS = 120
 _UNKNOWN = re.compile(r"Unknown flags? in XLA_FLAGS: *(.+)")
@@ -204,7 +204,7 @@ def mend_environment() -> list[str]:
         UserError: a flag has a value that XLA cannot read.
     """
     flags = split(os.environ.get("XLA_FLAGS", ""))
-    if all(flag.partition("=")[0] in _KNOWN for flag in flags):
+    if all(map(_KNOWN.fullmatch, flags)):
         return []
     unknown = _remembered(flags)
     if unknown is None:
