@@ -61,10 +61,11 @@ def test_files_read_with_other_settings_are_refused(run_dir):
 
     same_data.check(run_dir, read("exact"), resuming=True)  # the run knew of none so far
     assert same_data.order(read("exact")) != same_data.order(read("fast"))
-    with pytest.raises(UserError) as found:
-        same_data.check(run_dir, read("fast"), resuming=True)
-    assert "a: image: decode_picture.resize = 'exact', now 'fast'" in str(found.value.got)
-    same_data.check(run_dir, mixture(), resuming=True)  # an older cache does not say
+    for _ in range(2):
+        with pytest.raises(UserError) as found:
+            same_data.check(run_dir, read("fast"), resuming=True)
+        assert "a: image: decode_picture.resize = 'exact', now 'fast'" in str(found.value.got)
+        same_data.check(run_dir, mixture(), resuming=True)  # an older cache does not say
 
 
 def test_a_live_stream_has_no_record(tmp_path):

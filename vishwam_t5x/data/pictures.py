@@ -173,7 +173,7 @@ def read_picture(data: bytes, channels: int = 3, config: PictureConfig = Picture
     """Returns the picture of a file at the model's size: `decode_picture`, then `place`.
 
     Args:
-        data: content of a file of any format that Pillow reads.
+        data: content of a file of any format that Pillow reads by itself.
         channels: 3 for RGB, 1 for grey.
         config: the size wanted, whether scale and place are drawn, and `resize`.
         rng: what they are drawn from, for `config.random`.

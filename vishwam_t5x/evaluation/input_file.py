@@ -333,7 +333,7 @@ def read_image(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
     its aspect ratio, is resized to fit and centred on black.
 
     Args:
-        path: any format that Pillow reads.
+        path: any format that Pillow reads by itself.
         spec: patch size and channels (1 or 3).
         grid: (rows, columns) of patches.
 

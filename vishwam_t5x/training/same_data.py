@@ -84,6 +84,8 @@ def check(run_dir: RunDir, examples: Any, resuming: bool) -> None:
                 fix=f"bring back the cache and the mixture, or, if the change is meant, remove "
                     f"{run_dir.shown(run_dir.data)}")
         for task in now:
+            if (settings := before.get(task, {}).get(_SETTINGS)) is not None:
+                now[task].setdefault(_SETTINGS, settings)  # an older cache must not unsay them
             if _value(before, task, "content") != now[task]["content"]:
                 logging.warning("the cache of %s was written again since the run began: the same "
                                 "examples in the same order, not the same bits", task)

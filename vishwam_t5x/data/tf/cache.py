@@ -161,8 +161,8 @@ def _check_conversions(task: seqio.Task, split: str, manifest: records.Manifest)
     if found := conversions.differences(before, now):
         raise UserError(
             f"the cache of task '{task.name}' {conversions.DIFFERS}", got="\n       ".join(found),
-            fix=f"bring the settings back; or write it again: vishwam cache --task_or_mixture="
-                f"{task.name} --overwrite")
+            fix="bring the settings back; or write it again, with its --module and --cache_dir: "
+                f"vishwam cache --task_or_mixture={task.name} --overwrite")
 
 
 def _finished_at(directory: pathlib.Path) -> int | None:
