@@ -126,6 +126,9 @@ def test_codes_are_those_of_the_model_or_of_a_codec_apart(folder, params, tmp_pa
     request = Request.from_example(read.example({"image": "0.png", "audio": "a.wav"}, str(folder)))
     assert request.inputs["inputs/image/signal"].shape == (1, 4, 4, 1)
     assert request.slots()["image"] == 4 and request.slots()["audio"] == 8
+    with pytest.raises(UserError, match="too long together") as error:
+        read.example({"text": "a" * 25, "image": "0.png", "audio": "a.wav"}, str(folder))
+    assert "at most 32" in error.value.got
     coder = Coder(EncoderDecoder(CONFIG), Placement(make_mesh(MeshConfig()), None, 2))
     coder.use({"image": found["image"].encode})
     first, plain = coder.read(params, [request, Request({"inputs/text/tokens": np.arange(3)})])

@@ -255,8 +255,8 @@ class InputReader:
                        ) -> None:
         total = 0
         for modality, most in self.spec.input_capacities.items():
-            name = "tokens" if modality == "text" else "input"
-            length = len(example.get(f"inputs/{modality}/{name}", ()))
+            length = len(example.get(f"inputs/{modality}/input",
+                                     example.get(f"inputs/{modality}/tokens", ())))
             if modality in self.spec.histories:
                 length *= self.spec.histories[modality].latents
             if modality == "text" and (given := len(clean.get("text_inputs", ()))) > length:
@@ -264,7 +264,8 @@ class InputReader:
             total += length
             if length > most:
                 unit = "tokens, with prefix and end" if modality == "text" else (
-                    "slots" if modality in self.spec.histories else "patches")
+                    "slots" if modality in self.spec.histories
+                    or modality not in self.spec.patch_dims else "patches")
                 raise UserError(f"the {modality} is too long",
                                 got=f"{length} {unit}, at most {most}")
         if total > self.spec.input_length:
