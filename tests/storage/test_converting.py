@@ -104,3 +104,21 @@ def test_where_nobody_can_be_kept_out_it_is_found_at_the_end(tmp_path):
         raise ZeroDivisionError
     assert not storage.exists(mark)
     storage.remove_tree(f"memory://{tmp_path.name}")
+
+
+def test_a_lock_that_was_removed_before_it_was_taken_keeps_others_out_all_the_same(
+        tmp_path, monkeypatch):
+    """One conversion ends between the moments in which another opens its file and locks it."""
+    target, lock = tmp_path / "checkpoint_1", new_folder.fcntl.flock
+    path = tmp_path / f"checkpoint_1{new_folder.TEMPORARY}.lock"
+
+    def late(file, how):
+        monkeypatch.setattr(new_folder.fcntl, "flock", lock)
+        path.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(new_folder.fcntl, "flock", late)
+    with (new_folder.alone(target), pytest.raises(UserError, match="another conversion"),
+          new_folder.alone(target)):
+        pass
+    assert not path.exists()

@@ -79,15 +79,27 @@ def alone(target: epath.Path | str) -> Iterator[None]:
         yield from _watched(f"{beside}/{lease.FILE_NAME}", target)
     else:
         os.makedirs(storage.parent(target), exist_ok=True)
-        with open(f"{beside}.lock", "w", encoding="utf-8") as lock:
+        with _locked(f"{beside}.lock", target):
+            yield
+
+
+@contextlib.contextmanager
+def _locked(path: str, target: object) -> Iterator[None]:
+    held = False
+    while not held:
+        with open(path, "w", encoding="utf-8") as lock:
             try:  # ends with the process, however that ends
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise _busy(target) from None
+            with contextlib.suppress(FileNotFoundError):
+                held = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+            if not held:  # whoever had it has removed the file since it was opened
+                continue
             try:
                 yield
             finally:
-                os.unlink(lock.name)
+                os.unlink(path)
 
 
 def _busy(target: object, who: str = "") -> UserError:
