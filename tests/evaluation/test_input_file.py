@@ -17,7 +17,7 @@ from vishwam_t5x.data import pictures
 from vishwam_t5x.data.recordings import RecordingConfig
 from vishwam_t5x.data.source import DatasetConfig, batch_spec
 from vishwam_t5x.data.spectrogram import LogMelConfig, SegmentConfig, log_mel_spectrogram
-from vishwam_t5x.evaluation.input_file import BadLine, InputReader, read_image, read_wave
+from vishwam_t5x.evaluation.input_file import BadLine, InputReader, read_image, read_sound
 from vishwam_t5x.infer import _hear
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
 from vishwam_t5x.objectives.masking import FrameSpec, PatchSpec, patchify
@@ -144,7 +144,7 @@ def test_wave_files_of_any_width(tmp_path, width):
     samples = np.sin(np.arange(400) / 9) * 0.8
     stereo = np.stack([samples, samples / 2], axis=1).reshape(-1)
     write_wave(tmp_path / "a.wav", stereo, width=width, channels=2)
-    found, rate = read_wave(tmp_path / "a.wav")
+    found, rate = read_sound(tmp_path / "a.wav")
     assert rate == 8000
     np.testing.assert_allclose(found, samples * 0.75, atol=2.0**(2 - 8 * width))
 
@@ -153,7 +153,7 @@ def test_a_recording_is_padded_to_whole_patches(tmp_path):
     samples = np.sin(np.arange(1000) / 3) * 0.5
     write_wave(tmp_path / "a.wav", samples)
     line, = lines(tmp_path, {"audio": "a.wav", "text": "x"})
-    read, _ = read_wave(tmp_path / "a.wav")
+    read, _ = read_sound(tmp_path / "a.wav")
     assert MEL.num_frames(1000) == 8
     expected = log_mel_spectrogram(read, MEL)
     assert np.array_equal(line.example["inputs/audio/input"], patchify(expected, OBJECTIVE.audio))

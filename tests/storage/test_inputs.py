@@ -50,7 +50,7 @@ def test_picture_and_recording(place):
         out.setparams((1, 2, 8000, 0, "NONE", ""))
         out.writeframes(np.array([0, 16384], "<i2").tobytes())
     storage.write_bytes(f"{place}/b.wav", recorded.getvalue())
-    samples, rate = input_file.read_wave(f"{place}/b.wav")
+    samples, rate = input_file.read_sound(f"{place}/b.wav")
     assert rate == 8000 and samples.tolist() == [0.0, 0.5]
     with pytest.raises(UserError, match="cannot be read"):
         input_file.read_image(f"{place}/none.png", PatchSpec(4, 3), (2, 2))

@@ -27,7 +27,7 @@ _ZERO_CROSSINGS = 32
 _KAISER_BETA = 9.0
 _MAX_WEIGHTS = 2**24
 """Of the filters from one rate to another: a damaged file may claim any rate."""
-_MOST_TIMES, _MOST_SAMPLES = 100, 2**28
+_MOST_TIMES, MOST_SAMPLES = 100, 2**28
 """More samples that a recording becomes at another rate, and how many at all: nothing that is heard
 has 160 a second, and a small file that claims so must not fill the memory."""
 _ROLL_OFF = 0.95
@@ -37,6 +37,7 @@ _PCM, _FLOATS, _EXTENSIBLE = 1, 3, 0xFFFE
 _SAMPLES = {(_PCM, 8): "u1", (_PCM, 16): "<i2", (_PCM, 24): "<i4", (_PCM, 32): "<i4",
             (_FLOATS, 32): "<f4", (_FLOATS, 64): "<f8"}
 """How samples lie in a WAV file, by its format tag and their bits."""
+_STREAMED = 0xFFFFFFFF
 _LOUDEST = 16.0
 """Of floats, 1.0 being full scale: what is beyond is in other units, or damaged."""
 
@@ -80,14 +81,15 @@ def decode_wave(data: bytes) -> tuple[Float[np.ndarray, "samples"], int]:
         raw, width = padded.tobytes(), 4
     found = np.frombuffer(raw, _SAMPLES[tag, bits])
     if tag == _FLOATS:
-        _check_floats(found)
+        check_floats(found)
     samples = found.astype(np.float64)
     if tag == _PCM:
         samples = (samples - 128) / 128 if width == 1 else samples / 2.0**(8 * width - 1)
     return samples.reshape(-1, channels).mean(axis=1), rate
 
 
-def _check_floats(samples: Float[np.ndarray, "samples"]) -> None:
+def check_floats(samples: Float[np.ndarray, "..."]) -> None:
+    """Raises `UserError` if samples are not finite or far beyond 1.0."""
     if not np.isfinite(samples).all():
         raise UserError("the recording has samples that are not finite")
     if (loudest := float(np.abs(samples).max())) > _LOUDEST:
@@ -108,7 +110,8 @@ def _wave_chunks(data: bytes) -> tuple[bytes, int, bytes]:
         if name == b"fmt ":
             layout = content
         elif name == b"data" and layout is not None:
-            return layout, size, content
+            # A program that writes into a pipe knows no size and claims the largest.
+            return layout, len(content) if size == _STREAMED else size, content
         elif name == b"data":
             raise UserError("the recording cannot be read", got="no format before its samples")
         place += 8 + size + size % 2
@@ -161,7 +164,7 @@ def resample(waveform: Float[np.ndarray, "samples"], rate: int, wanted: int
     common = math.gcd(rate, wanted)
     up, down = wanted // common, rate // common
     count = -(-len(waveform) * up // down)
-    if up > _MOST_TIMES * down or count > _MOST_SAMPLES:
+    if up > _MOST_TIMES * down or count > MOST_SAMPLES:
         raise UserError("the recording would become too long at the sample rate wanted",
                         got=f"{len(waveform)} samples at {rate} Hz, {count} at {wanted}")
     filters = _filters(up, down)

@@ -17,6 +17,7 @@ from vishwam_t5x.core import storage
 from vishwam_t5x.core.batch import BatchSpec
 from vishwam_t5x.core.errors import UserError, did_you_mean
 from vishwam_t5x.data import pictures, recordings
+from vishwam_t5x.data.sound_files import decode_sound
 from vishwam_t5x.evaluation import options as option_texts
 from vishwam_t5x.evaluation.input_codes import CodedInput
 from vishwam_t5x.evaluation.options import OptionReader
@@ -203,7 +204,7 @@ class InputReader:
                             + {"image": "infer.infer.decode_image", "audio": "SoundConfig.decode"
                                }.get(name, "one") + " to a rendering.CodecFile")
         if name == "audio":
-            return self.coded[name].spectrogram(*read_wave(path, self.read_bytes))
+            return self.coded[name].spectrogram(*read_sound(path, self.read_bytes))
         return _decoded(path, self.coded[name].picture, self.read_bytes)
 
     def _choose(self, modality: str, choose: Callable[..., np.ndarray], *given: Any
@@ -224,7 +225,7 @@ class InputReader:
         """The last segment of a recording, and those before it if there are any."""
         if self.hear is None:
             raise UserError("recordings cannot be read: infer.infer.log_mel is not bound")
-        waveform, rate = read_wave(path, self.read_bytes)
+        waveform, rate = read_sound(path, self.read_bytes)
         spec: PatchSpec = self.objective.audio
         found = self.hear(waveform, rate, spec.height)
         if found.lost_samples:
@@ -378,22 +379,22 @@ def _decoded(path: storage.PathLike, decode: Callable[[bytes], Decoded], read_by
         raise UserError(error.problem, got=got) from error
 
 
-def read_wave(path: storage.PathLike, read_bytes: ReadBytes = storage.read_bytes
+def read_sound(path: storage.PathLike, read_bytes: ReadBytes = storage.read_bytes
               ) -> tuple[Float[np.ndarray, "samples"], int]:
-    """Reads a WAV file: `data.recordings.decode_wave`, which says which file it refuses.
+    """Reads a recording: `data.sound_files.decode_sound`, which says what it refuses.
 
     Returns:
         The waveform, float64, and the samples per second.
 
     Raises:
-        UserError: there is no such file, or what `decode_wave` says.
+        UserError: there is no such file, or what `decode_sound` says.
     """
     try:
         data = read_bytes(path)
     except OSError as error:
         raise UserError("the recording cannot be read", got=f"{path}: {error}") from error
     try:
-        return recordings.decode_wave(data)
+        return decode_sound(data)
     except UserError as error:
         got = path if error.got is None else f"{path}: {error.got}"
         raise UserError(error.problem, got=got) from error

@@ -8,6 +8,7 @@ import tensorflow as tf
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import conversions, recordings
 from vishwam_t5x.data.recordings import RecordingConfig as RecordingConfig
+from vishwam_t5x.data.sound_files import decode_sound
 from vishwam_t5x.data.spectrogram import LogMelConfig as LogMelConfig
 from vishwam_t5x.data.spectrogram import log_mel_spectrogram as log_mel_spectrogram
 from vishwam_t5x.data.spectrogram import mel_filters as mel_filters
@@ -18,10 +19,10 @@ from vishwam_t5x.data.tf.refusals import map_or_refuse
 def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None = None,
                      config: RecordingConfig = RecordingConfig(), patches: str | None = None,
                      history_patches: str | None = None, patch_size: int = 16) -> tf.data.Dataset:
-    """Turns encoded WAV files into spectrograms; what cannot be heard is refused and counted.
+    """Turns recordings (`decode_sound`) into spectrograms; what cannot be heard is refused.
 
     Args:
-        dataset: examples whose `feature` is the content of a WAV file, scalar string.
+        dataset: examples whose `feature` is the content of a file, scalar string.
         feature: becomes the spectrogram of the last segment, float32 [frames, num_mels].
         history: name of a feature to add: the segments before it, float32
             [n, frames, num_mels], n from 0 to `max_segments` - 1. None: recordings are one segment.
@@ -51,7 +52,7 @@ def decode_recording(dataset: tf.data.Dataset, feature: str, history: str | None
             outputs[name] = tf.TensorSpec((None,), tf.int32)
 
     def decode(data: bytes) -> list[np.ndarray | int]:
-        found = recordings.spectrograms(*recordings.decode_wave(data), config)
+        found = recordings.spectrograms(*decode_sound(data), config)
         out: list[np.ndarray | int] = [found.segments[-1], found.lost_samples]
         if history is not None:
             out.append(found.segments[:-1])
