@@ -130,6 +130,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         UserError: the parts do not fit together, or a task's metric failed.
     """
     codecs = drawing.described(None, sound)
+
     def set_up() -> _OneCheckpoint:
         ready = evaluation_setup.prepare(model, objective, dataset_cfg, split, decoding,
                                          decode_batch_size, mesh, logical_axis_rules,

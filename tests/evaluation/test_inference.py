@@ -161,7 +161,8 @@ class Compared(Exception):
 
 def test_the_examples_of_all_processes_are_compared(run, settings, tmp_path, monkeypatch):
     def compare(what, texts, fix):
-        raise Compared(what, texts["examples"])
+        if what != "the codecs":
+            raise Compared(what, texts["examples"])
 
     def given(verb, **more):
         with monkeypatch.context() as patch:
