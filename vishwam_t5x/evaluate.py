@@ -103,8 +103,7 @@ def evaluate(model: Any, model_dir: str, objective: Any, dataset_cfg: DatasetCon
         model_dir: of the run; its newest checkpoint is evaluated unless `checkpoint_path` says.
         objective: what it was trained with; augmentation is left out.
         dataset_cfg: mixture, split and shapes of the batches for the loss.
-        checkpoint_path: 'latest', a step, or a path; see `evaluation.restoring`; or several: see
-            `evaluation.checkpoint_stream`.
+        checkpoint_path: 'latest', a step, a path, or several: `evaluation.checkpoint_stream`.
         output_dir: where files go; None: MODEL_DIR/evaluation.
         split: instead of that of `dataset_cfg`.
         tasks: only these; (): all.
