@@ -107,8 +107,7 @@ class Progress:
         if self.model_dir is None:
             return []
         try:
-            # In a bucket nothing is renamed: what is being written already has its place there, and
-            # this object comes last.
+            # A bucket renames nothing: what is being written is in its place, and this comes last.
             whole = "commit_success.txt" if "://" in str(self.model_dir) else "."
             return [int(entry.name) for entry in (self.model_dir / "checkpoints").iterdir()
                     if entry.name.isdigit() and (entry / whole).exists()]
@@ -122,7 +121,8 @@ class Progress:
         try:
             lines = _last_bytes(self.model_dir / "metrics.jsonl").splitlines()
         except Exception as error:  # noqa: BLE001 - as above
-            return _unseen(error)  # type: ignore[func-returns-value]
+            _unseen(error)
+            return None
         for line in reversed(lines):
             try:
                 return int(json.loads(line)["step"])

@@ -91,6 +91,22 @@ class InputConfig(Protocol):
         """Returns the module: (fields) -> `InputSequence`."""
 
 
+class WithoutTransformer:
+    """What an `InputConfig` says whose input goes through no transformer of its own."""
+
+    @property
+    def transformer(self) -> None:
+        return None
+
+    @property
+    def teaches_transformer(self) -> bool:
+        return False
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return ()
+
+
 class TargetConfig(Protocol):
     """Config of a target modality; keys 'targets/<modality>/…' of a batch."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodeInput:
+class CodeInput(modalities.WithoutTransformer):
     """Config of codebook indices as input; see `outputs.codes.CodeOutput`, whose table it shares.
 
     Attributes:
@@ -72,18 +72,6 @@ class CodeInput:
     @property
     def patch_dim(self) -> None:
         return None
-
-    @property
-    def transformer(self) -> None:
-        return None
-
-    @property
-    def teaches_transformer(self) -> bool:
-        return False
-
-    @property
-    def frozen_parts(self) -> tuple[str, ...]:
-        return ()
 
     def check(self, config: EncoderDecoderConfig) -> None:
         modalities.check_grid(self, config.head_dim)

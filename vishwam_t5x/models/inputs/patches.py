@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PatchInput:
+class PatchInput(modalities.WithoutTransformer):
     """Config of flattened patches that one matmul projects to the width of the model.
 
     Attributes:
@@ -62,18 +62,6 @@ class PatchInput:
     @property
     def placeholders(self) -> tuple[int, ...]:
         return () if self.placeholder is None else (self.placeholder,)
-
-    @property
-    def transformer(self) -> None:
-        return None
-
-    @property
-    def teaches_transformer(self) -> bool:
-        return False
-
-    @property
-    def frozen_parts(self) -> tuple[str, ...]:
-        return ()
 
     def check(self, config: EncoderDecoderConfig) -> None:
         modalities.check_grid(self, config.head_dim)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextInput:
+class TextInput(modalities.WithoutTransformer):
     """Config of text tokens as encoder input.
 
     Attributes:
@@ -48,18 +48,6 @@ class TextInput:
     @property
     def patch_dim(self) -> None:
         return None
-
-    @property
-    def transformer(self) -> None:
-        return None
-
-    @property
-    def teaches_transformer(self) -> bool:
-        return False
-
-    @property
-    def frozen_parts(self) -> tuple[str, ...]:
-        return ()
 
     def check(self, config: EncoderDecoderConfig) -> None:
         """Text goes with any sizes."""
