@@ -14,10 +14,11 @@ import media
 from vishwam_t5x.core.batch import ROW_ORDER, BatchSpec
 from vishwam_t5x.core.errors import UserError
 from vishwam_t5x.data import pictures
+from vishwam_t5x.data.pictures import scaled
 from vishwam_t5x.data.recordings import RecordingConfig
 from vishwam_t5x.data.source import DatasetConfig, batch_spec
 from vishwam_t5x.data.spectrogram import LogMelConfig, SegmentConfig, log_mel_spectrogram
-from vishwam_t5x.evaluation.input_file import BadLine, InputReader, read_image, read_sound
+from vishwam_t5x.evaluation.input_file import BadLine, InputReader, read_picture, read_sound
 from vishwam_t5x.infer import _hear
 from vishwam_t5x.objectives.denoisers import MixtureOfDenoisers
 from vishwam_t5x.objectives.masking import FrameSpec, PatchSpec, patchify
@@ -30,6 +31,11 @@ MEL = LogMelConfig(sample_rate=8000, fft_size=256, hop=128, num_mels=16, min_her
 OBJECTIVE = MixtureOfDenoisers(
     vocabulary=LAYOUT, image=PatchSpec(2, channels=1), audio=PatchSpec((4, 8), channels=1),
     text_r=((3.0, 0.15),), text_x=((3.0, 0.5),))
+
+
+def read_image(path, spec, grid):
+    """A picture as the model takes it, in [0, 1]."""
+    return scaled(read_picture(path, spec, grid).pixels)
 
 
 def reader(**changes) -> InputReader:

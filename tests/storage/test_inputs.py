@@ -43,8 +43,8 @@ def test_picture_and_recording(place):
     drawn = io.BytesIO()
     Image.new("RGB", (8, 8), (255, 0, 0)).save(drawn, "PNG")
     storage.write_bytes(f"{place}/a.png", drawn.getvalue())
-    pixels = input_file.read_image(f"{place}/a.png", PatchSpec(4, 3), (2, 2))
-    assert pixels.shape == (8, 8, 3) and pixels[..., 0].min() == 1.0
+    pixels = input_file.read_picture(f"{place}/a.png", PatchSpec(4, 3), (2, 2)).pixels
+    assert pixels.shape == (8, 8, 3) and pixels[..., 0].min() == 255
     recorded = io.BytesIO()
     with wave.open(recorded, "wb") as out:
         out.setparams((1, 2, 8000, 0, "NONE", ""))
@@ -53,7 +53,7 @@ def test_picture_and_recording(place):
     samples, rate = input_file.read_sound(f"{place}/b.wav")
     assert rate == 8000 and samples.tolist() == [0.0, 0.5]
     with pytest.raises(UserError, match="cannot be read"):
-        input_file.read_image(f"{place}/none.png", PatchSpec(4, 3), (2, 2))
+        input_file.read_picture(f"{place}/none.png", PatchSpec(4, 3), (2, 2))
 
 
 class Reader(input_file.InputReader):

@@ -327,27 +327,6 @@ def _fields(text: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
     return fields, options
 
 
-def read_image(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int]
-               ) -> Float[np.ndarray, "height width channels"]:
-    """Reads a picture as a model with this grid of patches knows pictures.
-
-    As tasks read it (`data.pictures`): grey, transparent and 16-bit ones are converted; it keeps
-    its aspect ratio, is resized to fit and centred on black.
-
-    Args:
-        path: any format that Pillow reads by itself.
-        spec: patch size and channels (1 or 3).
-        grid: (rows, columns) of patches.
-
-    Returns:
-        float32 in [0, 1].
-
-    Raises:
-        UserError: there is no such picture, or it cannot be decoded.
-    """
-    return pictures.scaled(read_picture(path, spec, grid).pixels)
-
-
 def _patches_inside(found: Sequence[pictures.Picture], spec: PatchSpec) -> np.ndarray:
     """Numbers of the patches that are picture, counted on from one to the next."""
     inside = np.stack([pictures.patches_inside(each.inside, spec.height) for each in found])
@@ -359,7 +338,24 @@ def _patches_inside(found: Sequence[pictures.Picture], spec: PatchSpec) -> np.nd
 def read_picture(path: storage.PathLike, spec: PatchSpec, grid: tuple[int, int],
                  read_bytes: ReadBytes = storage.read_bytes,
                  resize: Literal["exact", "fast"] = "exact") -> pictures.Picture:
-    """`read_image`, uint8, and where in it the picture is."""
+    """Reads a picture as a model with this grid of patches knows pictures.
+
+    As tasks read it (`data.pictures`): grey, transparent and 16-bit ones are converted; it keeps
+    its aspect ratio, is resized to fit and centred on black.
+
+    Args:
+        path: any format that Pillow reads by itself.
+        spec: patch size and channels (1 or 3).
+        grid: (rows, columns) of patches.
+        read_bytes: how the file is read.
+        resize: see `pictures.PictureConfig`.
+
+    Returns:
+        Its pixels, uint8, and where among them the picture is.
+
+    Raises:
+        UserError: there is no such picture, or it cannot be decoded.
+    """
     config = pictures.PictureConfig(grid[0] * spec.height, grid[1] * spec.width, resize=resize)
     return _decoded(path, lambda data: pictures.read_picture(data, spec.channels, config),
                     read_bytes)
